@@ -1,0 +1,177 @@
+"""What a checkpoint folder is called, what its MANIFEST.json says, and whether its files are all there.
+
+Needs no torch, so that commands which only look at checkpoints answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from colonnade.errors import UsageError
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+FORMAT = "colonnade-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "MANIFEST.json"
+TEMPORARY_PREFIX = ".tmp-"
+TRASH_PREFIX = ".trash-"
+SINGLE_FILE_SUFFIX = ".pth"
+
+_NAME = re.compile(r"streaming_checkpoint_step_(0|[1-9][0-9]*)(?:\.pth)?")
+_RECORDED_LIBRARIES = ("torch", "numpy", "pyarrow", "tokenizers", "transformers")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What MANIFEST.json says of a checkpoint.
+
+    Attributes:
+        step: optimizer steps taken.
+        files: name and size in bytes of every other file of the folder.
+        optimizer: class name of the optimizer whose state the folder holds; None for a model alone.
+        libraries: versions of the libraries that wrote it.
+        run: the mapping given to `save_checkpoint`, as JSON gives it back.
+    """
+
+    step: int
+    files: dict[str, int]
+    optimizer: str | None
+    libraries: dict[str, str]
+    run: dict[str, Any]
+
+    def to_json(self) -> str:
+        """The text of MANIFEST.json.
+
+        Raises:
+            ValueError, TypeError: the run's mapping holds what JSON cannot express (NaN, infinity, objects).
+        """
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "optimizer": self.optimizer,
+            "libraries": self.libraries,
+            # An object a file leaves room for more facts about it than its size.
+            "files": {name: {"bytes": size} for name, size in sorted(self.files.items())},
+            "run": self.run,
+        }
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint taken after `step` optimizer steps."""
+    return f"streaming_checkpoint_step_{step}"
+
+
+def step_of_name(name: str) -> int | None:
+    """The step in the name of a checkpoint folder or single file; None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that decide what a checkpoint holds."""
+    found = {}
+    for name in _RECORDED_LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write MANIFEST.json into `folder` and return once its bytes are durable."""
+    with (folder / MANIFEST_NAME).open("x", encoding="utf-8") as stream:
+        stream.write(manifest.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of the checkpoint folder `path`, without looking at the files it lists.
+
+    Raises:
+        UsageError: there is none, it is damaged, of a later format, or lists a path outside the folder.
+    """
+    file = path / MANIFEST_NAME
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"{file} is not a checkpoint manifest: its format is not {FORMAT!r}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UsageError(
+            f"{file} has format version {content.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+        )
+    return _parse(file, content)
+
+
+def _parse(file: Path, content: dict[str, Any]) -> Manifest:
+    step, optimizer = content.get("step"), content.get("optimizer")
+    libraries, files, run = content.get("libraries"), content.get("files"), content.get("run")
+    if type(step) is not int or step < 0:
+        raise UsageError(f"{file} is damaged: step is {step!r}, not a number of steps")
+    if not (optimizer is None or isinstance(optimizer, str)):
+        raise UsageError(f"{file} is damaged: optimizer is {optimizer!r}, not a name")
+    if not isinstance(run, dict) or not isinstance(libraries, dict):
+        raise UsageError(f"{file} is damaged: run or libraries is missing")
+    if not isinstance(files, dict) or not files:
+        raise UsageError(f"{file} is damaged: it lists no files")
+    sizes = {}
+    for name, facts in files.items():
+        size = facts.get("bytes") if isinstance(facts, dict) else None
+        if type(size) is not int or size < 0:
+            raise UsageError(f"{file} is damaged: the size of {name!r} is {size!r}")
+        if not is_plain_file_name(name):
+            raise UsageError(f"{file} lists {name!r}, which is not the name of a file inside the checkpoint")
+        sizes[name] = size
+    return Manifest(step, sizes, optimizer, libraries, run)
+
+
+def is_plain_file_name(name: str) -> bool:
+    """True when `name` can only mean a file directly inside the folder it is looked up in."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
+
+
+def read_complete_manifest(path: Path) -> Manifest:
+    """Read the manifest of the checkpoint folder `path` and see that each file it lists is there with its size.
+
+    Raises:
+        UsageError: as `read_manifest`, or a file is missing or has another size; names the file and both sizes.
+    """
+    manifest = read_manifest(path)
+    for name, expected in manifest.files.items():
+        try:
+            # lstat: a link would let a checkpoint point at files outside its folder.
+            status = (path / name).lstat()
+        except OSError as error:
+            raise UsageError(f"{path} is damaged: {name} cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{path} is damaged: {name} is not a regular file")
+        if status.st_size != expected:
+            raise UsageError(f"{path} is damaged: {name} has {status.st_size} bytes, its manifest says {expected}")
+    return manifest
+
+
+def fsync_directory(path: Path) -> None:
+    """Return once the names inside `path` are durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

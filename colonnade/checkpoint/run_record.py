@@ -1,0 +1,58 @@
+"""What a checkpoint's manifest says of its run, checked before anything relies on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colonnade.checkpoint.discover import CheckpointInfo
+from colonnade.checkpoint.manifest import MANIFEST_NAME
+from colonnade.config import MAX_TOKENS_PER_STEP, check_settings
+from colonnade.errors import UsageError
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "settings": (dict,),
+    "model_config": (dict,),
+    "schedule": (dict,),
+    "rng": (dict,),
+    "global_batch": (int,),
+    "tokens_seen": (int,),
+    "tp": (int,),
+    "dp": (int,),
+    "loss": (float, int, type(None)),
+    "scaler": (dict, type(None)),
+    "data_position": (dict,),
+    "arithmetic": (dict, type(None)),
+    "began_at": (int,),
+}
+_SCHEDULE = ("rewarmup_start", "rewarmup_steps")
+
+
+def run_record(info: CheckpointInfo) -> dict[str, Any]:
+    """The run a checkpoint belongs to, as `training_utils.manifest_of` wrote it; empty for a single file.
+
+    Raises:
+        UsageError: a part is missing, of another type or out of range: damaged, or written by another version.
+    """
+    if info.manifest is None:
+        return {}
+    record, source = dict(info.manifest.run), f"{info.path / MANIFEST_NAME}"
+    for name, kinds in _KINDS.items():
+        if name not in record or type(record[name]) not in kinds:
+            raise _unusable(source, name, record.get(name))
+    for name in _SCHEDULE:
+        if type(record["schedule"].get(name)) is not int:
+            raise _unusable(source, f"schedule.{name}", record["schedule"].get(name))
+    for name, least in {"global_batch": 1, "tokens_seen": 0, "tp": 1, "dp": 1}.items():
+        if record[name] < least:
+            raise _unusable(source, name, record[name])
+    record["settings"] = check_settings(record["settings"], f"{source}: run.settings")
+    if record["global_batch"] * (record["settings"].get("block_size") or 1) > MAX_TOKENS_PER_STEP:
+        raise _unusable(source, "global_batch", record["global_batch"])
+    return record
+
+
+def _unusable(source: str, name: str, value: Any) -> UsageError:
+    shown = "missing" if value is None else repr(value)[:80]
+    return UsageError(
+        f"{source} is damaged or was written by another version: run.{name} is {shown}; use another checkpoint"
+    )

@@ -1,0 +1,192 @@
+"""Writing a checkpoint: aside, durable, and then with one rename.
+
+1. All ranks write their shards into `.tmp-streaming_checkpoint_step_N-<token>/` and fsync them
+   (`torch.distributed.checkpoint`, in short DCP).
+2. When all have succeeded, the first rank writes DCP's `.metadata`, then MANIFEST.json, and makes both durable.
+3. It renames the folder to `streaming_checkpoint_step_N/`: from here on the checkpoint exists.
+
+Steps 2 and 3 are the last act of DCP's own protocol (`CommittingWriter.finish`), so that a failure anywhere reaches
+every rank through DCP's votes, and a save has this one commit point whoever drives it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.optim import Optimizer
+
+from colonnade.checkpoint.manifest import (
+    JSON,
+    TEMPORARY_PREFIX,
+    Manifest,
+    checkpoint_name,
+    fsync_directory,
+    library_versions,
+    write_manifest,
+)
+from colonnade.checkpoint.prune import move_aside
+from colonnade.checkpoint.state import model_tensors, optimizer_tensors
+from colonnade.errors import RunError
+from colonnade.parallel.vote import on_first_rank, one_line, vote
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    manifest: Mapping[str, JSON],
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write the checkpoint of `step` into the run folder `directory`. Collective; returns when it is durable.
+
+    A complete checkpoint of the same step is replaced: whoever saves a step again has trained it again, and the later
+    training is the one to keep.
+
+    Args:
+        directory: on a file system all ranks share; created when missing.
+        step: optimizer steps taken.
+        model: its parameters are `DTensor`s.
+        optimizer: None to save the model alone.
+        manifest: everything that is not a tensor, as strict JSON; the first rank's is written.
+        group: the ranks that save together; None for all.
+
+    Returns:
+        The checkpoint's folder, `directory / "streaming_checkpoint_step_N"`.
+
+    Raises:
+        RunError: on all ranks, when it failed on any. The unfinished folder is removed, older checkpoints are intact.
+    """
+    temporary = on_first_rank(lambda: _create_temporary(directory, step), group)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with vote(group):
+            tensors = model_tensors(model)
+            if optimizer is not None:
+                tensors |= optimizer_tensors(model, optimizer)
+            draft = Manifest(
+                step=step,
+                files={},
+                optimizer=None if optimizer is None else type(optimizer).__name__,
+                libraries=library_versions(),
+                run=dict(manifest),
+            )
+            _check_json(draft)
+        writer = CommittingWriter(temporary, directory / checkpoint_name(step), draft)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except (RunError, CheckpointException, OSError, RuntimeError) as error:
+        _remove_unfinished(temporary)
+        raise RunError(f"checkpoint of step {step} was not saved in {directory}: {failure_line(error)}") from error
+    return directory / checkpoint_name(step)
+
+
+def _create_temporary(directory: Path, step: int) -> Path:
+    is_new = not directory.is_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        fsync_directory(directory.parent)
+    temporary = directory / f"{TEMPORARY_PREFIX}{checkpoint_name(step)}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    return temporary
+
+
+def _remove_unfinished(temporary: Path) -> None:
+    """Every rank does: they race for the files of a shared folder, and where it is not shared each clears its own."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        logger.warning("unfinished checkpoint %s was not removed; it can be deleted", temporary)
+
+
+def _check_json(draft: Manifest) -> None:
+    try:
+        draft.to_json()
+    except (TypeError, ValueError) as error:
+        raise RunError(f"the manifest is not JSON: {one_line(error)}") from error
+
+
+def failure_line(error: BaseException) -> str:
+    """What went wrong on which rank, on one line, without the tracebacks a CheckpointException carries."""
+    if not isinstance(error, CheckpointException):
+        return one_line(error)
+    return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
+
+
+class CommittingWriter(dcp.FileSystemWriter):
+    """DCP's file writer, whose `finish` also writes the manifest and commits the folder by renaming it.
+
+    Args:
+        temporary: the folder the ranks write into, beside `target`.
+        target: the checkpoint's folder once it is committed.
+        draft: the manifest without its files.
+    """
+
+    def __init__(self, temporary: Path, target: Path, draft: Manifest) -> None:
+        super().__init__(temporary, sync_files=True, overwrite=False)
+        self.temporary, self.target, self.draft = temporary, target, draft
+
+    def storage_meta(self) -> StorageMeta:
+        # DCP would record the temporary folder's path, which is gone a moment later and nobody's business elsewhere.
+        return StorageMeta(checkpoint_id=self.target.name, save_id=self.save_id)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Called on the coordinator alone, after the shards of every rank are durable."""
+        super().finish(metadata, results)
+        sizes = {path.name: path.stat().st_size for path in sorted(self.temporary.iterdir())}
+        self._check_visible(results, sizes)
+        # DCP fsyncs .metadata before flushing its stream: up to the last 8 KiB are not on disk yet (torch 2.13).
+        _fsync_file(self.temporary / ".metadata")
+        write_manifest(self.temporary, replace(self.draft, files=sizes))
+        fsync_directory(self.temporary)
+        commit(self.temporary, self.target)
+
+    def _check_visible(self, results: list[list[WriteResult]], sizes: Mapping[str, int]) -> None:
+        """Each written byte lies in a file this rank sees; a node's own disk would hold the others' shards back."""
+        for rank, written in enumerate(results):
+            for result in written:
+                name = result.storage_data.relative_path
+                if sizes.get(name, -1) < result.storage_data.offset + result.storage_data.length:
+                    raise RunError(
+                        f"{name}, written by rank {rank}, is not whole where the first rank looks for it; "
+                        "the checkpoint directory must be on a file system all ranks share"
+                    )
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def commit(temporary: Path, target: Path) -> None:
+    """Rename a durable folder to its checkpoint name, replacing what has that name, and make the names durable.
+
+    A folder cannot be renamed over another, so an old one is first renamed aside. Killed between the two renames, both
+    are left complete under names no search finds; `prune.collect_leftovers` puts the new one in its place.
+    """
+    aside = move_aside(target) if target.exists() else None
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, target)
+        raise
+    fsync_directory(target.parent)
+    if aside is not None:
+        try:
+            shutil.rmtree(aside)
+        except OSError as error:
+            logger.warning("replaced checkpoint %s was not removed: %s", aside, error)

@@ -1,0 +1,161 @@
+"""Reading weights from one `.pth` file with whole tensors, each rank taking only its part."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from colonnade.checkpoint.state import named_parameters, parameter_aliases
+from colonnade.errors import UsageError
+from colonnade.parallel.vote import one_line
+
+WEIGHTS_KEY = "model_state_dict"
+_VOCABULARY_PARAMETERS = ("embed_tokens.weight", "lm_head.weight")
+_REMEDY = "give the --preset or --model-config these weights belong to"
+# Written by older Hugging Face versions; it follows from the configuration.
+_DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class SingleFileInfo:
+    """What a single-file checkpoint says besides its weights.
+
+    Attributes:
+        step: its `global_step` or `step`; None when it has neither.
+        metadata: its other plain values (numbers, text, and lists and mappings of them), by key.
+    """
+
+    step: int | None
+    metadata: dict[str, Any]
+
+
+def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | None = None) -> SingleFileInfo:
+    """Read the weights of a `.pth` file with a `model_state_dict` into `model`. Each rank by itself, no collective.
+
+    Tensors are whole and have Hugging Face names, maybe behind `_orig_mod.` or `module.`. The file is mapped, not read:
+    a rank touches the pages of its own shards. Values are converted to the parameters' dtype. Embedding and head may
+    have fewer rows than the parameter (a vocabulary without padding); the remaining rows are set to zero.
+
+    Args:
+        path: the file.
+        model: its parameters are `DTensor`s.
+        vocabulary_size: rows that embedding and head must have at least; None to pad from any number.
+
+    Raises:
+        UsageError: the file cannot be read without running code, is damaged or has no weights, or a parameter is
+            missing, unknown or of another shape (both are named). The model is then as before.
+    """
+    content = _load(path)
+    weights = content.get(WEIGHTS_KEY)
+    if not isinstance(weights, Mapping):
+        raise UsageError(
+            f"{path} has no {WEIGHTS_KEY!r}; it has {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
+        )
+    parameters = named_parameters(model)
+    sources = _match(path, weights, parameters, parameter_aliases(model), vocabulary_size)
+    with torch.no_grad():
+        for name, source in sources.items():
+            _copy_shard(source, parameters[name])
+    step = next((content[key] for key in ("global_step", "step") if type(content.get(key)) is int), None)
+    plain = {key: value for key, value in content.items() if key != WEIGHTS_KEY and _is_plain(value)}
+    return SingleFileInfo(step, plain)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{named.group(1)}, which could run code" if named else "objects that are not tensors or plain values"
+        raise UsageError(f"{path} is refused: it asks for {what}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise UsageError(f"{path} is damaged, or was not written by torch.save: {one_line(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, not a mapping with {WEIGHTS_KEY!r}")
+    return content
+
+
+def _match(
+    path: Path,
+    weights: Mapping[Any, Any],
+    parameters: Mapping[str, DTensor],
+    aliases: Mapping[str, str],
+    vocabulary_size: int | None,
+) -> dict[str, Tensor]:
+    """For each parameter the file's tensor, after every name and shape was checked."""
+    sources: dict[str, Tensor] = {}
+    for raw_name, tensor in weights.items():
+        name = _without_wrappers(str(raw_name))
+        if name.endswith(_DERIVED_BUFFERS):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UsageError(f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}, not of plain numbers")
+        target = aliases.get(name)
+        if target is None:
+            raise UsageError(
+                f"{path} has a parameter {name!r} with shape {tuple(tensor.shape)}, this model has none; {_REMEDY}"
+            )
+        earlier = sources.setdefault(target, tensor)
+        if earlier is not tensor and not torch.equal(earlier, tensor):
+            raise UsageError(f"{path}: {name!r} differs from {target!r}, with which this model ties it")
+    for name, parameter in parameters.items():
+        source = sources.get(name)
+        if source is None:
+            raise UsageError(
+                f"{path} has no parameter {name!r}, this model has it with shape {tuple(parameter.shape)}; {_REMEDY}"
+            )
+        if not _fits(name, source, parameter, vocabulary_size):
+            raise UsageError(
+                f"parameter {name!r} has shape {tuple(source.shape)} in {path} "
+                f"and {tuple(parameter.shape)} in this model; {_REMEDY}"
+            )
+    return sources
+
+
+def _without_wrappers(name: str) -> str:
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _fits(name: str, source: Tensor, parameter: DTensor, vocabulary_size: int | None) -> bool:
+    if source.shape == parameter.shape:
+        return True
+    if not name.endswith(_VOCABULARY_PARAMETERS) or source.shape[1:] != parameter.shape[1:]:
+        return False
+    return (vocabulary_size or 1) <= source.shape[0] < parameter.shape[0]
+
+
+def _copy_shard(source: Tensor, parameter: DTensor) -> None:
+    """Copy this rank's part of `source`; rows of the parameter beyond those of `source` become zero."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    part = source[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
+    local = parameter.to_local()
+    if part.shape == local.shape:
+        local.copy_(part)
+    else:
+        rows = part.shape[0]
+        local[:rows].copy_(part)
+        local[rows:].zero_()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,0 +1,396 @@
+"""Run settings: one table of fields; flags (`flags.py`), a YAML file and presets are three ways to fill it.
+
+Precedence: built-in defaults < the preset's `training` section < `--config` file < flags. Nothing heavy is imported, so
+that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from colonnade.errors import UsageError
+
+PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MAX_STEPS = 10**9
+MAX_MICRO_BATCH = 2**16
+# Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
+MAX_TOKENS_PER_STEP = 2**28
+
+
+def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
+    """A field with its help text. `identity` marks what makes two runs different runs; `unit` is the flag's metavar."""
+    return field(default=default, metadata={"group": group, "help": text, **extra})
+
+
+def _identity(default: Any, group: str, text: str, **extra: Any) -> Any:
+    return _setting(default, group, text, identity=True, **extra)
+
+
+def _steps(default: int | None, group: str, text: str, **extra: Any) -> Any:
+    return _setting(default, group, text, unit="STEPS", maximum=MAX_STEPS, **extra)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything a run can be told. Units and the value that switches a thing off stand in each help text."""
+
+    # Model
+    preset: str | None = _setting(
+        None, "model", "model size, a file name in presets/ (default argonne-2b; on the CPU tiny)", unit="NAME"
+    )
+    model_config: str | None = _setting(
+        None, "model", "Hugging Face config.json (or its folder) instead of a preset", unit="PATH"
+    )
+
+    # Data
+    data_glob: str | None = _setting(
+        None, "data", "Parquet or Arrow shards to train on, comma-separated patterns (default those in data/)"
+    )
+    tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
+    trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
+    add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")
+    strict_data: bool = _setting(False, "data", "stop at a damaged row group instead of skipping and recording it")
+    validation_glob: str | None = _setting(None, "data", "shards to validate on; without it there is no validation")
+    validation_interval: int = _steps(250, "data", "steps between validations; 0 for only one at the end", minimum=0)
+    validation_chunks: int = _setting(
+        64, "data", "blocks of the validation shards that are evaluated; 0 for all of them", minimum=0, unit="BLOCKS"
+    )
+
+    # Batch
+    block_size: int | None = _identity(
+        None, "batch", "tokens a sequence (default the model's context)", minimum=1, unit="TOKENS"
+    )
+    initial_batch_size: str = _setting(
+        "auto", "batch", "sequences a micro-batch: a number, lowered where it does not fit, or auto for the largest"
+    )
+    gradient_accumulation_steps: int = _setting(
+        1,
+        "batch",
+        "micro-batches an optimizer step, on each rank",
+        minimum=1,
+        maximum=MAX_TOKENS_PER_STEP,
+        unit="COUNT",
+    )
+    tokens_per_step: int | None = _setting(
+        None,
+        "batch",
+        "tokens an optimizer step over all ranks; accumulation then follows (default: it follows from accumulation)",
+        minimum=1,
+        maximum=MAX_TOKENS_PER_STEP,
+        unit="TOKENS",
+    )
+    memory_limit_gib: float | None = _setting(
+        None,
+        "batch",
+        "GiB a rank may use when the micro-batch is tuned on the CPU (default free memory / ranks)",
+        above=0.0,
+        maximum=2.0**20,
+    )
+
+    # Optimization
+    total_steps: int = _identity(
+        1000, "optimization", "optimizer steps of the run", minimum=1, maximum=MAX_STEPS, unit="STEPS"
+    )
+    learning_rate: float = _identity(3e-4, "optimization", "peak learning rate", above=0.0, maximum=10.0)
+    min_learning_rate: float | None = _identity(
+        None, "optimization", "learning rate at the end of the cosine (default a tenth of the peak)", minimum=0.0
+    )
+    warmup_steps: int = _identity(
+        100, "optimization", "steps of linear warm-up; 0 for none", minimum=0, maximum=MAX_STEPS, unit="STEPS"
+    )
+    weight_decay: float = _identity(
+        0.1, "optimization", "AdamW weight decay, not on norms and biases; 0 for none", minimum=0.0
+    )
+    adam_beta1: float = _identity(0.9, "optimization", "decay of AdamW's first moment", minimum=0.0, below=1.0)
+    adam_beta2: float = _identity(0.95, "optimization", "decay of AdamW's second moment", minimum=0.0, below=1.0)
+    max_grad_norm: float = _identity(
+        1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
+    )
+    seed: int = _identity(1337, "optimization", "seed of the initial weights", minimum=0, maximum=2**63 - 1)
+
+    # Execution
+    precision: str = _identity(
+        "auto",
+        "execution",
+        "of matrix products; auto is bf16 on accelerators that have it, else fp32",
+        choices=PRECISIONS,
+    )
+    tensor_parallel_size: int | None = _setting(
+        None,
+        "execution",
+        "ranks one model is cut over, the others are data-parallel (default all)",
+        minimum=1,
+        unit="RANKS",
+    )
+    tensor_slices: int | None = _identity(
+        None,
+        "execution",
+        "slices V summed in a fixed order: a step has the same bits at any tp that divides V (default one a rank, any "
+        "order; with --deterministic 8, or the largest power of two below that the sizes allow)",
+        minimum=1,
+    )
+    deterministic: bool = _identity(
+        False,
+        "execution",
+        "the same bits at any tp that divides the slices and any dp that halves the batch; one CPU thread a rank",
+    )
+    replicate_embeddings: bool = _setting(False, "execution", "keep embedding and head whole on every rank")
+    disable_gradient_checkpointing: bool = _setting(
+        False, "execution", "keep all activations instead of computing them again in the backward pass"
+    )
+    compile: bool = _setting(False, "execution", "compile the segments on the CPU too (default on accelerators)")
+    disable_compile: bool = _setting(False, "execution", "run eagerly on accelerators too")
+
+    # Checkpoints and logs
+    checkpoint_dir: str = _setting("pretrained", "checkpoints and logs", "folder of the run")
+    checkpoint_interval: int = _steps(
+        350, "checkpoints and logs", "steps between checkpoints; 0 for only one at the end", minimum=0
+    )
+    keep_checkpoints: int = _setting(
+        50, "checkpoints and logs", "newest checkpoints kept; 0 for all", minimum=0, unit="COUNT"
+    )
+    log_interval: int = _steps(10, "checkpoints and logs", "steps between log lines", minimum=1)
+    fingerprint_interval: int | None = _steps(
+        None,
+        "checkpoints and logs",
+        "steps between fingerprints of the parameters; 0 for none (default 100 with --deterministic, else none)",
+        minimum=0,
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that two starts of one run must share."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+
+    def replace(self, **changes: Any) -> RunSettings:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class ResumeSettings:
+    """What `resume_pretrain_tensor.py` is told beside the run's own settings."""
+
+    checkpoint_path: str = _setting("", "resuming", "a run's folder, one of its checkpoints, or a .pth file; required")
+    rewarmup_steps: int = _steps(
+        100, "resuming", "steps of linear warm-up from here, after the optimizer is reset; 0 for none", minimum=0
+    )
+    keep_optimizer: bool = _setting(False, "resuming", "go on exactly: optimizer state kept, no warm-up again")
+
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+_KINDS = {"int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false"}
+# Enough of a value to recognise it: a file may hold megabytes where a number was expected.
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 100
+_brief.maxlevel = 2
+
+
+def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    """One value, checked and converted to its field's type. `source` is the flag or key the user wrote.
+
+    Raises:
+        UsageError: names `source`, the value and the limit.
+    """
+    kind = str(spec.type).split(" | ")[0]
+    if value is None and "None" in str(spec.type):
+        return None
+    if spec.name == "initial_batch_size":
+        return _check_batch_size(value, source)
+    try:
+        value = _convert(kind, value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{source} is {_brief.repr(value)}; it must be {_KINDS[kind]}") from None
+    limits = spec.metadata
+    for broken, limit in (
+        (kind == "str" and not value.strip(), "some text, or left out"),
+        ("minimum" in limits and value < limits["minimum"], f"at least {limits.get('minimum')}"),
+        ("above" in limits and value <= limits["above"], f"above {limits.get('above')}"),
+        ("below" in limits and value >= limits["below"], f"below {limits.get('below')}"),
+        ("maximum" in limits and value > limits["maximum"], f"at most {limits.get('maximum')}"),
+        ("choices" in limits and value not in limits["choices"], f"one of {', '.join(limits.get('choices', ()))}"),
+    ):
+        if broken:
+            raise UsageError(f"{source} is {_brief.repr(value)}; it must be {limit}")
+    return value
+
+
+def _convert(kind: str, value: Any) -> Any:
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind == "str":
+        if not isinstance(value, str) or "\0" in value:
+            raise TypeError
+        return value
+    # YAML 1.1 reads 1e-3 as text, and a flag is always text; a bool is an int to Python, and 1.0 no whole number.
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or (kind == "int" and type(value) is float):
+        raise TypeError
+    number = int(value) if kind == "int" else float(value)
+    if not abs(number) < float("inf"):
+        raise ValueError
+    return number
+
+
+def _check_batch_size(value: Any, source: str) -> str:
+    text = str(value) if isinstance(value, str | int) else ""
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_MICRO_BATCH):
+        raise UsageError(
+            f"{source} is {_brief.repr(value)}; it must be auto or a number of sequences from 1 to {MAX_MICRO_BATCH}"
+        )
+    return str(int(text))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def check_settings(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """Setting names and values from a file: each name known, each value of its type and within its limits.
+
+    Raises:
+        UsageError: names `source`, the key and the limit; for an unknown key the nearest known one.
+    """
+    specs = {spec.name: spec for spec in fields(RunSettings)}
+    checked = {}
+    for key, value in values.items():
+        if key not in specs:
+            near = _nearest(str(key)[:100], specs)
+            raise UsageError(f"{source}: unknown key {_brief.repr(key)}; the nearest known one is {near!r}")
+        checked[key] = check_field(specs[key], value, f"{source}: {key}")
+    return checked
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types, and no key twice: PyYAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is there twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_settings(path: Path, source: str) -> dict[str, Any]:
+    """The settings in a YAML file. `source` is the flag that named it. Raises UsageError."""
+    return check_settings(_read_yaml(path, source), f"{source} {path}")
+
+
+def _read_yaml(path: Path, source: str) -> dict[Any, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UsageError(f"{source} {path}: cannot be read ({error.strerror})") from error
+    # Dates and numbers that no date or number can be are ValueErrors to PyYAML, and so is text that is not UTF-8.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{source} {path}: not YAML ({' '.join(str(error).split())[:300]})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} {path}: holds no mapping of setting names to values")
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------- presets
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A preset's (model sizes, recommended settings).
+
+    Raises:
+        UsageError: there is no preset of that name (the nearest one is named), or its file has other sections.
+    """
+    if name not in preset_names():
+        near = _nearest(name, preset_names())
+        raise UsageError(
+            f"--preset {_brief.repr(name)} does not exist; the nearest is {near!r} (all: {', '.join(preset_names())})"
+        )
+    path = PRESET_FOLDER / f"{name}.yaml"
+    values = _read_yaml(path, "--preset")
+    model, training = values.pop("model", None), values.pop("training", {})
+    if values or not isinstance(model, dict) or not isinstance(training, dict):
+        raise UsageError(
+            f"--preset {path}: must hold a mapping 'model', may hold a mapping 'training', and nothing else"
+        )
+    return model, check_settings(training, f"presets/{name}.yaml")
+
+
+# ---------------------------------------------------------------------------------------------- putting together
+
+# Two answers to one question. One that is given replaces the other where that comes from further below.
+_ALTERNATIVES = (
+    ("preset", "model_config"),
+    ("compile", "disable_compile"),
+    ("tokens_per_step", "gradient_accumulation_steps"),
+)
+
+
+def override(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `below`, overridden by those `above` and by what these replace."""
+    replaced = {other for pair in _ALTERNATIVES for one, other in (pair, pair[::-1]) if above.get(one)}
+    return {**{name: value for name, value in below.items() if name not in replaced}, **above}
+
+
+def complete_settings(given: Mapping[str, Any]) -> RunSettings:
+    """Fill what was not given from the preset's recommendations and the defaults, and check what belongs together.
+
+    Raises:
+        UsageError: an unknown preset, or settings that contradict each other.
+    """
+    settings = RunSettings(**given)
+    if settings.preset is not None:
+        if settings.model_config is not None:
+            raise UsageError(f"--preset {settings.preset} and --model-config {settings.model_config}: give one of them")
+        settings = RunSettings(**override(load_preset(settings.preset)[1], given))
+    return check_contradictions(settings)
+
+
+def check_contradictions(settings: RunSettings) -> RunSettings:
+    """`settings`, where nothing in them contradicts something else. Raises UsageError."""
+    if settings.compile and settings.disable_compile:
+        raise UsageError("--compile and --disable-compile contradict each other: give one of them")
+    if settings.tokens_per_step is not None and settings.gradient_accumulation_steps > 1:
+        raise UsageError(
+            f"--tokens-per-step {settings.tokens_per_step} and --gradient-accumulation-steps "
+            f"{settings.gradient_accumulation_steps}: accumulation follows from the tokens; give one of them"
+        )
+    if settings.deterministic and settings.replicate_embeddings:
+        raise UsageError(
+            "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "
+            "leave out one of them"
+        )
+    if settings.min_learning_rate is not None and settings.min_learning_rate > settings.learning_rate:
+        raise UsageError(
+            f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "
+            "lower it, or leave it out for a tenth of the peak"
+        )
+    return settings
+
+
+def write_settings(settings: RunSettings, path: Path) -> None:
+    """Save settings as YAML that `--config` takes back; written aside and renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False), encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,372 @@
+"""From text to token ids: loading a tokenizer, boundary tokens, and encoding on threads.
+
+Text that spells a special token (`<|endoftext|>` in a web page about tokenizers) is encoded as plain text: control ids
+enter the stream only as the boundary tokens that were asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_ROWS_VARIABLE = "RESUME_TOKENIZER_BATCH_ROWS"
+WORKERS_VARIABLE = "RESUME_TOKENIZER_WORKERS"
+DEFAULT_BATCH_ROWS = 64
+MAX_BATCH_ROWS = 65_536
+MAX_WORKERS = 256
+# More threads than this wait for Python's lock while ids become arrays (about 3% of the work).
+DEFAULT_MAX_WORKERS = 16
+
+# Looked up among a tokenizer's special tokens where it declares no BOS or EOS of its own, most common first.
+KNOWN_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
+KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
+
+# What transformers raises for a folder without a tokenizer depends on what else lies in it.
+_NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
+_GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+Passed = TypeVar("Passed")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or, where no such folder exists, from the Hugging Face hub.
+
+    A missing padding token falls back to EOS. Code that comes with the tokenizer runs only with `trust_remote_code`.
+
+    Raises:
+        UsageError: `path` is not a tokenizer, cannot be reached, or needs code of its own.
+    """
+    folder = Path(path).expanduser()
+    looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UsageError(f"tokenizer folder {path!r} {problem}; give a folder with a tokenizer.json or a hub name")
+    name = str(folder) if looks_local else path
+    try:
+        tokenizer = _tokenizer_class(folder).from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # The bare class is what the Rust library raises for every file it cannot use.
+        if type(error) is not Exception and not isinstance(error, _NOT_LOADABLE):
+            raise
+        raise UsageError(f"{path!r} is not a tokenizer that can be loaded: {_why_not_loadable(error)}") from error
+    if isinstance(tokenizer, bool) or len(tokenizer) == 0:
+        raise UsageError(f"{path!r} is not a tokenizer that can be loaded: its vocabulary is empty")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _why_not_loadable(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; read that code, then give --trust-remote-code"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0].removesuffix(" from one of:") if lines else type(error).__name__
+    missing = "a file of it lacks " if isinstance(error, KeyError) else ""
+    return f"{missing}{reason}; give a folder with a whole tokenizer.json, or a hub name"
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """AutoTokenizer, or the class it would choose where a folder leaves no choice.
+
+    Importing AutoTokenizer takes a second longer (it knows every model), which every start of a run would pay. A folder
+    with a tokenizer.json, a generic class name, no model config and no code of its own can only mean one class.
+    """
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    is_generic = isinstance(config, dict) and config.get("tokenizer_class") in _GENERIC_CLASSES
+    is_plain = "auto_map" not in config and not (folder / "config.json").exists()
+    if is_generic and is_plain and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+# --- boundary tokens -------------------------------------------------------------------------------------------------
+
+
+class BoundaryTokens(NamedTuple):
+    """Ids put before and after each document; None where there is none. At least one is set."""
+
+    bos: int | None
+    eos: int | None
+
+
+def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> BoundaryTokens:
+    """The tokens that mark where documents begin and end.
+
+    BOS: the declared one, else a special token with a well-known name (`KNOWN_BOS`), else CLS, else none: chat
+    tokenizers often have no BOS, and then EOS alone separates documents. EOS: the declared one, else a well-known
+    special token (`KNOWN_EOS`), else SEP. Padding is never used: a model taught to end documents with it cannot be
+    told from one that is being padded.
+
+    Raises:
+        UsageError: neither can be found.
+    """
+    special = _special_tokens(tokenizer)
+    bos = _first_id(tokenizer.bos_token_id, *map(special.get, KNOWN_BOS), tokenizer.cls_token_id)
+    eos = _first_id(tokenizer.eos_token_id, *map(special.get, KNOWN_EOS), tokenizer.sep_token_id)
+    if bos is None and eos is None:
+        raise UsageError(
+            f"tokenizer {tokenizer.name_or_path!r} has no BOS, EOS, CLS or SEP token and none of the well-known ones; "
+            "leave out --add-document-boundary-tokens or add an EOS token to the tokenizer"
+        )
+    return BoundaryTokens(bos, eos)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Spelling and id of every special token, declared by role or only added as special."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    tokens = {str(token): index for index, token in added.items() if token.special}
+    tokens.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return tokens
+
+
+def _first_id(*candidates: int | None) -> int | None:
+    return next((candidate for candidate in candidates if candidate is not None), None)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def batch_rows_setting(batch_rows: int | None = None) -> int:
+    """Rows encoded in one call: the argument, else RESUME_TOKENIZER_BATCH_ROWS, else 64. Raises UsageError."""
+    if batch_rows is not None:
+        return _within("batch_rows", batch_rows, MAX_BATCH_ROWS)
+    return _from_environment(BATCH_ROWS_VARIABLE, MAX_BATCH_ROWS) or DEFAULT_BATCH_ROWS
+
+
+def workers_setting(workers: int | None = None) -> int:
+    """Encoding threads: the argument, else RESUME_TOKENIZER_WORKERS, else this rank's share of the cores it may use.
+
+    Raises:
+        UsageError: a value that is not a whole number within the limits.
+    """
+    if workers is not None:
+        return _within("workers", workers, MAX_WORKERS)
+    given = _from_environment(WORKERS_VARIABLE, MAX_WORKERS)
+    if given is not None:
+        return given
+    ranks = _from_environment("LOCAL_WORLD_SIZE", 1 << 20) or 1
+    return max(1, min(_usable_cores() // ranks, DEFAULT_MAX_WORKERS))
+
+
+def _usable_cores() -> int:
+    import psutil
+
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):  # not on macOS
+        return len(process.cpu_affinity())
+    return psutil.cpu_count() or 1
+
+
+def _from_environment(variable: str, limit: int) -> int | None:
+    text = os.environ.get(variable, "").strip()
+    return _within(variable, text, limit) if text else None
+
+
+def _within(name: str, value: int | str, limit: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= limit:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number from 1 to {limit}")
+    return number
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Encodes texts with a private copy of a tokenizer's Rust backend, so that nobody else's settings reach it.
+
+    Attributes:
+        digest: identifies the tokenizer in a data position.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UsageError where text that spells a special token could not be kept apart from the token itself."""
+        # Each call encodes on the thread that makes it: the number of threads is then exactly what was set for this
+        # rank, where the library's own pool would take every core of the machine in each rank. A user's setting wins.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._encode: Callable[[list[str]], list[list[int]]]
+        if backend is not None:
+            self._encode, self.digest = _rust_encoder(backend)
+        else:
+            self._encode, self.digest = _python_encoder(tokenizer)
+        self._leaking = _leaking_tokens(tokenizer, self._encode)
+        if self._leaking:
+            self._require_split_works(tokenizer)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if self._leaking is None or not any(map(self._leaking.search, texts)):
+            return self._encode(texts)
+        return [self._encode_split(text) if self._leaking.search(text) else self._encode([text])[0] for text in texts]
+
+    def _encode_split(self, text: str) -> list[int]:
+        """Encode in pieces cut after the first character of each special token's spelling."""
+        assert self._leaking is not None
+        cuts = [match.start() + 1 for match in self._leaking.finditer(text)]
+        pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return list(chain.from_iterable(self._encode(pieces)))
+
+    def _require_split_works(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        for token, index in _control_tokens(tokenizer).items():
+            if index in self([token])[0]:
+                raise UsageError(
+                    f"tokenizer {tokenizer.name_or_path!r} encodes the plain text {token!r} as its special token "
+                    f"{index}; use a tokenizer whose special tokens are not part of its ordinary vocabulary"
+                )
+
+
+def _rust_encoder(backend: Any) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(backend.to_str())
+    # None of these reach the ids of a text encoded without special tokens, so they are not part of the digest either.
+    copy.no_truncation()
+    copy.no_padding()
+    copy.post_processor = None
+    copy.decoder = None
+    digest = hashlib.blake2b(copy.to_str().encode(), digest_size=16).hexdigest()
+    copy.encode_special_tokens = True
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode, digest
+
+
+def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    """For tokenizers written in Python. They hold Python's lock, so more threads neither help nor harm."""
+    described = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+
+    return encode, digest
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens but the unknown one, which stands for any text outside the vocabulary."""
+    special = _special_tokens(tokenizer)
+    return {token: index for token, index in special.items() if token and index != tokenizer.unk_token_id}
+
+
+def _leaking_tokens(
+    tokenizer: PreTrainedTokenizerBase, encode: Callable[[list[str]], list[list[int]]]
+) -> re.Pattern[str] | None:
+    """A pattern for the special tokens whose spelling is encoded as the token even as plain text, None where there are
+    none. It happens where they are entries of the ordinary vocabulary too (Unigram and word-level models)."""
+    tokens = _control_tokens(tokenizer)
+    encoded = (
+        encode([f"a {token} b" for token in tokens]),
+        encode([f"a{token}b" for token in tokens]),
+        encode([*tokens]),
+    )
+    leaking = [
+        token
+        for (token, index), *ways in zip(tokens.items(), *encoded, strict=True)
+        if any(index in ids for ids in ways)
+    ]
+    longest_first = sorted(leaking, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if leaking else None
+
+
+def flatten(
+    ids: Sequence[list[int]], boundaries: BoundaryTokens | None
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Concatenate documents with their boundary tokens: tokens (int32 [T]) and where each document ends (int64 [N])."""
+    before = [] if boundaries is None or boundaries.bos is None else [boundaries.bos]
+    after = [] if boundaries is None or boundaries.eos is None else [boundaries.eos]
+    lengths = np.fromiter(map(len, ids), np.int64, count=len(ids)) + len(before) + len(after)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    pieces = chain.from_iterable((before, document, after) for document in ids) if before or after else ids
+    return np.fromiter(chain.from_iterable(pieces), np.int32, count=total), ends
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Documents on their way to the encoder: `rows` (int64 [N], numbers inside the unit) and their `texts`."""
+
+    epoch: int
+    unit: int
+    rows: npt.NDArray[np.int64]
+    texts: pa.LargeStringArray
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRows:
+    """The same documents as `tokens` (int32 [T]); document i ends before token `ends[i]` (int64 [N])."""
+
+    epoch: int
+    unit: int
+    rows: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int64]
+
+
+class EncoderPool:
+    """Encodes row batches on threads, in order, a bounded number of batches ahead.
+
+    Threads suffice because the Rust encoder releases Python's lock while it works.
+    """
+
+    def __init__(self, encoder: Encoder, boundaries: BoundaryTokens | None, workers: int) -> None:
+        self._encoder = encoder
+        self._boundaries = boundaries
+        # Every worker busy, and one result ready for each while the reader fetches the next row group.
+        self._look_ahead = 2 * workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
+
+    def run(self, items: Iterable[RowBatch | Passed]) -> Iterator[EncodedRows | Passed]:
+        """Replace every `RowBatch` by its `EncodedRows`; anything else passes through at its place in the order."""
+        pending: deque[Future[EncodedRows] | Passed] = deque()
+        for item in items:
+            pending.append(self._pool.submit(self._encode, item) if isinstance(item, RowBatch) else item)
+            if len(pending) > self._look_ahead:
+                yield _resolved(pending.popleft())
+        while pending:
+            yield _resolved(pending.popleft())
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the batches being encoded (milliseconds)."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _encode(self, batch: RowBatch) -> EncodedRows:
+        tokens, ends = flatten(self._encoder(batch.texts.to_pylist()), self._boundaries)
+        return EncodedRows(batch.epoch, batch.unit, batch.rows, tokens, ends)
+
+
+def _resolved(item: Future[EncodedRows] | Passed) -> EncodedRows | Passed:
+    return item.result() if isinstance(item, Future) else item

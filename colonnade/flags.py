@@ -1,0 +1,153 @@
+"""The command lines of `training.py` and `resume_pretrain_tensor.py`: flags made from the tables in `config.py`.
+
+Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+from colonnade.config import (
+    ResumeSettings,
+    RunSettings,
+    check_field,
+    complete_settings,
+    override,
+    read_settings,
+)
+from colonnade.errors import UsageError
+
+_TRAINING = (
+    "Pretrain a decoder-only language model with tensor parallelism. Start it under torchrun for several ranks. "
+    "Started again on its folder, a run goes on where it stopped. Defaults stand in parentheses; a preset has its own."
+)
+_RESUME = (
+    "Go on with a pretraining run from its newest complete checkpoint, at any number of ranks. What is not given is "
+    "the run's own, not the default in parentheses. The optimizer starts afresh and the learning rate is warmed up "
+    "again, unless --keep-optimizer."
+)
+
+
+def parse_training(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The settings given to `training.py`, by flag or in a file: `complete_settings` makes them whole.
+
+    Raises:
+        UsageError: a flag, key or value that cannot be used, or several that contradict each other.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="training.py", description=_TRAINING)
+    parser.add_table(RunSettings)
+    given = _run_settings(parser.parse(arguments))
+    complete_settings(given)
+    return given
+
+
+def parse_resume(arguments: Sequence[str] | None = None) -> tuple[ResumeSettings, dict[str, Any]]:
+    """How to resume, and the run settings given to `resume_pretrain_tensor.py`, by flag or in a file.
+
+    Raises:
+        UsageError: a flag, key or value that cannot be used.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="resume_pretrain_tensor.py", description=_RESUME)
+    parser.add_table(ResumeSettings)
+    parser.add_table(RunSettings, leave_out=("seed",))
+    parser.add_argument(
+        "--batch-size", metavar="SIZE", default=argparse.SUPPRESS, help="the same as --initial-batch-size"
+    )
+    values = parser.parse(arguments)
+    if "batch_size" in values:
+        if "initial_batch_size" in values:
+            raise UsageError("--batch-size and --initial-batch-size are the same: give one of them")
+        spec = next(spec for spec in fields(RunSettings) if spec.name == "initial_batch_size")
+        values["initial_batch_size"] = check_field(spec, values.pop("batch_size"), "--batch-size")
+    resume = _checked(ResumeSettings, values)
+    if "checkpoint_path" not in resume:
+        raise UsageError("--checkpoint-path is missing: give a run's folder, one of its checkpoints, or a .pth file")
+    if resume.get("keep_optimizer"):
+        if resume.get("rewarmup_steps"):
+            raise UsageError(
+                f"--keep-optimizer goes on without a warm-up: leave out --rewarmup-steps {resume['rewarmup_steps']}"
+            )
+        resume["rewarmup_steps"] = 0
+    return ResumeSettings(**resume), _run_settings(values)
+
+
+def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Run settings of a command line, over those of the file it names."""
+    flags = _checked(RunSettings, values)
+    if "config" in values:
+        return override(read_settings(Path(values["config"]), "--config"), flags)
+    return flags
+
+
+def _checked(table: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that are fields of `table`."""
+    specs = {spec.name: spec for spec in fields(table)}
+    return {key: check_field(specs[key], value, _flag(key)) for key, value in values.items() if key in specs}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse for several ranks: complaints as one line, help from rank 0, no flag taken for another."""
+
+    def __init__(self, **options: Any) -> None:
+        # A prefix that means one flag today could mean another, or none, after an update.
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse(self, arguments: Sequence[str] | None) -> dict[str, Any]:
+        """The flags by name. Raises UsageError for one that is unknown, with the nearest known one."""
+        namespace, unknown = self.parse_known_args(arguments)
+        for argument in unknown:
+            if not argument.startswith("--"):
+                raise UsageError(f"argument {argument!r:.100} belongs to no flag; --help lists the flags")
+            name = argument.partition("=")[0][:100]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.0)[0]
+            raise UsageError(f"unknown flag {name}; the nearest known one is {near}")
+        return vars(namespace)
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message[:300]}; --help lists the flags")
+
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
+
+
+class _SettingsParser(OneLineParser):
+    """A parser whose flags are the fields of tables, and a file of them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--config", metavar="YAML", default=argparse.SUPPRESS, help="file of settings by name; flags override them"
+        )
+
+    def add_table(self, table: type, leave_out: Collection[str] = ()) -> None:
+        """One flag a field, grouped. Flags not given stay out of the namespace."""
+        groups: dict[str, Any] = {}
+        for spec in fields(table):
+            if spec.name in leave_out:
+                continue
+            facts = spec.metadata
+            group = groups.get(facts["group"]) or groups.setdefault(
+                facts["group"], self.add_argument_group(facts["group"])
+            )
+            if spec.type == "bool":
+                group.add_argument(_flag(spec.name), action="store_true", default=argparse.SUPPRESS, help=facts["help"])
+                continue
+            choices = "{" + ",".join(facts["choices"]) + "}" if "choices" in facts else None
+            metavar = choices or facts.get("unit") or spec.name.split("_")[-1].upper()
+            default = "" if spec.default in (None, "") else f" (default {spec.default})"
+            group.add_argument(
+                _flag(spec.name), metavar=metavar, default=argparse.SUPPRESS, help=facts["help"] + default
+            )

@@ -1,0 +1,68 @@
+"""The optimizer over `DTensor` parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+# The attribute through which a gradient scaler tells a fused optimizer to skip a step.
+FOUND_INF = "found_inf"
+
+
+# Elements of the widest vector register the fused CPU kernel works in (16-bit numbers in 512 bits).
+VECTOR_ELEMENTS = 32
+
+
+def fused_keeps_bits(parameters: Iterable[nn.Parameter], piece_counts: Iterable[int]) -> bool:
+    """Whether fused AdamW gives each element the same bits however the parameters are cut into whole pieces.
+
+    On the CPU its vectorised body and the scalar code for the remaining elements round differently (torch 2.13: the
+    second moment of a third of such elements differs in its last bit), so no shard may end off a vector's border. The
+    kernels for CUDA compute all elements alike.
+    """
+    return all(
+        parameter.device.type == "cuda" or count == 1 or parameter.numel() // count % VECTOR_ELEMENTS == 0
+        for parameter, count in zip(parameters, piece_counts, strict=True)
+    )
+
+
+def create_adamw(
+    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float, fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101), fused unless told otherwise. Matrices decay; norms and biases, vectors, do not."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of the next step for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW its state in memory as it stands before the first step, without taking a step.
+
+    A fused step that is told of an infinite gradient (`found_inf`, as a gradient scaler tells it) creates the state and
+    then changes neither parameters nor moments nor step counts. Other implementations know no such step; their state is
+    made as they would make it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not optimizer.defaults["fused"]:
+        for parameter in parameters:
+            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    setattr(optimizer, FOUND_INF, torch.ones((), device=parameters[0].device))
+    optimizer.step()
+    delattr(optimizer, FOUND_INF)
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,1 @@
+"""How one model is cut over ranks: the mesh, the conjugate collectives, the sharding table, the vocabulary."""

@@ -1,0 +1,170 @@
+"""Processes, devices and the ("dp", "tp") mesh every other room works on.
+
+The mesh is row-major: global rank = dp_rank * tp + tp_rank, so the ranks of one tensor-parallel group are
+neighbours (on one node, where the links are fast).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from colonnade.errors import UsageError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for a rank: longer than reading a checkpoint or compiling takes the slowest."""
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Where this process stands: its device and its place on the ("dp", "tp") mesh."""
+
+    mesh: DeviceMesh
+    device: torch.device
+
+    @property
+    def tp(self) -> int:
+        return self.mesh["tp"].size()
+
+    @property
+    def dp(self) -> int:
+        return self.mesh["dp"].size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.mesh["tp"].get_local_rank()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh["dp"].get_local_rank()
+
+    @property
+    def tp_mesh(self) -> DeviceMesh:
+        return self.mesh["tp"]
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.mesh["tp"].get_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.mesh["dp"].get_group()
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes what belongs to the whole run."""
+        return dist.get_rank() == 0
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun. Needs no process group."""
+    return _from_environment("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+
+
+def rank_from_environment() -> int:
+    """Global rank torchrun gave this process; 0 without torchrun. Needs no process group."""
+    return _from_environment("RANK", 0)
+
+
+def local_world_size_from_environment() -> int:
+    """Number of processes torchrun started on this machine; 1 without torchrun. Needs no process group."""
+    return _from_environment("LOCAL_WORLD_SIZE", 1)
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} is {text!r} in the environment, not a number: start with torchrun, or unset it")
+    return int(text)
+
+
+def resolve_tensor_parallel_size(world_size: int, requested: int | None) -> int:
+    """The tensor-parallel size for `world_size` processes; all of them when none was requested.
+
+    Raises:
+        UsageError: the world size is not a multiple of the requested size.
+    """
+    tp = world_size if requested is None else requested
+    if tp < 1 or world_size % tp:
+        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise UsageError(
+            f"--tensor-parallel-size {tp} does not divide the {world_size} ranks of this launch; "
+            f"sizes that do: {', '.join(map(str, divisors))}"
+        )
+    return tp
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this local rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        local_rank = _from_environment("LOCAL_RANK", 0)
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
+                "start at most that many processes a node"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def init_parallel(tensor_parallel_size: int | None, device: torch.device | None = None) -> ParallelLayout:
+    """Join the process group and lay the ("dp", "tp") mesh over it.
+
+    Works without torchrun as well: one process is a 1 x 1 mesh with a process group of its own, so that
+    no code further on has to ask whether it is distributed.
+
+    Args:
+        tensor_parallel_size: ranks a model is cut over; None for all of them.
+        device: where parameters live; None for the local accelerator, else the CPU.
+
+    Raises:
+        UsageError: the size does not divide the world size, or a local rank has no GPU.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
+    tp = resolve_tensor_parallel_size(world_size, tensor_parallel_size)
+    device = device or pick_device()
+    if not dist.is_initialized():
+        # The gloo half serves object collectives and votes of a CUDA run without touching its streams.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=_rendezvous_store() if "RANK" in os.environ else dist.HashStore(),
+            rank=rank_from_environment(),
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
+    return ParallelLayout(mesh=mesh, device=device)
+
+
+def _rendezvous_store() -> dist.Store:
+    """The store torchrun hands its ranks, its keys apart from those of an attempt that failed.
+
+    torchrun may keep one store over `--max-restarts`, and then ranks of a new attempt read addresses of dead ones (seen
+    on torch 2.13 with gloo). The number of an attempt tells them apart on one node; over several nodes the agents count
+    differently, so there torchrun has to be told to make a new store (`docs/usage.md`).
+    """
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    except ValueError as error:  # RANK alone, as some cluster schedulers set it
+        text = " ".join(str(error).split())
+        raise UsageError(
+            f"RANK is set, and no way to the other ranks ({text}): start with torchrun, or unset it"
+        ) from error
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
+
+
+def shutdown_parallel() -> None:
+    """Leave the process group after every rank has arrived, so that no peer is cut off in a collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

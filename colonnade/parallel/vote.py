@@ -1,0 +1,58 @@
+"""Deciding together: an error on one rank becomes an error on all of them, and nobody waits for a rank that gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from colonnade.errors import ColonnadeError, RunError, UsageError
+
+T = TypeVar("T")
+_Failure = tuple[bool, str]
+
+
+def one_line(error: BaseException) -> str:
+    """`error` on one line, with its type where the text alone would not tell what happened."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def vote(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run the block on every rank of `group`, and leave it together. Collective: one all-gather of the outcomes.
+
+    Raises:
+        UsageError: the block raised one on some rank; raised on all.
+        RunError: the block raised it, or an OSError, on some rank; raised on all, naming the rank.
+    """
+    failure: _Failure | None = None
+    cause: BaseException | None = None
+    try:
+        yield
+    except (ColonnadeError, OSError) as error:
+        failure, cause = (isinstance(error, UsageError), one_line(error)), error
+    votes: list[_Failure | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(votes, failure, group=group)
+    for rank, ballot in enumerate(votes):
+        if ballot is not None:
+            is_usage, text = ballot
+            if is_usage:
+                raise UsageError(text) from cause
+            raise RunError(f"rank {rank}: {text}") from cause
+
+
+def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call `function` on the first rank of `group` and return its result, which must pickle, on all. Collective.
+
+    Raises:
+        UsageError, RunError: as in `vote`.
+    """
+    box: list[T | None] = [None]
+    with vote(group):
+        if dist.get_rank(group) == 0:
+            box[0] = function()
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]  # type: ignore[return-value]  # T may itself allow None

@@ -1,0 +1,1 @@
+"""What a run tells about itself: metric rows, plots and the progress on screen."""

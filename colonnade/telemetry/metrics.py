@@ -1,0 +1,167 @@
+"""The run's record: one JSON object a line in `metrics.jsonl`, and what is computed from such records."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from colonnade.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class MetricsLog:
+    """Appends rows to a JSON Lines file, one write and one flush a row; a kill costs at most the row being written.
+
+    One process writes (rank 0). A torn last line that a kill left is cut off when the log is opened. Rows are strict
+    JSON: numbers that are not finite become null.
+
+    Raises RunError when the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            self._file: BinaryIO = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row of numbers (NumPy's too), strings, booleans, None, and lists and mappings of them."""
+        try:
+            self._file.write(_encode(row))
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the rows of steps later than `step`, and return how many those were.
+
+        A run that resumes at `step` computes the later steps again; without this the file would tell them twice. A row
+        without a step goes with the row before it. The file is replaced in one rename.
+        """
+        rows = read_metrics(self.path)
+        kept = []
+        lost = False
+        for row in rows:
+            if isinstance(row.get("step"), int):
+                lost = row["step"] > step
+            if not lost:
+                kept.append(row)
+        if len(kept) == len(rows):
+            return 0
+        try:
+            replace_file(self.path, b"".join(_encode(row) for row in kept))
+            self._file.close()
+            self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return len(rows) - len(kept)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics file, in order; a torn last line is left out.
+
+    Raises UsageError when the file cannot be read or when a line before the last is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"cannot read metrics from {path}: {error.strerror or error}") from error
+    # What follows the last newline is empty, or a row that was never finished.
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(f"line {number} of {path} is not a JSON object: remove that line or move the file away")
+        rows.append(row)
+    return rows
+
+
+def unigram_entropy(token_ids: np.ndarray) -> float:
+    """Entropy of the tokens' own frequencies, in nats a token: -sum p log p.
+
+    It is the lowest loss on these tokens of any model that ignores context, so a model that has learnt more than
+    frequencies lies below it. `token_ids` has any shape. Raises ValueError when it is empty.
+    """
+    import numpy as np
+
+    if token_ids.size == 0:
+        raise ValueError("the entropy of no tokens is undefined")
+    counts = np.unique(token_ids, return_counts=True)[1]
+    frequencies = counts / token_ids.size
+    # Adding 0.0 turns the -0.0 of a single distinct token into 0.0.
+    return float(-(frequencies * np.log(frequencies)).sum()) + 0.0
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` in place of the file at `path` in one rename, after it is on disk. Raises OSError."""
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp lets only the owner read; the file keeps the permissions it had, or gets the usual ones.
+        os.chmod(aside, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def _encode(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` with NumPy scalars as Python's and with None for what strict JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is not None and not isinstance(value, str | bool | int | float) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _cut_torn_line(path: Path) -> None:
+    """End the file at its last newline."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write metrics to {path}: {error.strerror or error}")

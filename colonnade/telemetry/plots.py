@@ -1,0 +1,131 @@
+"""Plots of a run, drawn from its metrics file."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colonnade.errors import RunError
+from colonnade.telemetry.metrics import read_metrics, replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# With fewer points the raw curve is clear enough by itself.
+SMOOTH_FROM_POINTS = 40
+# How far the smoothing reaches to each side, as a share of the points.
+SMOOTH_REACH = 1 / 50
+
+TRAIN_COLOR, VALIDATION_COLOR, RATE_COLOR, REFERENCE_COLOR = "#1f5fa8", "#d1495b", "#4d7c43", "#666666"
+
+
+def plot_loss(metrics_path: str | Path, output_png: str | Path, *, unigram_entropy: float | None = None) -> bool:
+    """Draw losses and learning rate over the steps of `metrics_path` into `output_png`, replaced in one rename.
+
+    Losses and `unigram_entropy` (the floor for models without context) are in nats a token. Returns False, and draws
+    nothing, when the file holds no loss yet. Rows whose loss was not finite leave a gap.
+
+    Raises UsageError when the metrics cannot be read and RunError when the picture cannot be written.
+    """
+    rows = read_metrics(metrics_path)
+    train = _series(rows, "loss")
+    validation = _series(rows, "validation_loss")
+    if not any(math.isfinite(value) for _, series in (train, validation) for value in series):
+        return False
+
+    # Figure without pyplot: no window system, no global state, and always the Agg canvas.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 6.5), dpi=130, layout="constrained")
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    _draw_losses(loss_axes, train, validation, unigram_entropy)
+    _draw_learning_rate(rate_axes, _series(rows, "learning_rate"))
+    rate_axes.set_xlabel("optimizer step")
+    rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (loss_axes, rate_axes):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    output = Path(output_png)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(output, picture.getvalue())
+    except OSError as error:
+        raise RunError(f"cannot write the plot to {output}: {error.strerror or error}") from error
+    return True
+
+
+def _draw_losses(
+    axes: Axes,
+    train: tuple[list[int], list[float]],
+    validation: tuple[list[int], list[float]],
+    unigram_entropy: float | None,
+) -> None:
+    steps, losses = train
+    if len(steps) >= SMOOTH_FROM_POINTS:
+        axes.plot(steps, losses, color=TRAIN_COLOR, alpha=0.3, linewidth=0.9, label="training")
+        axes.plot(steps, smooth(losses), color=TRAIN_COLOR, linewidth=1.8, label="training, smoothed")
+    elif steps:
+        axes.plot(steps, losses, color=TRAIN_COLOR, linewidth=1.5, marker=".", label="training")
+    if validation[0]:
+        axes.plot(*validation, color=VALIDATION_COLOR, linewidth=1.5, marker="o", markersize=4, label="validation")
+    if unigram_entropy is not None:
+        label = f"unigram entropy of the validation tokens ({unigram_entropy:.2f})"
+        axes.axhline(unigram_entropy, color=REFERENCE_COLOR, linestyle="--", linewidth=1.2, label=label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.set_title(_title(train, validation), loc="left", fontsize="medium")
+
+
+def _draw_learning_rate(axes: Axes, rates: tuple[list[int], list[float]]) -> None:
+    marker = "." if len(rates[0]) < SMOOTH_FROM_POINTS else None
+    axes.plot(*rates, color=RATE_COLOR, linewidth=1.5, marker=marker, label="learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_ylabel("learning rate")
+
+
+def _title(train: tuple[list[int], list[float]], validation: tuple[list[int], list[float]]) -> str:
+    """The last losses and what perplexity they are, for a reader who wants the number rather than the curve."""
+    parts = []
+    for name, (steps, losses) in (("training", train), ("validation", validation)):
+        if steps and math.isfinite(losses[-1]):
+            perplexity = f"{math.exp(min(losses[-1], 700)):.4g}"
+            parts.append(f"{name} loss {losses[-1]:.3f} (perplexity {perplexity}) at step {steps[-1]}")
+    return " · ".join(parts)
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have `key`; a null, which stands for a value not finite, becomes NaN."""
+    points = [
+        (int(row["step"]), math.nan if row[key] is None else float(row[key]))
+        for row in rows
+        if key in row and row.get("step") is not None
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over `SMOOTH_REACH` of the points to each side; a NaN stays NaN and enters no average.
+
+    Centred, because an average of the past alone lies above a falling loss. At the start, where the loss is steep, the
+    window shrinks on both sides; at the end it loses what would lie beyond.
+    """
+    import numpy as np
+
+    losses = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(losses)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    index = np.arange(len(losses))
+    reach = np.minimum(index, max(1, round(len(losses) * SMOOTH_REACH)))
+    first, last = index - reach, np.minimum(index + reach + 1, len(losses))
+    averages = np.full(len(losses), math.nan)
+    np.divide(sums[last] - sums[first], counts[last] - counts[first], out=averages, where=finite)
+    return [float(average) for average in averages]

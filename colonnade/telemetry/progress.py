@@ -1,0 +1,158 @@
+"""The run on screen: a progress bar where there is a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import tqdm
+
+# Without a terminal the bar is printed as a line of its own, at most this often.
+PLAIN_INTERVAL_S = 30.0
+
+# How a row is read: key of the row, how its value is written.
+_COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("epoch", lambda value: f"epoch {value:g}"),
+    ("loss", lambda value: f"loss {value:.4f}"),
+    ("perplexity", lambda value: f"ppl {_short(value)}"),
+    ("validation_loss", lambda value: f"validation loss {value:.4f}"),
+    ("validation_perplexity", lambda value: f"ppl {_short(value)}"),
+    ("learning_rate", lambda value: f"lr {value:.2e}"),
+    ("grad_norm", lambda value: f"grad norm {value:.3f}"),
+    ("tokens_seen", lambda value: f"tokens {_short(value)}"),
+    ("tokens_per_second", lambda value: f"{_short(value)} tok/s"),
+    ("model_flops_utilization", lambda value: f"MFU {value:.1%}"),
+    ("memory_gib", lambda value: f"{value:.2f} GiB"),
+    ("data_wait_fraction", lambda value: f"data wait {value:.1%}"),
+)
+
+
+class ProgressReport:
+    """Shows a run's steps as a bar on `bar_stream` and its rows and messages as lines on `line_stream`.
+
+    Counts optimizer steps out of `total_steps`, starting at `initial_step`. On a terminal the lines scroll above the
+    bar; elsewhere (a file, a pipe) nothing is ever redrawn: the bar appears as a line at most every 30 s and at the
+    end. With `enabled=False`, for ranks other than 0, every method does nothing.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        initial_step: int = 0,
+        enabled: bool = True,
+        line_stream: TextIO | None = None,
+        bar_stream: TextIO | None = None,
+    ) -> None:
+        self._enabled = enabled
+        self._total = total_steps
+        self._initial = initial_step
+        self._step = initial_step
+        self._loss: float | None = None
+        self._lines = line_stream if line_stream is not None else sys.stdout
+        self._bar_stream = bar_stream if bar_stream is not None else sys.stderr
+        self._started = self._shown = time.monotonic()
+        self._shown_step: int | None = None
+        self._bar: tqdm.tqdm[Any] | None = None
+        if enabled and self._bar_stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=initial_step,
+                desc="training",
+                unit="step",
+                file=self._bar_stream,
+                dynamic_ncols=True,
+                # The average since the start: single steps differ by compilation, validation and saving.
+                smoothing=0.0,
+            )
+
+    def update(self, step: int, loss: float | None = None) -> None:
+        """Say that `step` is done. `loss` is given when it is known; until the next one it stays beside the bar."""
+        if not self._enabled:
+            return
+        if loss is not None:
+            self._loss = loss
+        advance, self._step = step - self._step, step
+        if self._bar is not None:
+            if loss is not None:
+                self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update(advance)
+        elif time.monotonic() - self._shown >= PLAIN_INTERVAL_S:
+            self._show_plain()
+
+    def log_line(self, row: Mapping[str, Any]) -> None:
+        """Print one metrics row, readably; keys without a known meaning stay in the metrics file alone."""
+        if self._enabled:
+            self.message(format_row(row, self._total))
+
+    def message(self, text: str) -> None:
+        """Print `text` on a line of its own, above the bar."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._lines)
+        else:
+            print(text, file=self._lines)
+        # A pipe is buffered by blocks; a reader of the log should not be minutes behind.
+        self._lines.flush()
+
+    def close(self) -> None:
+        """Draw the last state and let go of the screen. May be called twice."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        elif self._step > self._initial and self._shown_step != self._step:
+            self._show_plain()
+        self._enabled = False
+
+    def _show_plain(self) -> None:
+        from tqdm import tqdm
+
+        line = tqdm.format_meter(
+            self._step,
+            self._total,
+            elapsed=time.monotonic() - self._started,
+            initial=self._initial,
+            prefix="training",
+            unit="step",
+            ncols=100,
+            postfix=None if self._loss is None else f"loss {self._loss:.4f}",
+        )
+        print(line, file=self._bar_stream, flush=True)
+        self._shown, self._shown_step = time.monotonic(), self._step
+
+    def __enter__(self) -> ProgressReport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def format_row(row: Mapping[str, Any], total_steps: int | None = None) -> str:
+    """One line for a metrics row: its step (out of `total_steps`), then each known value that is present.
+
+    A value that is None is left out. Units are written with the value; tokens are shortened (12.3k, 4.56M).
+    """
+    parts = [write(float(row[key])) for key, write in _COLUMNS if row.get(key) is not None]
+    if row.get("step") is not None:
+        width = len(str(total_steps)) if total_steps is not None else 0
+        of_total = f"/{total_steps}" if total_steps is not None else ""
+        parts.insert(0, f"step {row['step']:>{width}}{of_total}" if width else f"step {row['step']}")
+    return " | ".join(parts)
+
+
+def _short(value: float) -> str:
+    """`value` with three significant digits and a decimal prefix: 950, 12.3k, 4.56M."""
+    from tqdm import tqdm
+
+    return tqdm.format_sizeof(value) if math.isfinite(value) else str(value)

@@ -1,0 +1,1 @@
+"""Micro-batch autotuner, and memory and FLOP accounting."""

@@ -1,0 +1,158 @@
+"""Micro-batch sizes already found, kept with the run in ``<checkpoint-dir>/micro_batch.json``.
+
+An answer belongs to everything it depends on (device, memory, model, block size, parallel sizes, precision, ...):
+the caller passes these as a mapping, and the answer is filed under a hash of it. A size that ran out of memory in
+the middle of a run leaves an upper bound beside the answer, and the next start with the same mapping obeys it.
+
+The file is a cache: unreadable content costs one warning and a new search, never the run. Ranks that share the
+folder may write at the same time: each write is a rename of a complete file, and ranks that fail together record
+the same bound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from colonnade.errors import RunError
+
+RECORD_NAME = "micro_batch.json"
+RECORD_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One micro-batch size as all ranks saw it.
+
+    ``seconds`` is the time of the slowest rank, None where the size did not fit on every rank.
+    """
+
+    size: int
+    fits: bool
+    seconds: float | None
+
+
+def micro_batch_candidates(chunks_per_rank: int, at_most: int | None = None) -> list[int]:
+    """Micro-batch sizes that divide ``chunks_per_rank``, ascending, none above ``at_most``.
+
+    ``chunks_per_rank`` is the global batch over dp: micro-batch x accumulation, in chunks.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    if chunks_per_rank < 1 or (at_most is not None and at_most < 1):
+        raise ValueError(f"chunks per rank and the limit must be at least 1, not {chunks_per_rank} and {at_most}")
+    small = [size for size in range(1, int(chunks_per_rank**0.5) + 1) if chunks_per_rank % size == 0]
+    divisors = sorted({*small, *(chunks_per_rank // size for size in small)})
+    return [size for size in divisors if at_most is None or size <= at_most]
+
+
+def stored_answer(directory: Path, key_fields: Mapping[str, Any]) -> int | None:
+    """The micro-batch size on record for exactly these fields, not above a bound left by an out-of-memory error.
+
+    A bound without an answer (the size came from elsewhere) is itself the answer.
+    """
+    entry = _read_entries(directory).get(record_key(key_fields))
+    if entry is None:
+        return None
+    return min(int(entry[name]) for name in ("size", "at_most") if name in entry)
+
+
+def store_answer(directory: Path, key_fields: Mapping[str, Any], size: int, trials: Iterable[Trial] = ()) -> None:
+    """Record ``size`` for these fields, with the trials that led to it. A bound already on record stays.
+
+    One rank writes (two with different answers would overwrite each other); the folder is created if missing.
+    """
+    if size < 1:
+        raise ValueError(f"a micro-batch size is at least 1, not {size}")
+    entries = _read_entries(directory)
+    entry = entries.setdefault(record_key(key_fields), {})
+    entry.update(size=size, trials=[asdict(trial) for trial in trials], depends_on=dict(key_fields))
+    _write_entries(directory, entries)
+
+
+def record_out_of_memory(
+    directory: Path, key_fields: Mapping[str, Any], failed_size: int, candidates: Sequence[int]
+) -> int:
+    """Record that ``failed_size`` ran out of memory in the middle of a run; return the size the next start uses.
+
+    ``candidates`` are the sizes the run may use, ascending (``micro_batch_candidates``); the bound is the next one
+    below ``failed_size``. Any rank may call this, several at once as well.
+
+    Raises:
+        RunError: nothing smaller exists.
+    """
+    position = bisect_left(candidates, failed_size)
+    if position == 0:
+        raise RunError(
+            f"micro-batch size {failed_size} ran out of memory and no smaller one exists: use a smaller --block-size, "
+            "a larger --tensor-parallel-size or --precision bf16"
+        )
+    entries = _read_entries(directory)
+    entry = entries.setdefault(record_key(key_fields), {"depends_on": dict(key_fields)})
+    entry["at_most"] = min(candidates[position - 1], entry.get("at_most", failed_size))
+    _write_entries(directory, entries)
+    return int(entry["at_most"])
+
+
+def record_key(key_fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields as canonical JSON: their order does not matter, every value does.
+
+    Raises:
+        TypeError: a value JSON does not know; its text might differ from start to start, so none is made up.
+    """
+    canonical = json.dumps(dict(key_fields), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read_entries(directory: Path) -> dict[str, dict[str, Any]]:
+    path = directory / RECORD_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:  # a torn file: JSONDecodeError and UnicodeDecodeError are ValueErrors
+        logger.warning("%s is ignored: %s", path, " ".join(str(error).split()))
+        return {}
+    if not isinstance(content, dict) or content.get("version") != RECORD_VERSION:
+        logger.warning("%s is ignored: it is no micro-batch record of version %d", path, RECORD_VERSION)
+        return {}
+    answers = content.get("answers")
+    entries = answers if isinstance(answers, dict) else {}
+    usable = {key: entry for key, entry in entries.items() if _is_usable(entry)}
+    if not isinstance(answers, dict) or len(usable) < len(entries):
+        logger.warning("%s: entries without a valid size are ignored", path)
+    return usable
+
+
+def _is_usable(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    sizes = [entry[name] for name in ("size", "at_most") if name in entry]
+    return bool(sizes) and all(type(size) is int and size >= 1 for size in sizes)  # type(): True is no size
+
+
+def _write_entries(directory: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"version": RECORD_VERSION, "answers": entries}, indent=2, allow_nan=False)
+    # A name of its own for every writer: ranks on several nodes may share both the folder and a process id.
+    descriptor, name = tempfile.mkstemp(prefix=f".{RECORD_NAME}-", dir=directory)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, directory / RECORD_NAME)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise RunError(f"{directory / RECORD_NAME} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,77 @@
+"""Floating-point operations of training and the peaks they are compared with (model FLOPs utilization, MFU)."""
+
+from __future__ import annotations
+
+import re
+
+# Dense peaks in TFLOP/s per device as torch names it, from the vendors' data sheets (figures there marked "with
+# sparsity" are halved). "fp32" is arithmetic outside the matrix units, "tf32" what fp32 products use when
+# torch.set_float32_matmul_precision allows it. Consumer cards: with accumulation in fp32, as training uses them.
+# The first pattern that matches counts, so variants stand before the plain name.
+_PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"\bB200\b", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": 75.0, "fp8": 4500.0}),
+    (r"\bH200 NVL\b", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp8": 1670.5}),
+    (r"\bG?H200\b", {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp8": 1978.9}),
+    (r"\bH100 PCIe\b", {"bf16": 756.0, "fp16": 756.0, "tf32": 378.0, "fp32": 51.0, "fp8": 1513.0}),
+    (r"\bH100 NVL\b", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp8": 1670.5}),
+    (r"\bH100\b", {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp8": 1978.9}),
+    (r"\bA100\b", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    (r"\bA40\b", {"bf16": 149.7, "fp16": 149.7, "tf32": 74.8, "fp32": 37.4}),
+    (r"\bA10\b", {"bf16": 125.0, "fp16": 125.0, "tf32": 62.5, "fp32": 31.2}),
+    (r"\bL40S\b", {"bf16": 362.05, "fp16": 362.05, "tf32": 183.0, "fp32": 91.6, "fp8": 733.0}),
+    (r"\bL4\b", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3, "fp8": 242.5}),
+    (r"\bRTX 4090\b(?! D| Laptop)", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6, "fp8": 330.3}),
+    (r"\bRTX 3090\b(?! Ti)", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
+    (r"\bV100-SXM[23]\b", {"fp16": 125.0, "fp32": 15.7}),
+    (r"\bT4\b", {"fp16": 65.0, "fp32": 8.1}),
+    (r"\bMI3(00X|25X)\b", {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4, "fp8": 2614.9}),
+)
+
+_DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def training_flops_per_token(
+    num_parameters_without_embeddings: int,
+    num_layers: int,
+    hidden_attention_width: int,
+    block_size: int,
+    vocab_size: int,
+    hidden_size: int,
+) -> int:
+    """FLOPs of one token in one training step (forward and backward), the numerator of MFU.
+
+    ``6 x (N + H x V) + 12 x L x A x T`` (PaLM, arXiv:2204.02311, appendix B; nanoGPT's ``estimate_mfu``):
+    each weight takes part in one multiply and one add forward and twice that backward; each layer's ``Q K^T`` and
+    ``P V`` take ``2 A T`` each forward, twice that backward. Attention counts **in full**, not halved for
+    the causal mask: the convention of PaLM, nanoGPT and most published MFU figures. Operations recomputed by
+    activation checkpointing do not count (that would be hardware utilization), nor do norms, RoPE and softmax.
+    The input embedding is a lookup and costs nothing; the output head is a product of H x V whether tied or not.
+
+    Args:
+        num_parameters_without_embeddings: N, parameters of the whole model (all tensor-parallel ranks) without input
+            embedding and output head. Norm weights may be in it: they change the result by less than 1e-3.
+        num_layers: L.
+        hidden_attention_width: A = num_attention_heads x head_dim (not the KV heads).
+        block_size: T, tokens a sequence.
+        vocab_size: V, without padding.
+        hidden_size: H.
+    """
+    matmul_parameters = num_parameters_without_embeddings + hidden_size * vocab_size
+    return 6 * matmul_parameters + 12 * num_layers * hidden_attention_width * block_size
+
+
+def peak_flops(device_name: str, dtype_name: str) -> float | None:
+    """Dense peak of one device in FLOP/s, None when it is not known (a CPU, an unlisted card, a MIG partition).
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        dtype_name: ``fp32``, ``tf32``, ``bf16``, ``fp16`` or ``fp8`` (torch's own names work too). Pass ``tf32`` for
+            fp32 training with TF32 products allowed.
+    """
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    dtype = _DTYPE_ALIASES.get(dtype_name.removeprefix("torch."), dtype_name)
+    for pattern, tflops in _PEAK_TFLOPS:
+        if re.search(pattern, device_name, re.IGNORECASE):
+            return tflops[dtype] * 1e12 if dtype in tflops else None
+    return None

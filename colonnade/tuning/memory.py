@@ -1,0 +1,260 @@
+"""Does a micro-batch of this size fit? One rank's answer, without any collective.
+
+Two ways to find out:
+
+- On an accelerator (CUDA, ROCm, XPU) the size is tried: an out-of-memory error, or a peak above the limit, is a no.
+- On the CPU an overdrawn process is killed, or the machine swaps; there is nothing to catch. Sizes 1 and 2 are
+  measured, memory is fitted as fixed + slope x size, and a larger size runs only if it is predicted to fit. Every
+  size that runs joins the fit.
+
+``trial_runner`` picks the one for a device. The probe it runs (one step at a given size, its time in seconds as
+result) comes from the caller and must hold no collective.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1024**3
+
+# What the limit leaves free of a device's total memory: collectives allocate their buffers only when they first run,
+# fragmentation grows over a long run, and a step may be a little larger than the probed one (evaluation, saving).
+SAFETY_MARGIN = 0.05
+
+# A forward and backward pass takes at least tens of milliseconds where memory is short; a reading takes about 20 us.
+SAMPLE_INTERVAL_SECONDS = 0.002
+
+CALIBRATION_SIZES = (1, 2)
+
+_OUT_OF_MEMORY_TEXTS = (
+    "out of memory",  # CUDA/HIP/XPU runtime errors, NCCL's "Cuda failure 2 'out of memory'"
+    "can't allocate memory",  # torch's CPU allocator
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "failed to cuda malloc",  # NCCL
+    "failed to cuda calloc",
+    "failed to cuda host alloc",
+)
+
+Probe = Callable[[int], float]
+
+
+class TrialRunner(Protocol):
+    """Runs one trial on this rank: ``(fits, seconds)``, seconds being infinite where the size does not fit."""
+
+    @property
+    def limit_bytes(self) -> int:
+        """What one rank may use, in bytes."""
+
+    @property
+    def flat_doublings(self) -> int | None:
+        """End the growth after this many doublings without more throughput; None: grow to the memory limit."""
+
+    def __call__(self, size: int) -> tuple[bool, float]: ...
+
+
+def trial_runner(device: torch.device, probe: Probe, memory_limit_gib: float | None = None) -> TrialRunner:
+    """The trials of a device. Call it once model and optimizer state are in memory on all ranks of the machine:
+    on the CPU the memory free at this moment is shared out among them.
+
+    Args:
+        device: where the model is.
+        probe: runs one forward, backward and whatever else a step keeps in memory, at the given micro-batch size, and
+            returns the seconds it took, first-use costs (compilation, kernel selection) excluded.
+        memory_limit_gib: ``--memory-limit-gib``, for one rank; None: what the device has, less ``SAFETY_MARGIN``.
+    """
+    if device.type == "cpu":
+        return HostTrials(probe, PeakRss(), host_memory_limit(memory_limit_gib))
+    memory = AcceleratorMemory(device)
+    return AcceleratorTrials(probe, memory, accelerator_memory_limit(memory.total_bytes, memory_limit_gib))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or the host, in torch, cuBLAS, cuDNN or NCCL."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(known in text for known in _OUT_OF_MEMORY_TEXTS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accelerators
+
+
+class DeviceMemory(Protocol):
+    """What ``AcceleratorTrials`` needs of a device."""
+
+    def start_trial(self) -> None:
+        """Hand cached blocks back and forget the last peak."""
+
+    def peak_bytes(self) -> int:
+        """The most memory the device had in use since ``start_trial``."""
+
+
+class AcceleratorMemory:
+    """Memory of one CUDA, ROCm or XPU device, as its caching allocator and its driver see it."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device = device
+        self._module = torch.get_device_module(device)
+        self.total_bytes: int = self._module.mem_get_info(device)[1]
+
+    def start_trial(self) -> None:
+        gc.collect()
+        self._module.empty_cache()
+        self._module.reset_peak_memory_stats(self._device)
+
+    def peak_bytes(self) -> int:
+        """Peak reserved by the allocator, plus what is in use beside it: context, collectives, other processes."""
+        free, total = self._module.mem_get_info(self._device)
+        beside = total - free - self._module.memory_reserved(self._device)
+        return int(self._module.max_memory_reserved(self._device) + max(0, beside))
+
+
+def accelerator_memory_limit(total_bytes: int, memory_limit_gib: float | None) -> int:
+    """Bytes a rank may use on its device: total x (1 - ``SAFETY_MARGIN``), or the given limit where that is lower."""
+    limit = int(total_bytes * (1 - SAFETY_MARGIN))
+    return limit if memory_limit_gib is None else min(limit, int(memory_limit_gib * GIB))
+
+
+class AcceleratorTrials:
+    """Trials on an accelerator: a size fits if the probe ends without running out of memory, its peak in the limit."""
+
+    flat_doublings: int | None = None
+
+    def __init__(self, probe: Probe, memory: DeviceMemory, limit_bytes: int) -> None:
+        self._probe = probe
+        self._memory = memory
+        self.limit_bytes = limit_bytes
+
+    def __call__(self, size: int) -> tuple[bool, float]:
+        self._memory.start_trial()
+        seconds = self._run(size)
+        # Read before the clean-up: it hands the blocks back whose peak is asked for.
+        fits = seconds is not None and self._memory.peak_bytes() <= self.limit_bytes
+        self._memory.start_trial()
+        return (True, seconds) if fits and seconds is not None else (False, float("inf"))
+
+    def _run(self, size: int) -> float | None:
+        """Seconds, or None when memory ran out; on return no frame of a failed probe keeps a tensor alive."""
+        try:
+            return self._probe(size)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            link: BaseException | None = error
+            while link is not None:
+                traceback.clear_frames(link.__traceback__)
+                link = link.__context__
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU
+
+
+class HostMemory(Protocol):
+    """What ``HostTrials`` needs of the host."""
+
+    def peak_during(self, probe: Probe, size: int) -> tuple[float, int]:
+        """Run ``probe(size)``; its seconds, and the peak of this process's memory meanwhile, in bytes."""
+
+
+class PeakRss:
+    """Peak resident memory of this process during a call, by a thread that samples it through psutil.
+
+    Not ``resource.getrusage().ru_maxrss``: that is the peak of the whole life of the process and never falls, so that
+    a trial below the peak of loading the model or reading a checkpoint would show nothing; on Linux it survives
+    ``exec`` as well, and its unit is KiB on Linux but bytes on macOS.
+    """
+
+    def peak_during(self, probe: Probe, size: int) -> tuple[float, int]:
+        import psutil
+
+        process = psutil.Process()
+        gc.collect()  # cycles left by the trial before would count for this one
+        peak = process.memory_info().rss
+        done = threading.Event()
+
+        def sample() -> None:
+            nonlocal peak
+            while not done.wait(SAMPLE_INTERVAL_SECONDS):
+                peak = max(peak, process.memory_info().rss)
+
+        sampler = threading.Thread(target=sample, name="peak-rss", daemon=True)
+        sampler.start()
+        try:
+            seconds = probe(size)
+        finally:
+            done.set()
+            sampler.join()
+        return seconds, max(peak, process.memory_info().rss)
+
+
+def host_memory_limit(memory_limit_gib: float | None) -> int:
+    """Resident bytes this rank may use: the given limit, or what it uses now plus its share of what is free.
+
+    The share is psutil's available memory, less ``SAFETY_MARGIN``, over the ranks of this machine
+    (``LOCAL_WORLD_SIZE``, 1 without torchrun). psutil reports the machine: under a tighter limit of a container or a
+    batch system, give ``--memory-limit-gib``.
+    """
+    if memory_limit_gib is not None:
+        return int(memory_limit_gib * GIB)
+    import psutil
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = psutil.virtual_memory().available * (1 - SAFETY_MARGIN) / ranks
+    return int(psutil.Process().memory_info().rss + share)
+
+
+class HostTrials:
+    """Trials on the CPU: sizes 1 and 2 are measured, larger ones run only where the fit predicts that they fit."""
+
+    # Throughput of a CPU saturates at small sizes; a search up to the memory limit would take minutes and gain nothing.
+    flat_doublings: int | None = 2
+
+    def __init__(self, probe: Probe, memory: HostMemory, limit_bytes: int) -> None:
+        self._probe = probe
+        self._memory = memory
+        self.limit_bytes = limit_bytes
+        self._measured: dict[int, tuple[float, int]] = {}  # size -> seconds, peak bytes
+
+    def __call__(self, size: int) -> tuple[bool, float]:
+        # Calibrating here, when a size first needs it, keeps the trials all ranks vote on the same on every device.
+        for smaller in (*(calibration for calibration in CALIBRATION_SIZES if calibration < size), size):
+            if smaller not in self._measured:
+                if self.predicted_bytes(smaller) > self.limit_bytes:
+                    return False, float("inf")
+                self._measured[smaller] = self._memory.peak_during(self._probe, smaller)
+            seconds, peak = self._measured[smaller]
+            if peak > self.limit_bytes:
+                return False, float("inf")
+        return True, seconds
+
+    def predicted_bytes(self, size: int) -> int:
+        """Peak at ``size`` as fixed + slope x size; 0 before two sizes are measured.
+
+        The highest of: least squares over all measured sizes; the line through the largest two, since a first trial's
+        one-time costs can hide the slope of small sizes; and the peak of any smaller size.
+        """
+        if len(self._measured) < len(CALIBRATION_SIZES):
+            return 0
+        import numpy as np
+
+        sizes = np.array(sorted(self._measured), dtype=np.float64)
+        peaks = np.array([self._measured[int(measured)][1] for measured in sizes], dtype=np.float64)
+        lines = (np.polyfit(sizes, peaks, deg=1), np.polyfit(sizes[-2:], peaks[-2:], deg=1))
+        predictions = [float(np.polyval(line, size)) for line in lines]
+        return round(max(*predictions, float(peaks[sizes <= size].max(initial=0.0))))

@@ -1,0 +1,385 @@
+"""What a run is started with, settled and checked before anything is built: folder, model, data, sizes, batch.
+
+Everything here either returns what it settled or raises a `UsageError` that names the value, the limit and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colonnade.checkpoint.discover import CheckpointInfo, latest_checkpoint, resolve_checkpoint
+from colonnade.checkpoint.run_record import run_record
+from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings, load_preset
+from colonnade.errors import RunError, UsageError
+from colonnade.parallel.compilation import require_compiler
+from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
+from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
+from colonnade.parallel.sharding import check_slices, default_slices
+from colonnade.parallel.vote import one_line
+from colonnade.tuning.batch_record import micro_batch_candidates
+from colonnade.tuning.memory import GIB
+from data_processing import DEFAULT_GLOBS, discover_shards, find_default_shards, load_tokenizer
+from model import ModelConfig
+
+SAMPLE_FOLDER = Path("data/sample")
+FINGERPRINT_INTERVAL = 100
+
+
+# --------------------------------------------------------------------------------------------------- the run's folder
+
+
+def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
+    _require_writable(directory)
+    found = latest_checkpoint(directory)
+    if found is not None and found.manifest is None:
+        raise UsageError(
+            f"{directory} holds the single file {found.path.name}, which has no run to go on with exactly; "
+            f"use resume_pretrain_tensor.py --checkpoint-path {found.path}, or another --checkpoint-dir"
+        )
+    return found
+
+
+def find_checkpoint(path: Path) -> CheckpointInfo:
+    """The checkpoint that `--checkpoint-path` means."""
+    try:
+        return resolve_checkpoint(path)
+    except OSError as error:
+        raise UsageError(f"--checkpoint-path {path} cannot be read ({error.strerror}); check the path") from error
+
+
+def _require_writable(directory: Path) -> None:
+    """Refuse a folder that could not take the first checkpoint, hours from now. Creates nothing."""
+    existing = directory.absolute()
+    try:
+        while not _is_there(existing):
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--checkpoint-dir {directory} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether `path` names something, be it a link to nothing. Raises OSError where it cannot be a name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """A checkpoint has its architecture and its weights: refuse to be told others, rather than ignore it."""
+    for name in ("preset", "model_config", "seed"):
+        value = given.get(name)
+        if value is not None and value != own.get(name):
+            what = "weights" if name == "seed" else "an architecture"
+            raise UsageError(f"{name} {value}: {path} has {what} of its own ({name} {own.get(name)}); leave it out")
+
+
+def require_no_other_run(found: CheckpointInfo, directory: Path) -> None:
+    """Refuse a folder whose newest checkpoint would not be this run's: the next start there would take that one."""
+    _require_writable(directory)
+    there = latest_checkpoint(directory)
+    if there is None or there.path.resolve() == found.path.resolve():
+        return
+    if directory.resolve() != found.path.parent.resolve() or (there.step or 0) > (found.step or 0):
+        raise UsageError(
+            f"--checkpoint-dir {directory} holds {there.path.name}, which does not come from {found.path}; "
+            "go on from that one, move it away, or give another --checkpoint-dir"
+        )
+
+
+def require_steps_left(path: Path, step: int, settings: RunSettings) -> None:
+    if step >= settings.total_steps:
+        raise UsageError(
+            f"--total-steps {settings.total_steps} leaves nothing to do: {path} is at step {step}; give more than that"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- the inputs
+
+
+def with_preset(given: Mapping[str, Any], layout: ParallelLayout, notes: list[str]) -> RunSettings:
+    """The settings given, with a model that suits the device for those who named none."""
+    if given.get("preset") is None and given.get("model_config") is None:
+        preset = "tiny" if layout.device.type == "cpu" else "argonne-2b"
+        notes.append(f"no --preset or --model-config: using preset {preset}")
+        given = {**given, "preset": preset}
+    return complete_settings(given)
+
+
+def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes: list[str]) -> RunSettings:
+    """Settle what depends on the device: precision and compilation."""
+    on_cpu = layout.device.type == "cpu"
+    if settings.precision == "auto":
+        settings = settings.replace(precision="bf16" if not on_cpu and torch.cuda.is_bf16_supported() else "fp32")
+    if on_cpu and not settings.compile and not settings.disable_compile:
+        notes.append("torch.compile is off on the CPU; --compile switches it on")
+    if settings.compile and on_cpu:
+        require_compiler()
+    if settings.deterministic:
+        fix_arithmetic(compiled=is_compiled(settings, layout))
+    return settings
+
+
+def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
+    return settings.compile or (layout.device.type != "cpu" and not settings.disable_compile)
+
+
+def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
+    """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
+    if settings.data_glob is not None:
+        _require_shards("--data-glob", settings.data_glob)
+    elif shards := find_default_shards():
+        settings = settings.replace(data_glob=",".join(map(str, shards)))
+        notes.append(f"no --data-glob: using the {len(shards)} shards of {Path(shards[0]).parent}")
+    else:
+        from colonnade.data.sample_corpus import build_sample_corpus
+
+        print(f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}: using the sample corpus", flush=True)
+        try:
+            corpus = build_sample_corpus(SAMPLE_FOLDER)
+        except (OSError, RunError) as error:
+            raise UsageError(
+                f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
+            ) from error
+        settings = settings.replace(
+            data_glob=corpus.train_glob,
+            validation_glob=settings.validation_glob or corpus.validation_glob,
+            tokenizer_path=settings.tokenizer_path or corpus.tokenizer_path,
+        )
+    if settings.tokenizer_path is None:
+        raise UsageError("--tokenizer-path is missing: give a tokenizer's folder or hub name")
+    if settings.validation_glob is not None:
+        _require_shards("--validation-glob", settings.validation_glob)
+    return settings
+
+
+def _require_shards(flag: str, pattern: str) -> None:
+    try:
+        discover_shards(pattern)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def resolve_model(settings: RunSettings) -> ModelConfig:
+    """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
+    assert settings.tokenizer_path is not None
+    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+    # Not len(tokenizer): ids may have gaps.
+    entries = max(tokenizer.get_vocab().values(), default=0) + 1
+    if settings.model_config is not None:
+        config = ModelConfig.from_json(settings.model_config, vocab_size=entries)
+    else:
+        assert settings.preset is not None
+        sizes = load_preset(settings.preset)[0]
+        known = [field.name for field in fields(ModelConfig)]
+        for key in sizes:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
+        config = ModelConfig.from_dict(sizes, vocab_size=entries)
+    if entries > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer {settings.tokenizer_path} has ids up to {entries - 1}, the model's vocabulary "
+            f"{config.vocab_size} entries; use the model's own tokenizer or a larger vocab_size"
+        )
+    return config
+
+
+def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
+    """The architecture a checkpoint was written with."""
+    try:
+        return ModelConfig.from_dict(record["model_config"])
+    except UsageError as error:
+        raise UsageError(f"{path} is damaged ({error}); use another checkpoint") from error
+
+
+def resolve_model_settings(settings: RunSettings, config: ModelConfig) -> RunSettings:
+    minimum = settings.min_learning_rate
+    if settings.deterministic:
+        interval = settings.fingerprint_interval
+        settings = settings.replace(
+            tensor_slices=settings.tensor_slices or default_slices(config),
+            fingerprint_interval=FINGERPRINT_INTERVAL if interval is None else interval,
+        )
+    return settings.replace(
+        block_size=settings.block_size or config.max_position_embeddings,
+        min_learning_rate=settings.learning_rate / 10 if minimum is None else minimum,
+    )
+
+
+def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuse what cannot be cut or does not fit the model, before anything is built."""
+    assert settings.block_size is not None
+    if settings.block_size > config.max_position_embeddings:
+        raise UsageError(
+            f"--block-size {settings.block_size} is above the model's context of {config.max_position_embeddings}; "
+            "give at most that"
+        )
+    check_slices(config, layout.tp, settings.tensor_slices)
+    _require_memory(config, layout)
+
+
+def _require_memory(config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuse a model whose parameters, gradients and AdamW moments, 16 bytes a parameter, exceed all there is."""
+    if layout.device.type == "cuda":
+        ranks, memory = 1, torch.cuda.mem_get_info(layout.device)[1]
+    else:
+        import psutil
+
+        ranks, memory = local_world_size_from_environment(), psutil.virtual_memory().total
+    needed = 16 * config.num_parameters // layout.tp * ranks
+    if needed > memory:
+        shared = f" on the {ranks} ranks of a node" if ranks > 1 else ""
+        raise UsageError(
+            f"parameters, gradients and optimizer state of a model of {config.num_parameters:,} parameters take "
+            f"{needed // GIB:,} GiB at tp {layout.tp}{shared}, and there are {memory // GIB:,} GiB; use a smaller "
+            "model or more tensor-parallel ranks"
+        )
+
+
+# --------------------------------------------------------------------------------------------- is it the same run
+
+
+def require_same_run(
+    found: CheckpointInfo, settings: RunSettings, config: ModelConfig, layout: ParallelLayout
+) -> Mapping[str, Any]:
+    """The record of the run in the folder. Refuse to go on with it under other settings, naming each that differs."""
+    record = run_record(found)
+    stored = RunSettings(**record["settings"])
+    changed = [
+        f"{name} {stored.identity()[name]} -> {value}"
+        for name, value in settings.identity().items()
+        if value != stored.identity()[name]
+    ]
+    changed += [
+        f"{name} {record['model_config'].get(name)} -> {value}"
+        for name, value in config.to_dict().items()
+        if value != record["model_config"].get(name)
+    ]
+    batch = ("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step")
+    if any(getattr(stored, name) != getattr(settings, name) for name in batch):
+        asked = requested_global_batch(settings, layout.dp)
+        if asked not in (None, record["global_batch"]):
+            changed.append(f"sequences a step {record['global_batch']} -> {asked}")
+    changed += arithmetic_changes(record, settings, layout)
+    if changed:
+        raise UsageError(
+            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own, "
+            "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
+        )
+    return record
+
+
+def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout) -> list[str]:
+    """What a deterministic run's bits depend on besides its settings, where it is not as its checkpoint says."""
+    if not settings.deterministic or not record["arithmetic"]:
+        return []
+    asked = settings.initial_batch_size
+    size = record["arithmetic"].get("micro_batch_size") if asked == "auto" else int(asked)
+    present = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
+    return differences(record["arithmetic"], present)
+
+
+def describe_changes(
+    record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout, global_batch: int | None
+) -> list[str]:
+    """What differs from the checkpoint, as `name old -> new`."""
+    if not record:
+        return []
+    quiet = {"tensor_parallel_size", "checkpoint_dir"}
+    old, new = record["settings"], settings.to_dict()
+    lines = [
+        f"{name} {old.get(name)} -> {new[name]}" for name in new if name not in quiet and new[name] != old.get(name)
+    ]
+    for name, value in (("tp", layout.tp), ("dp", layout.dp)):
+        if record[name] != value:
+            lines.append(f"{name} {record[name]} -> {value}")
+    if record["global_batch"] != global_batch:
+        lines.append(f"sequences a step {record['global_batch']} -> {global_batch or 'auto'}")
+    return lines + arithmetic_changes(record, settings, layout)
+
+
+# ------------------------------------------------------------------------------------------------------ the batch
+
+
+def requested_global_batch(settings: RunSettings, dp: int) -> int | None:
+    """Sequences an optimizer step that the settings ask for; None where the tuner is to find out.
+
+    Raises:
+        UsageError: --tokens-per-step is no whole number of sequences, or the step is too large.
+    """
+    block = settings.block_size
+    assert block is not None
+    if settings.tokens_per_step is not None:
+        chunks, rest = divmod(settings.tokens_per_step, block)
+        if rest:
+            near = [count * block for count in (chunks, chunks + 1) if count]
+            raise UsageError(
+                f"--tokens-per-step {settings.tokens_per_step} is no multiple of --block-size {block}; "
+                f"nearest: {' or '.join(map(str, near))}"
+            )
+        return chunks
+    if settings.initial_batch_size == "auto":
+        check_step_size(1, settings, dp)
+        return None
+    micro_batch = int(settings.initial_batch_size)
+    check_step_size(micro_batch, settings, dp)
+    return micro_batch * settings.gradient_accumulation_steps * dp
+
+
+def check_step_size(micro_batch: int, settings: RunSettings, dp: int) -> None:
+    """Refuse a product of sizes that no step can be: one of them has a digit too many."""
+    tokens = micro_batch * settings.gradient_accumulation_steps * dp * (settings.block_size or 0)
+    if tokens > MAX_TOKENS_PER_STEP:
+        raise UsageError(
+            f"micro-batch {micro_batch} x --gradient-accumulation-steps {settings.gradient_accumulation_steps} x {dp} "
+            f"data-parallel ranks of {settings.block_size} tokens are {tokens:,} tokens a step; at most "
+            f"{MAX_TOKENS_PER_STEP:,} can be: lower one of them"
+        )
+
+
+def batch_of_resumed(
+    record: Mapping[str, Any], settings: RunSettings, given: Mapping[str, Any], layout: ParallelLayout
+) -> int | None:
+    """Sequences an optimizer step of a resumed run: its own, unless another accumulation or number of tokens is given.
+
+    A micro-batch alone does not change it, nor does a file that gives the run's own settings back.
+    """
+    names = ("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step")
+    if record:
+        own = RunSettings(**record["settings"])
+        changed = any(getattr(settings, name) != getattr(own, name) for name in names)
+        if not (changed and given.keys() & set(names[1:])):
+            return int(record["global_batch"])
+    return requested_global_batch(settings, layout.dp)
+
+
+def fixed_micro_batch(settings: RunSettings, record: Mapping[str, Any]) -> int | None:
+    """The micro-batch of a deterministic run, which nothing may lower: as given, else the run's own, else not known."""
+    if not settings.deterministic:
+        return None
+    if settings.initial_batch_size != "auto":
+        return int(settings.initial_batch_size)
+    return (record.get("arithmetic") or {}).get("micro_batch_size")
+
+
+def check_shares(global_batch: int | None, dp: int) -> None:
+    """Refuse a number of data-parallel ranks that cannot share out a step."""
+    if global_batch is not None and global_batch % dp:
+        sizes = [size for size in micro_batch_candidates(global_batch) if size <= 2 * dp]
+        raise UsageError(
+            f"{dp} data-parallel ranks cannot share out the {global_batch} sequences of a step; "
+            f"data-parallel sizes that can: {', '.join(map(str, sizes))}"
+        )

@@ -1,0 +1,28 @@
+"""What every test runs under: no network, and no thread pools that fight over the cores with spawned ranks."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def rank_pool():
+    """Spawned gloo ranks (`distributed.pool.RankPool`), shared by the whole session."""
+    from distributed.pool import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def single_rank():
+    """A one-rank process group in this process."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,148 @@
+"""Small corpora and tokenizers for the data tests, and the token stream computed the plain way."""
+
+from __future__ import annotations
+
+import os
+import random
+import textwrap
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+EOS = "<|endoftext|>"
+BOS = "<|startoftext|>"
+
+
+@cache
+def all_stdlib_texts() -> tuple[str, ...]:
+    """Sixty short documents from the standard library's source, of many lengths, and some that are not ASCII."""
+    import argparse
+    import textwrap as module
+
+    source = Path(argparse.__file__).read_text() + Path(module.__file__).read_text()
+    generator = random.Random(0)
+    texts: list[str] = []
+    start = 0
+    while len(texts) < 60:
+        length = generator.choice([30, 120, 400, 1500])
+        texts.append(source[start : start + length].strip() or "blank")
+        start += length
+    texts[3] = "Zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich — façade, naïve."
+    texts[7] = "日本語の文章です。漢字とかな。" * 4
+    texts[11] = f"The marker {EOS} ends a document; {BOS} begins one."
+    return tuple(texts)
+
+
+def stdlib_texts(count: int = 60) -> tuple[str, ...]:
+    """The first `count` of `all_stdlib_texts`."""
+    return all_stdlib_texts()[:count]
+
+
+@cache
+def trained_backend() -> str:
+    """A byte-level BPE of 400 entries with two special tokens, serialised."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[EOS, BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(textwrap.__file__).read_text()], trainer)
+    return str(tokenizer.to_str())
+
+
+def tiny_tokenizer(**roles: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `trained_backend` with special tokens in the given roles (default: `EOS` as eos_token)."""
+    backend = Tokenizer.from_str(trained_backend())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **(roles or {"eos_token": EOS}))
+
+
+def write_shard(
+    path: Path, texts: Sequence[Any], *, group: int = 10, layout: str = "parquet", column: str = "text", **options: Any
+) -> Path:
+    """Write one shard with `group` rows a unit and a second column; `texts` may be an Arrow array."""
+    array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
+    table = pa.table({"id": pa.array(range(len(array))), column: array})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if layout == "parquet":
+        pq.write_table(table, path, row_group_size=group, write_page_checksum=True, **options)
+        return path
+    make = {"arrow-file": pa.ipc.new_file, "arrow-stream": pa.ipc.new_stream}[layout]
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=group)
+    return path
+
+
+def write_corpus(folder: Path, texts: Sequence[str], *, shards: int = 3, group: int = 10) -> list[Path]:
+    """Deal `texts` to Parquet shards in runs, in order."""
+    per_shard = -(-len(texts) // shards)
+    return [
+        write_shard(folder / f"part_{index}.parquet", texts[index * per_shard : (index + 1) * per_shard], group=group)
+        for index in range(shards)
+    ]
+
+
+def plain_tokens(
+    texts: Iterable[str], *, backend: str | None = None, bos: int | None = None, eos: int | None = None
+) -> list[int]:
+    """All documents' tokens in a row: each text encoded alone by the `tokenizers` API, with its boundaries."""
+    tokenizer = Tokenizer.from_str(backend or trained_backend())
+    tokenizer.encode_special_tokens = True
+    tokens: list[int] = []
+    for text in texts:
+        tokens += [bos] if bos is not None else []
+        tokens += tokenizer.encode(text, add_special_tokens=False).ids
+        tokens += [eos] if eos is not None else []
+    return tokens
+
+
+def plain_blocks(tokens: Sequence[int], block_size: int, epochs: int = 1) -> list[npt.NDArray[np.int32]]:
+    """Blocks of `block_size + 1` with stride `block_size`, for each epoch from its beginning."""
+    starts = range(0, len(tokens) - block_size, block_size)
+    return [np.array(tokens[start : start + block_size + 1], np.int32) for _ in range(epochs) for start in starts]
+
+
+def assert_same_blocks(got: Iterable[npt.NDArray[np.int32]], expected: Sequence[npt.NDArray[np.int32]]) -> None:
+    """Same number of blocks, and every one equal, dtype included."""
+    blocks = list(got)
+    assert len(blocks) == len(expected)
+    for number, (block, reference) in enumerate(zip(blocks, expected, strict=True)):
+        assert block.dtype == np.int32
+        assert block.tolist() == reference.tolist(), f"block {number}"
+
+
+def qwen_tokenizer_folder() -> str:
+    """A real chat tokenizer without BOS; skips the test where it is absent."""
+    beside = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "qwen-tokenizer"
+    folder = Path(os.environ.get("COLONNADE_QWEN_TOKENIZER", beside))
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer at {folder}; set COLONNADE_QWEN_TOKENIZER")
+    return str(folder)
+
+
+def flip_bit(path: Path, needle: bytes) -> None:
+    """Flip one bit of the first byte of `needle`, which has to stand in the file once."""
+    data = bytearray(path.read_bytes())
+    assert data.count(needle) == 1
+    at = data.index(needle)
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def bad_utf8(values: Sequence[bytes | None]) -> pa.Array:
+    """A string array that claims to hold text whatever the bytes are."""
+    raw = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())

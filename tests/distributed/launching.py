@@ -1,0 +1,85 @@
+"""The commands as a user starts them: in processes of their own, under torchrun where there are several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_helpers import stdlib_texts, tiny_tokenizer, write_corpus
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+
+
+def make_inputs(folder: Path) -> list[str]:
+    """Write a small corpus, its tokenizer and a model config; the flags of `training.py` that use them."""
+    write_corpus(folder / "corpus", stdlib_texts(120))
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return [
+        *("--data-glob", str(folder / "corpus" / "*.parquet"), "--tokenizer-path", str(folder / "tokenizer")),
+        *("--model-config", str(folder / "config.json"), "--block-size", "64", "--log-interval", "1"),
+        *("--learning-rate", "1e-3", "--warmup-steps", "2"),
+    ]
+
+
+def command(script: str, flags: Sequence[str], ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, str(ROOT / script), *flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, str(ROOT / script), *flags]
+
+
+def start(
+    script: str, flags: Sequence[str], ranks: int = 1, command_line: Sequence[str] | None = None
+) -> subprocess.Popen[str]:
+    """Start a command, or the command line given; its output and errors come in one stream."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        command_line or command(script, flags, ranks),
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120.0) -> str:
+    """Wait for the end of a command; its output, once its exit code has been found right."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, output
+    return output
+
+
+def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0) -> str:
+    return finish(start(script, flags, ranks), code)
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """Loss by step, as the metrics file tells it."""
+    rows: list[Mapping[str, Any]] = [
+        json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines() if line.endswith("}")
+    ]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def position(directory: Path, step: int) -> dict[str, Any]:
+    """The data position in the checkpoint of `step`."""
+    manifest = json.loads((directory / f"streaming_checkpoint_step_{step}" / "MANIFEST.json").read_text())
+    found: dict[str, Any] = manifest["run"]["data_position"]
+    return found

@@ -1,0 +1,158 @@
+"""The deterministic mode: losses, norms, parameters and moments to the bit, whatever the number of ranks."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from colonnade.errors import UsageError
+from colonnade.optim.gradients import halves, leaf_order
+from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
+from colonnade.optim.step import micro_batches_of
+from colonnade.parallel.determinism import check_micro_batches
+from distributed.pool import RankPool
+from distributed.test_parity import CONFIG
+from distributed.workers import deterministic_steps, fingerprints_of_changes, signed_zeros
+
+BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+MODELS = {
+    "untied, odd vocabulary": CONFIG,
+    "tied": dataclasses.replace(CONFIG, tie_word_embeddings=True),
+    "biases, one key/value head": dataclasses.replace(
+        CONFIG, attention_bias=True, mlp_bias=True, num_key_value_heads=1
+    ),
+    # No width is a multiple of a vector register's, and no slice starts on a cache line.
+    "odd sizes": dataclasses.replace(
+        CONFIG, hidden_size=50, intermediate_size=88, head_dim=6, num_key_value_heads=2, vocab_size=200
+    ),
+}
+STEPS = 3
+# (ranks, tp) and with which model: together every tp and dp, alone each model's own difficulty.
+SHAPES = {
+    "untied, odd vocabulary": [(2, 2), (8, 8), (4, 1), (8, 4)],
+    "tied": [(4, 2)],
+    "biases, one key/value head": [(2, 1), (4, 4)],
+    "odd sizes": [(2, 2), (4, 2)],
+}
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """torch.equal takes -0.0 for 0.0 and no NaN for itself; the integers of the same memory know better."""
+    kind = BITS_OF[left.element_size()]
+    return torch.equal(left.contiguous().view(kind), right.contiguous().view(kind))
+
+
+def differing(expected: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+    """What is not the same to the bit, by name."""
+    found = []
+    for rank, result in enumerate(results):
+        found += [f"{key} of rank {rank}" for key in ("bits", "fingerprint", "fused") if result[key] != expected[key]]
+    actual = results[0]["tensors"]
+    assert actual.keys() == expected["tensors"].keys()
+    return found + [name for name, value in expected["tensors"].items() if not same_bits(actual[name], value)]
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_number_of_ranks_trains_to_the_same_bits(
+    rank_pool: RankPool, name: str, compute_dtype: torch.dtype
+) -> None:
+    options = {"slices": 8, "compute_dtype": compute_dtype, "seed": 2}
+    expected = rank_pool.run(1, deterministic_steps, MODELS[name], 1, STEPS, **options)[0]
+    assert len(set(expected["bits"])) == STEPS, "training stands still"
+    for world_size, tp in SHAPES[name]:
+        results = rank_pool.run(world_size, deterministic_steps, MODELS[name], tp, STEPS, **options)
+        assert not differing(expected, results), f"tp {tp}, dp {world_size // tp}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("untied, odd vocabulary", {"gradient_checkpointing": True}),
+        ("untied, odd vocabulary", {"compute_dtype": torch.float16}),
+        ("odd sizes", {"compute_dtype": torch.float16}),  # a loss scale with the unfused update
+        ("untied, odd vocabulary", {"compiled": True}),
+        ("tied", {"compiled": True, "compute_dtype": torch.bfloat16, "gradient_checkpointing": True}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
+)
+def test_every_way_to_compute_keeps_its_bits(rank_pool: RankPool, name: str, options: dict[str, Any]) -> None:
+    options = {"slices": 4, "seed": 2, **options}
+    config = dataclasses.replace(MODELS[name], num_hidden_layers=1 if "compiled" in options else 2)
+    # Activations that are computed again are the ones that were thrown away.
+    plain = {**options, "gradient_checkpointing": False}
+    expected = rank_pool.run(1, deterministic_steps, config, 1, STEPS, **plain)[0]
+    for world_size, tp in [(2, 2)] if "compiled" in options else [(2, 2), (4, 2)]:
+        results = rank_pool.run(world_size, deterministic_steps, config, tp, STEPS, **options)
+        assert not differing(expected, results), f"tp {tp}, dp {world_size // tp}"
+    if options.get("compute_dtype") == torch.float16:
+        scales = [scale for _, _, scale in expected["bits"]]
+        assert scales[0] == 2.0**20, "no step was taken"
+        assert scales[-1] < 2.0**20 or name == "odd sizes", "no step was skipped"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_ranks_that_add_nothing_keep_the_sign_of_zero(rank_pool: RankPool, tp: int) -> None:
+    for hidden, gradient in rank_pool.run(tp, signed_zeros, CONFIG, tp):
+        assert same_bits(hidden, torch.full_like(hidden, -0.0))
+        assert same_bits(gradient, torch.full_like(gradient, -0.0))
+
+
+def tree_of(items: list[Any]) -> Any:
+    """The tree over a global batch, written out as nested pairs."""
+    return items[0] if len(items) == 1 else tuple(tree_of(list(half)) for half in halves(items))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 8, 12, 40])
+def test_every_rank_holds_a_subtree_of_the_global_batch(count: int) -> None:
+    """With chunks g on rank g mod dp, ranks' own trees joined over the ranks are the tree of one rank."""
+    chunks = torch.arange(3 * count)  # micro-batches of three chunks
+    whole = tree_of([tuple(batch.tolist()) for batch in micro_batches_of(chunks, count)])
+    dp = 1
+    while count % dp == 0:
+        subtrees = []
+        for rank in range(dp):
+            mine = micro_batches_of(chunks[rank::dp], count // dp)
+            subtrees.append(tree_of([tuple(batch.tolist()) for batch in mine]))
+        ordered = [subtrees[rank] for rank in leaf_order(range(dp))]
+        while len(ordered) > 1:  # as `tree_sum` joins neighbours
+            ordered = [(left, right) for left, right in zip(ordered[::2], ordered[1::2], strict=True)]
+        assert ordered[0] == whole, f"dp {dp}"
+        check_micro_batches(3 * count, 3, dp)
+        dp *= 2
+    with pytest.raises(UsageError, match=f"--deterministic: {dp} data-parallel ranks cannot halve the {count} micro-"):
+        check_micro_batches(3 * count, 3, dp)
+
+
+def test_a_fingerprint_sees_every_bit_and_its_place(rank_pool: RankPool) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    before, *flipped, mended, moved = rank_pool.run(1, fingerprints_of_changes, CONFIG, name)[0]
+    for after in [*flipped, moved]:
+        assert {other for other in before if after[other] != before[other]} == {name}
+    assert len({after[name] for after in [before, *flipped]}) == 33
+    assert mended == before
+
+
+def test_adamw_is_fused_where_that_keeps_the_bits_of_a_shard() -> None:
+    """The reference is AdamW on the whole parameter; fused, it fails where a shard ends off a vector's border."""
+    generator = torch.Generator().manual_seed(0)
+    for length, fused in ((96, True), (50, False)):
+        whole = torch.randn(8 * length, generator=generator)
+        gradient = torch.randn(8 * length, generator=generator)
+        assert fused_keeps_bits([torch.nn.Parameter(whole)], [8]) is fused
+
+        def stepped(part: slice, values: torch.Tensor = whole, slopes: torch.Tensor = gradient) -> torch.Tensor:
+            holder = torch.nn.Module()
+            holder.weight = torch.nn.Parameter(values[part].clone())
+            kept = fused_keeps_bits([torch.nn.Parameter(values)], [8])
+            optimizer = create_adamw(holder, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=kept)
+            for _ in range(3):
+                holder.weight.grad = slopes[part].clone()
+                optimizer.step()
+            state = optimizer.state[holder.weight]
+            return torch.stack([holder.weight.detach(), state["exp_avg"], state["exp_avg_sq"]])
+
+        parts = [stepped(slice(start, start + length)) for start in range(0, 8 * length, length)]
+        assert same_bits(torch.cat(parts, dim=1), stepped(slice(None)))

@@ -1,0 +1,117 @@
+"""Memory that runs out on one rank in the middle of a step, and the autotuner inside real runs."""
+
+import json
+import shutil
+import textwrap
+import time
+
+import pytest
+
+from distributed.launching import ROOT, command, finish, losses, make_inputs, run, start
+
+# Rank 1 runs out of memory in the forward pass of step 4, while rank 0 waits in that layer's all-reduce.
+DRIVER = """
+import sys
+sys.path[:0] = [{root!r}]
+import torch
+import model, training
+from colonnade.parallel.launch import launch
+
+forward = model.TensorParallelModel.forward
+calls = 0
+
+def failing(self, input_ids, labels):
+    global calls
+    if self.group.communicates and input_ids.shape[0] > 2:
+        calls += 1
+        if calls == 4 and self.layout.tp_rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return forward(self, input_ids, labels)
+
+model.TensorParallelModel.forward = failing
+launch(training.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return [
+        *make_inputs(tmp_path_factory.mktemp("inputs")),
+        *("--total-steps", "8", "--checkpoint-interval", "2", "--initial-batch-size", "4"),
+    ]
+
+
+def test_out_of_memory_on_one_rank_ends_all_and_the_same_command_goes_on(flags, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(textwrap.dedent(DRIVER.format(root=str(ROOT))))
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory)]
+    begin = time.monotonic()
+    output = finish(start(str(driver), these, ranks=2), code=1)
+    assert time.monotonic() - begin < 60
+    said = [line for line in output.splitlines() if "out of memory" in line]
+    assert len(said) == 1
+    assert "rank 1: out of memory in step 4 with micro-batch size 4; 2 is recorded in" in said[0]
+    assert "Tried to allocate" not in output
+
+    output = finish(start(str(driver), these, ranks=2))
+    assert "going on from" in output
+    assert "(step 2)" in output
+    assert "micro-batch 2 x accumulation 2 x dp 1" in output
+    undisturbed = tmp_path / "undisturbed"
+    run("training.py", [*flags, "--checkpoint-dir", str(undisturbed)])
+    expected = losses(undisturbed)
+    assert len(expected) == 8
+    assert losses(directory) == {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()}
+
+
+def test_max_restarts_of_torchrun_goes_on_by_itself(flags, tmp_path):
+    """The restarted ranks find the smaller size and the last checkpoint."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(textwrap.dedent(DRIVER.format(root=str(ROOT))))
+    directory = tmp_path / "run"
+    launcher = command(str(driver), [*flags, "--checkpoint-dir", str(directory)], 2)
+    launcher.insert(launcher.index("--standalone") + 1, "--max-restarts=1")
+    output = finish(start(str(driver), [], command_line=launcher))
+    assert "micro-batch 4 x accumulation 1" in output
+    assert "micro-batch 2 x accumulation 2" in output
+    assert sorted(losses(directory)) == list(range(1, 9))
+
+
+def test_auto_finds_a_micro_batch_once_and_uses_it_again(flags, tmp_path):
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory), "--initial-batch-size", "auto", "--tokens-per-step", "1024"]
+    these[these.index("8")] = "2"
+    output = run("training.py", these, ranks=2)
+    assert "tuned in" in output
+    assert "16 sequences of 64 tokens a step" in output
+    record = json.loads((directory / "micro_batch.json").read_text())
+    assert "trials" in json.dumps(record)
+    shutil.rmtree(directory / "streaming_checkpoint_step_2")  # with it the run would be finished
+    again = run("training.py", these, ranks=2)
+    assert "tuned in" not in again
+    line = next(line for line in output.splitlines() if "micro-batch" in line).split(";")[0]
+    assert line in again
+
+
+def test_a_memory_limit_lowers_a_given_batch_and_keeps_the_global_one(flags, tmp_path):
+    """On the CPU the limit is held against measured memory a sequence."""
+    import psutil
+
+    flags = [*flags, "--total-steps", "1", "--initial-batch-size", "64"]
+    free = run("training.py", [*flags, "--checkpoint-dir", str(tmp_path / "free")])
+    assert "micro-batch 64 x accumulation 1" in free
+    rows = (tmp_path / "free" / "metrics.jsonl").read_text().splitlines()
+    used = json.loads(rows[0])["memory_gib"]
+    assert used < psutil.virtual_memory().total / 2**30
+    # A little above what the process holds before any batch: torch and this model, measured by a run of the smallest.
+    small = run("training.py", [*flags[:-1], "1", "--checkpoint-dir", str(tmp_path / "small")])
+    assert "micro-batch 1 x" in small
+    base = json.loads((tmp_path / "small" / "metrics.jsonl").read_text().splitlines()[0])["memory_gib"]
+    limit = base + 0.02
+    limited = run(
+        "training.py", [*flags, "--checkpoint-dir", str(tmp_path / "limited"), "--memory-limit-gib", str(limit)]
+    )
+    line = next(line for line in limited.splitlines() if "micro-batch" in line)
+    assert line.startswith("64 sequences")
+    assert "micro-batch 64 " not in line

@@ -1,0 +1,135 @@
+"""One run as its user sees it: metrics, validation, precision, checkpoints, and how commands end."""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import yaml
+
+from data_processing import load_tokenizer, streaming_token_generator
+from dense_reference import dense_loss
+from distributed.launching import MODEL, losses, make_inputs, run
+from distributed.test_parity import CONFIG
+from distributed.workers import overflowing_step
+from model import ModelConfig
+
+ROW_KEYS = {
+    *("step", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second"),
+    *("model_flops_utilization", "memory_gib", "data_wait_fraction", "epoch"),
+}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return [*make_inputs(tmp_path_factory.mktemp("inputs")), "--initial-batch-size", "4"]
+
+
+def rows_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def flag(flags, name):
+    return flags[flags.index(name) + 1]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """Twelve steps at dp 2, validated in the middle and at the end, three checkpoints of which two are kept."""
+    directory = tmp_path_factory.mktemp("run")
+    output = run(
+        "training.py",
+        [
+            *(*flags, "--checkpoint-dir", str(directory), "--total-steps", "12", "--tensor-parallel-size", "1"),
+            *("--validation-glob", flag(flags, "--data-glob"), "--validation-interval", "6"),
+            *("--validation-chunks", "10", "--checkpoint-interval", "4", "--keep-checkpoints", "2"),
+        ],
+        ranks=2,
+    )
+    return directory, output
+
+
+def test_metrics_rows_have_their_keys(finished):
+    directory, _ = finished
+    rows = rows_of(directory)
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 13))
+    for row in training:
+        assert row.keys() == ROW_KEYS
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["tokens_seen"] == row["step"] * 2 * 4 * 64
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["data_wait_fraction"] <= 1
+    assert [row["step"] for row in rows if "validation_loss" in row] == [6, 12]
+
+
+def test_validation_loss_is_the_dense_models(flags, finished):
+    directory, _ = finished
+    tokenizer = load_tokenizer(flag(flags, "--tokenizer-path"))
+    with streaming_token_generator(flag(flags, "--data-glob"), tokenizer, block_size=64) as stream:
+        blocks = torch.stack([torch.from_numpy(next(stream).tokens).long() for _ in range(10)])
+    weights = load_weights(directory / "streaming_checkpoint_step_12")
+    config = ModelConfig.from_dict(MODEL, vocab_size=len(tokenizer))
+    weights = {
+        name: value[: config.vocab_size] if "embed" in name or "lm_head" in name else value
+        for name, value in weights.items()
+    }
+    loss = dense_loss(weights, config.to_dict(), blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
+    row = rows_of(directory)[-1]
+    assert row["validation_loss"] == pytest.approx(float(loss), rel=1e-6)
+
+
+def load_weights(checkpoint):
+    """The model's tensors of a checkpoint, through torch's own converter to one file."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    single = checkpoint.parent.parent / f"{checkpoint.name}-whole.pt"
+    dcp_to_torch_save(checkpoint, single)
+    content = torch.load(single, weights_only=True)
+    return {name.removeprefix("model."): value for name, value in content.items() if name.startswith("model.")}
+
+
+def test_the_run_leaves_what_it_says(finished):
+    directory, output = finished
+    kept = sorted(path.name for path in directory.iterdir() if path.name.startswith("streaming"))
+    assert kept == ["streaming_checkpoint_step_12", "streaming_checkpoint_step_8"]
+    assert not [path.name for path in directory.iterdir() if path.name.startswith(".")]
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "knowing the token frequencies alone" in output
+    assert str(directory / "streaming_checkpoint_step_12") in output
+    assert yaml.safe_load((directory / "run.yaml").read_text())["total_steps"] == 12
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_learn_like_fp32(flags, tmp_path, precision):
+    these = [*flags, "--total-steps", "8", "--tensor-parallel-size", "2"]
+    run("training.py", [*these, "--precision", precision, "--checkpoint-dir", str(tmp_path / precision)], ranks=2)
+    run("training.py", [*these, "--checkpoint-dir", str(tmp_path / "fp32")], ranks=2)
+    expected, actual = losses(tmp_path / "fp32"), losses(tmp_path / precision)
+    assert expected[8] < expected[1]
+    assert actual == {step: pytest.approx(loss, rel=5e-3) for step, loss in expected.items()}
+    manifest = json.loads((tmp_path / precision / "streaming_checkpoint_step_8" / "MANIFEST.json").read_text())
+    scaler = manifest["run"]["scaler"]
+    assert (scaler is not None and scaler["scale"] > 0) == (precision == "fp16")
+
+
+def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all(rank_pool):
+    for scale, unchanged, step_count in rank_pool.run(2, overflowing_step, CONFIG, 2):
+        assert unchanged
+        assert step_count == 0
+        assert scale == 1024.0 / 2
+
+
+def test_commands_end_with_code_0_and_silence_20_times_of_20(flags, tmp_path):
+    def once(number):
+        directory = tmp_path / str(number)
+        these = [*flags, "--total-steps", "1", "--checkpoint-dir", str(directory)]
+        return run("training.py", these, ranks=2 if number % 2 else 1)
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(once, range(20)))
+    for output in outputs:
+        assert "terminate called" not in output
+        assert "Traceback" not in output
+        assert "finished at step 1" in output

@@ -1,0 +1,244 @@
+"""What the spawned ranks compute; module-level, so that they can be sent to a rank by name."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from colonnade.data.packing import TokenChunk
+from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
+from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
+from colonnade.optim.step import optimizer_step
+from colonnade.parallel.mesh import ParallelLayout, init_parallel
+from colonnade.parallel.vocabulary import embed_tokens
+from colonnade.telemetry.fingerprint import float32_bits, tensor_fingerprints
+from model import Attention, ModelConfig, TensorParallelModel, local_part
+
+
+def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
+    """Fixed pseudo-random ids and labels [batch, block]; some labels are left out of the loss."""
+    tokens = torch.randint(0, config.vocab_size, (batch, block + 1), generator=torch.Generator().manual_seed(7))
+    ids, labels = tokens[:, :-1], tokens[:, 1:].clone()
+    labels[:, 3] = -100
+    return ids, labels
+
+
+def build(config: ModelConfig, tp: int | None, **options: Any) -> tuple[ParallelLayout, TensorParallelModel]:
+    layout = init_parallel(tp, torch.device("cpu"))
+    return layout, TensorParallelModel(config, layout, **options)
+
+
+def whole(model: TensorParallelModel, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Merged parameters, or gradients, of the whole model. Collective."""
+    return {
+        name: (parameter.grad if gradients else parameter.detach()).full_tensor().clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def loss_and_gradients(config: ModelConfig, tp: int | None, **options: Any) -> dict[str, Any]:
+    """One forward and backward pass; merged results from rank 0, the loss and norm from every rank."""
+    layout, model = build(config, tp, **options)
+    ids, labels = tokens_for(config, 3)
+    loss = model(ids, labels)
+    loss.backward()
+    norm = global_norm(local_gradients(model.parameters()), model.group)
+    result: dict[str, Any] = {"loss": loss.detach(), "norm": norm, "parameters": whole(model)}
+    result["gradients"] = whole(model, gradients=True)
+    result["logits"] = model.logits(ids)
+    return result if layout.is_main else {"loss": loss.detach(), "norm": norm}
+
+
+def train(config: ModelConfig, tp: int | None, steps: int, batch: int = 4, **options: Any) -> dict[str, Any]:
+    """AdamW steps on one fixed global batch, shared out over the data-parallel ranks, clipped at 0.5."""
+    layout, model = build(config, tp, **options)
+    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    ids, labels = tokens_for(config, batch)
+    count = (labels != -100).sum()
+    mine = slice(layout.dp_rank, None, layout.dp)
+    losses = []
+    for _ in range(steps):
+        loss = model(ids[mine], labels[mine]) / count
+        loss.backward()
+        gradients = local_gradients(model.parameters())
+        sum_over_data_parallel([gradient for gradient, _ in gradients], layout.dp_group)
+        clip_by_norm(gradients, global_norm(gradients, model.group), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total, group=layout.dp_group)
+        losses.append(total)
+    replicated = {
+        name: parameter.to_local().detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.placements[0].is_replicate()
+    }
+    merged = whole(model)
+    return {"losses": losses, "replicated": replicated, "parameters": merged if layout.is_main else None}
+
+
+def captured_graphs(config: ModelConfig, tp: int | None, **options: Any) -> list[list[str]]:
+    """The operations of every graph that compilation captures in a forward and backward pass, and in a second one."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    compile_for_real = torch.compile
+    torch.compiler.reset()
+    torch.compile = partial(compile_for_real, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    try:
+        _, model = build(config, tp, compiled=True, **options)
+    finally:
+        torch.compile = compile_for_real
+    ids, labels = tokens_for(config, 2)
+    for _ in range(2):
+        model(ids, labels).backward()
+    return graphs
+
+
+def fed_batches(corpus: str, tp: int, steps: int, chunks_per_step: int, resume_after: int | None) -> Any:
+    """(dp rank, tp rank, tokens of each step), read through a feed that is torn down and resumed on the way."""
+    from colonnade.data.feed import BatchFeed
+    from data_helpers import tiny_tokenizer
+    from data_processing import streaming_token_generator
+
+    layout = init_parallel(tp, torch.device("cpu"))
+    position, batches = None, []
+
+    def open_feed() -> tuple[Any, BatchFeed]:
+        stream = None
+        if layout.tp_rank == 0:
+            stream = streaming_token_generator(corpus, tiny_tokenizer(), block_size=16, position=position)
+        return stream, BatchFeed(stream, layout, chunks_per_step, 16)
+
+    stream, feed = open_feed()
+    for step in range(steps):
+        batch = feed.take()
+        batches.append(batch.tokens.clone())
+        position = batch.position
+        feed.stage()  # what is staged has not been consumed: a resume must serve it again
+        if step + 1 == resume_after:
+            feed.close()
+            if stream is not None:
+                stream.close()
+            stream, feed = open_feed()
+    feed.close()
+    if stream is not None:
+        stream.close()
+    return layout.dp_rank, layout.tp_rank, torch.stack(batches)
+
+
+def fed_by_a_failing_reader(tp: int) -> str:
+    """What each rank of a group raises when its reader fails after one good step."""
+    from colonnade.data.feed import BatchFeed
+    from colonnade.errors import RunError
+
+    layout = init_parallel(tp, torch.device("cpu"))
+
+    def chunks() -> Any:
+        for number in range(2):
+            yield TokenChunk(np.full(5, number, np.int32), position=None, epoch=0)
+        raise RunError("part_3.parquet is damaged")
+
+    feed = BatchFeed(chunks() if layout.tp_rank == 0 else None, layout, 2, 4)
+    assert feed.take().tokens.tolist() == [[0] * 5, [1] * 5]
+    try:
+        feed.take()
+    except RunError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def overflowing_step(config: ModelConfig, tp: int) -> tuple[float, bool, float]:
+    """A step in half precision of which rank 1 alone sees an infinite gradient: (scale after, unchanged, steps)."""
+    layout, model = build(config, tp, compute_dtype=torch.float16)
+    optimizer = create_adamw(model, learning_rate=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = whole(model)
+    ids, labels = tokens_for(config, 2)
+    scaler.scale(model(ids, labels)).backward()
+    if layout.tp_rank == 1:
+        model.model.layers[0].self_attn.q_proj.weight.grad.to_local()[0, 0] = float("inf")
+    scaler.unscale_(optimizer)
+    norm = global_norm(local_gradients(model.parameters()), model.group)
+    assert not torch.isfinite(norm)
+    scaler.step(optimizer)
+    scaler.update()
+    unchanged = all(torch.equal(value, before[name]) for name, value in whole(model).items())
+    steps = max(float(state["step"]) for state in optimizer.state.values())
+    return scaler.get_scale(), unchanged, steps
+
+
+def deterministic_steps(config: ModelConfig, tp: int | None, steps: int, **options: Any) -> dict[str, Any]:
+    """Steps in the deterministic mode on a global batch of 8 sequences in micro-batches of 2, clipped at 0.5.
+
+    The bits of the mean loss and of the norm of each step; from rank 0 merged parameters and moments as well, by name.
+    """
+    fp16 = options.get("compute_dtype") == torch.float16
+    layout, model = build(config, tp, **options)
+    fused = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
+    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    # The first step overflows at this scale and is skipped.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=fp16)
+    tokens = torch.randint(0, config.vocab_size, (8, 17), generator=torch.Generator().manual_seed(7))
+    share = tokens[layout.dp_rank :: layout.dp]
+    bits = []
+    for _ in range(steps):
+        loss, norm = optimizer_step(
+            model,
+            optimizer,
+            scaler,
+            share,
+            accumulation=share.shape[0] // 2,
+            tokens=tokens[:, 1:].numel(),
+            max_grad_norm=0.5,
+            deterministic=True,
+        )
+        sum_over_data_parallel([loss], layout.dp_group, fixed_order=True)
+        bits.append((float32_bits(float(loss)), float32_bits(float(norm)), scaler.get_scale()))
+    result: dict[str, Any] = {"bits": bits, "fused": fused, "fingerprint": tensor_fingerprints(model)}
+    tensors = whole(model)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key} of {name}"] = value.full_tensor() if isinstance(value, DTensor) else value
+    return {**result, "tensors": tensors} if layout.is_main else result
+
+
+def signed_zeros(config: ModelConfig, tp: int | None) -> tuple[Tensor, Tensor]:
+    """Embeddings looked up in a table of -0.0, and the gradient of a K projection whose slices each receive -0.0."""
+    _, model = build(config, tp, slices=8)
+    table = local_part(model.model.embed_tokens.weight).detach().fill_(-0.0)
+    ids, _ = tokens_for(config, 2)
+    hidden = embed_tokens(ids, table, model._vocabulary_start(model.model.embed_tokens.weight), model.group)
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention, Attention)
+    weights = [weight for weight, _ in attention._key_value_slices(attention.k_proj, torch.float32)]
+    torch.autograd.backward(weights, [torch.full_like(weight, -0.0) for weight in weights])
+    gradient = attention.k_proj.weight.grad
+    assert isinstance(gradient, DTensor)
+    return hidden, gradient.full_tensor()
+
+
+def fingerprints_of_changes(config: ModelConfig, name: str) -> list[dict[str, str]]:
+    """Before; after each flip of an element's 32 bits, one by one; after flipping all back; after swapping two rows."""
+    _, model = build(config, 1)
+    values = local_part(model.get_parameter(name)).detach()
+    bits = values.view(torch.int32)
+    seen = [tensor_fingerprints(model)]
+    for bit in range(32):
+        bits[5, 9] ^= -(2**31) if bit == 31 else 1 << bit
+        seen.append(tensor_fingerprints(model))
+    bits[5, 9] ^= -1
+    seen.append(tensor_fingerprints(model))
+    values[[3, 4]] = values[[4, 3]]
+    return [*seen, tensor_fingerprints(model)]

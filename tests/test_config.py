@@ -1,0 +1,487 @@
+"""Settings: one table, filled by flags, YAML and presets; limits, precedence, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model
+from colonnade.config import (
+    MAX_STEPS,
+    MAX_TOKENS_PER_STEP,
+    RunSettings,
+    complete_settings,
+    load_preset,
+    override,
+    preset_names,
+    write_settings,
+)
+from colonnade.errors import UsageError
+from colonnade.flags import parse_resume, parse_training
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECS = {spec.name: spec for spec in dataclasses.fields(RunSettings)}
+
+# A value of each setting that is not its default, as text and as what it means.
+VALUES: dict[str, tuple[str, Any]] = {
+    "preset": ("tiny", "tiny"),
+    "model_config": ("some/config.json", "some/config.json"),
+    "data_glob": ("a/*.parquet, b/*.arrow", "a/*.parquet, b/*.arrow"),
+    "tokenizer_path": ("gpt2", "gpt2"),
+    "validation_glob": ("v*.parquet", "v*.parquet"),
+    "validation_interval": ("0", 0),
+    "validation_chunks": ("7", 7),
+    "block_size": ("32", 32),
+    "initial_batch_size": ("16", "16"),
+    "gradient_accumulation_steps": ("3", 3),
+    "tokens_per_step": ("4096", 4096),
+    "memory_limit_gib": ("2.5", 2.5),
+    "total_steps": ("77", 77),
+    "learning_rate": ("1e-3", 0.001),
+    "min_learning_rate": ("0", 0.0),
+    "warmup_steps": ("0", 0),
+    "weight_decay": ("1e-1", 0.1),
+    "adam_beta1": ("0", 0.0),
+    "adam_beta2": (".99", 0.99),
+    "max_grad_norm": ("0", 0.0),
+    "seed": ("0", 0),
+    "precision": ("bf16", "bf16"),
+    "tensor_parallel_size": ("2", 2),
+    "tensor_slices": ("8", 8),
+    "checkpoint_dir": ("runs/a b", "runs/a b"),
+    "checkpoint_interval": ("0", 0),
+    "keep_checkpoints": ("0", 0),
+    "log_interval": ("1", 1),
+    "fingerprint_interval": ("0", 0),
+}
+SWITCHES = sorted(name for name, spec in SPECS.items() if spec.type == "bool")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def write(path: Path, values: Mapping[str, Any] | str) -> str:
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(dict(values)), encoding="utf-8")
+    return str(path)
+
+
+def refusal(*flags: str, parse: Any = parse_training) -> str:
+    """The line that refuses a command line."""
+    with pytest.raises(UsageError) as caught:
+        parse(list(flags))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 500
+    return line
+
+
+# ------------------------------------------------------------------------------------------------- one value, two ways
+
+
+def test_every_setting_has_a_sample() -> None:
+    assert VALUES.keys() | set(SWITCHES) == SPECS.keys()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_flag_and_a_file_mean_the_same(name: str, tmp_path: Path) -> None:
+    text, meaning = VALUES[name]
+    assert parse_training([flag(name), text]) == {name: meaning}
+    assert parse_training(["--config", write(tmp_path / "c.yaml", {name: text})]) == {name: meaning}
+    # As YAML's own type, where it has one.
+    assert parse_training(["--config", write(tmp_path / "c.yaml", {name: meaning})]) == {name: meaning}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches(name: str, tmp_path: Path) -> None:
+    assert parse_training([]) == {}
+    assert parse_training([flag(name)]) == {name: True}
+    assert parse_training(["--config", write(tmp_path / "c.yaml", {name: False})]) == {name: False}
+    for wrong in ("yes", 1, None, [True]):
+        assert "must be true or false" in refusal("--config", write(tmp_path / "c.yaml", {name: wrong}))
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "learning_rate: 1e-3\nmin_learning_rate: 1E-5\ntotal_steps: '12'\n")
+    assert isinstance(yaml.safe_load(Path(path).read_text())["learning_rate"], str)
+    assert parse_training(["--config", path]) == {"learning_rate": 1e-3, "min_learning_rate": 1e-5, "total_steps": 12}
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, what is just allowed
+    ("block_size", ["0", "-1"], ["1"]),
+    ("initial_batch_size", ["0", "-2", "65537", "1.5", "Auto", "٣", " 4", "1" * 5000], ["1", "65536", "auto"]),
+    ("gradient_accumulation_steps", ["0", "-1", str(MAX_TOKENS_PER_STEP + 1)], ["1"]),
+    ("tokens_per_step", ["0", "-32", str(MAX_TOKENS_PER_STEP + 1)], ["1", str(MAX_TOKENS_PER_STEP)]),
+    ("memory_limit_gib", ["0", "-1", "1e300"], ["1e-9"]),
+    ("total_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1", str(MAX_STEPS)]),
+    ("learning_rate", ["0", "-1e-3", "1e-400", "11"], ["1e-30", "10"]),
+    ("min_learning_rate", ["-1e-9"], ["0"]),
+    ("warmup_steps", ["-1", str(MAX_STEPS + 1)], ["0"]),
+    ("weight_decay", ["-0.1"], ["0"]),
+    ("adam_beta1", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
+    ("adam_beta2", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
+    ("max_grad_norm", ["-1"], ["0"]),
+    ("seed", ["-1", str(2**63)], ["0", str(2**63 - 1)]),
+    ("precision", ["fp8", "FP32", "float32"], ["auto", "fp32", "bf16", "fp16"]),
+    ("tensor_parallel_size", ["0", "-2"], ["1"]),
+    ("tensor_slices", ["0", "-2"], ["1"]),
+    ("validation_interval", ["-1"], ["0"]),
+    ("validation_chunks", ["-1"], ["0"]),
+    ("checkpoint_interval", ["-1"], ["0"]),
+    ("keep_checkpoints", ["-1"], ["0"]),
+    ("log_interval", ["0", "-1"], ["1"]),
+]
+
+
+@pytest.mark.parametrize(("name", "refused", "allowed"), LIMITS, ids=[name for name, _, _ in LIMITS])
+def test_limits(name: str, refused: list[str], allowed: list[str]) -> None:
+    for text in refused:
+        line = refusal(f"{flag(name)}={text}")
+        assert line.startswith(f"{flag(name)} is ")
+        assert "; it must be " in line
+    for text in allowed:
+        assert str(parse_training([flag(name), text])[name])
+
+
+def numeric(kind: str) -> list[str]:
+    return [name for name, spec in SPECS.items() if str(spec.type).startswith(kind)]
+
+
+@pytest.mark.parametrize("name", numeric("int"))
+def test_whole_numbers(name: str, tmp_path: Path) -> None:
+    for text in ("x", "1.5", "1e2", "nan", "inf", "", "0x10", "9" * 5000):
+        assert "it must be a whole number" in refusal(flag(name), text)
+    for value in (True, 1.0, float("nan"), [1], {"a": 1}, "x"):
+        line = refusal("--config", write(tmp_path / "c.yaml", {name: value}))
+        assert line.startswith(f"--config {tmp_path / 'c.yaml'}: {name} is ")
+        assert "it must be a whole number" in line
+
+
+@pytest.mark.parametrize("name", numeric("float"))
+def test_finite_numbers(name: str, tmp_path: Path) -> None:
+    for text in ("x", "nan", "inf", "-inf", "1e400", "", "1,5"):
+        assert "it must be a finite number" in refusal(f"{flag(name)}={text}")
+    for value in (True, float("nan"), float("inf"), 10**400, [1.0], {"a": 1}):
+        assert "it must be a finite number" in refusal("--config", write(tmp_path / "c.yaml", {name: value}))
+
+
+@pytest.mark.parametrize("name", [name for name in numeric("str") if name != "initial_batch_size"])
+def test_texts(name: str, tmp_path: Path) -> None:
+    assert "must be" in refusal(flag(name), "")
+    assert "must be" in refusal(flag(name), " ")
+    for value in ({"a": "b"}, ["a"], 5, True, "a\0b"):
+        assert "it must be text" in refusal("--config", write(tmp_path / "c.yaml", {name: value}))
+
+
+def test_a_setting_that_needs_a_value_is_not_null(tmp_path: Path) -> None:
+    for name, spec in SPECS.items():
+        path = write(tmp_path / "c.yaml", {name: None})
+        if "None" in str(spec.type):
+            assert parse_training(["--config", path]) == {name: None}
+        else:
+            assert "is None; it must be" in refusal("--config", path)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole files
+
+BOMB = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("block: [1,\n", "not YAML"),
+        ("seed:\n\t- 1", "not YAML"),
+        ("seed: 2024-13-41", "not YAML"),
+        ("seed: " + "9" * 5000, "not YAML"),
+        ("seed: !!python/object/apply:os.system [false]", "not YAML"),
+        ("[" * 5000, "not YAML"),
+        ("? [1]\n: 2", "not YAML"),
+        ("seed: 1\nseed: 2", "the key 'seed' is there twice"),
+        ("- a\n- b", "holds no mapping"),
+        ("hello", "holds no mapping"),
+        ("", "holds no mapping"),
+        ("seed: 2024-01-01", "seed is datetime.date(2024, 1, 1); it must be a whole number"),
+        (f"seed: [{'x, ' * 20000}]", "it must be a whole number"),
+        (BOMB, "unknown key 'a0'"),
+        (f"model_config:\n  {BOMB.replace(chr(10), chr(10) + '  ')}", "model_config is {"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_files_that_are_none(content: str, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", content)
+    line = refusal("--config", path)
+    assert line.startswith(f"--config {path}")
+    assert says in line
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory)" in refusal("--config", str(tmp_path / "none.yaml"))
+    assert "cannot be read (Is a directory)" in refusal("--config", str(tmp_path))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not YAML" in refusal("--config", str(tmp_path / "binary.yaml"))
+
+
+def test_unknown_names_come_with_the_nearest_known_one(tmp_path: Path) -> None:
+    def in_file(key: object) -> str:
+        return refusal("--config", write(tmp_path / "c.yaml", {key: 1}))  # type: ignore[dict-item]
+
+    assert "unknown key 'blok_size'; the nearest known one is 'block_size'" in in_file("blok_size")
+    assert "unknown key 'total-steps'; the nearest known one is 'total_steps'" in in_file("total-steps")
+    assert "unknown key None" in in_file(None)
+    assert "unknown key 3" in in_file(3)
+    assert refusal("--blok-size", "3") == "unknown flag --blok-size; the nearest known one is --block-size"
+    assert refusal("--blok-size=3") == "unknown flag --blok-size; the nearest known one is --block-size"
+    assert "nearest known one is --checkpoint-path" in refusal("--checkpoint-pth", "x", parse=parse_resume)
+    assert "the nearest is 'tiny' (all: argonne-2b, tiny)" in refusal("--preset", "tinny")
+    assert "the nearest is 'argonne-2b'" in refusal("--preset", "../presets/argonne-2b")
+    assert "'foo' belongs to no flag" in refusal("--seed", "1", "foo")
+    assert "--seed" in refusal("--seed")
+
+
+@pytest.mark.parametrize("parse", [parse_training, parse_resume])
+def test_a_prefix_is_no_flag(parse: Any) -> None:
+    names = [flag(name) for name in SPECS] + ["--config"]
+    if parse is parse_resume:
+        names = [name for name in names if name != "--seed"]
+        names += ["--checkpoint-path", "--rewarmup-steps", "--keep-optimizer", "--batch-size"]
+    tried = 0
+    for name in names:
+        for end in range(4, len(name)):
+            if name[:end] not in [*names, "--help"]:
+                assert f"unknown flag {name[:end]};" in refusal(name[:end], "1", parse=parse)
+                tried += 1
+    assert tried > 200
+
+
+# ---------------------------------------------------------------------------------------------------------- precedence
+
+
+def test_flags_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
+    recommended = load_preset("tiny")[1]
+    path = write(tmp_path / "c.yaml", {"preset": "tiny", "total_steps": 11, "warmup_steps": 5})
+    chosen = complete_settings(parse_training(["--config", path, "--warmup-steps", "7"]))
+    assert chosen.learning_rate == recommended["learning_rate"] != RunSettings().learning_rate
+    assert chosen.total_steps == 11 != recommended["total_steps"]
+    assert chosen.warmup_steps == 7
+    assert chosen.weight_decay == RunSettings().weight_decay
+    # A flag that repeats the built-in default is given all the same.
+    assert complete_settings(parse_training(["--preset", "tiny", "--total-steps", "1000"])).total_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "expected"),
+    [
+        ({"compile": True}, {"disable_compile": True}, {"disable_compile": True}),
+        ({"disable_compile": True, "seed": 1}, {"compile": True}, {"compile": True, "seed": 1}),
+        ({"preset": "tiny"}, {"model_config": "m.json"}, {"model_config": "m.json"}),
+        ({"model_config": "m.json"}, {"preset": "tiny"}, {"preset": "tiny"}),
+        ({"tokens_per_step": 64}, {"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 2}),
+        ({"gradient_accumulation_steps": 2}, {"tokens_per_step": 64}, {"tokens_per_step": 64}),
+        ({"compile": True}, {"disable_compile": False}, {"compile": True, "disable_compile": False}),
+    ],
+)
+def test_one_of_two_alternatives_replaces_the_other_below(
+    below: dict[str, Any], above: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    assert override(below, above) == expected
+    flags = [part for name, value in above.items() if value for part in (flag(name), str(value))]
+    flags = [part for part in flags if part != "True"]
+    if len(flags):
+        assert parse_training(["--config", write(tmp_path / "c.yaml", below), *flags]) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--preset", "tiny", "--model-config", "m.json"), ("--preset tiny", "--model-config m.json")),
+        (("--compile", "--disable-compile"), ("--compile", "--disable-compile")),
+        (
+            ("--tokens-per-step", "64", "--gradient-accumulation-steps", "2"),
+            ("--tokens-per-step 64", "--gradient-accumulation-steps 2"),
+        ),
+        (("--learning-rate", "1e-4", "--min-learning-rate", "1e-3"), ("--min-learning-rate 0.001", "0.0001")),
+    ],
+)
+def test_contradictions_at_one_level(flags: tuple[str, ...], names: tuple[str, ...]) -> None:
+    line = refusal(*flags)
+    assert all(name in line for name in names)
+
+
+# --------------------------------------------------------------------------------------------------------- resume flags
+
+
+def test_resume_flags(tmp_path: Path) -> None:
+    resume, settings_given = parse_resume(["--checkpoint-path", "run"])
+    assert (resume.checkpoint_path, resume.rewarmup_steps, resume.keep_optimizer) == ("run", 100, False)
+    assert settings_given == {}
+    resume, settings_given = parse_resume(
+        ["--checkpoint-path", "run", "--rewarmup-steps", "0", "--batch-size", "8", "--total-steps", "9"]
+    )
+    assert resume.rewarmup_steps == 0
+    assert settings_given == {"initial_batch_size": "8", "total_steps": 9}
+    resume, _ = parse_resume(["--checkpoint-path", "run", "--keep-optimizer", "--rewarmup-steps", "0"])
+    assert (resume.keep_optimizer, resume.rewarmup_steps) == (True, 0)
+    path = write(tmp_path / "c.yaml", {"tokens_per_step": 64})
+    assert parse_resume(["--checkpoint-path", "run", "--config", path])[1] == {"tokens_per_step": 64}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), "--checkpoint-path is missing"),
+        (("--checkpoint-path", ""), "--checkpoint-path is ''"),
+        (("--checkpoint-path", "x", "--rewarmup-steps", "-1"), "--rewarmup-steps is -1; it must be at least 0"),
+        (("--checkpoint-path", "x", "--rewarmup-steps", "9" * 5000), "it must be a whole number"),
+        (("--checkpoint-path", "x", "--rewarmup-steps", "5", "--keep-optimizer"), "leave out --rewarmup-steps 5"),
+        (("--checkpoint-path", "x", "--batch-size", "0"), "--batch-size is '0'"),
+        (("--checkpoint-path", "x", "--batch-size", "2", "--initial-batch-size", "2"), "give one of them"),
+        (("--checkpoint-path", "x", "--seed", "2"), "unknown flag --seed"),
+    ],
+)
+def test_resume_flags_refused(flags: tuple[str, ...], says: str) -> None:
+    assert says in refusal(*flags, parse=parse_resume)
+
+
+# -------------------------------------------------------------------------------------------------------- presets, help
+
+
+def test_presets_are_whole() -> None:
+    assert preset_names() == ["argonne-2b", "tiny"]
+    known = {field.name for field in dataclasses.fields(model.ModelConfig)}
+    for name in preset_names():
+        sizes, recommended = load_preset(name)
+        assert sizes.keys() <= known
+        assert model.ModelConfig.from_dict(sizes, vocab_size=1000).max_position_embeddings >= recommended["block_size"]
+        assert complete_settings({"preset": name}).preset == name
+
+
+def test_a_preset_with_other_sections_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colonnade.config.PRESET_FOLDER", tmp_path)
+    for content in ("model: 5", "training: {}", "model: {}\ntraning: {}", "model: {}\ntraining: []"):
+        write(tmp_path / "mine.yaml", content)
+        assert "must hold a mapping 'model'" in refusal("--preset", "mine")
+    write(tmp_path / "mine.yaml", "model: {}\ntraining: {seed: x}")
+    assert "presets/mine.yaml: seed is 'x'" in refusal("--preset", "mine")
+
+
+@pytest.mark.parametrize("script", ["training.py", "resume_pretrain_tensor.py"])
+def test_help_is_quick_grouped_and_tells_how_to_switch_off(script: str) -> None:
+    environment = {**os.environ, "COLUMNS": "200"}
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert time.perf_counter() - begin < 3.0
+    assert (done.returncode, done.stderr) == (0, "")
+    for group in ("model", "data", "batch", "optimization", "execution", "checkpoints and logs"):
+        assert f"\n{group}:\n" in done.stdout
+    described = done.stdout.partition("\noptions:")[2]
+    entries = {words[0]: " ".join(words) for words in map(str.split, described.split("\n  --")[1:])}
+    for name, spec in SPECS.items():
+        if script == "resume_pretrain_tensor.py" and name == "seed":
+            continue
+        entry = entries[flag(name)[2:]]
+        assert len(entry.split()) > 3
+        # Zero switches these off, or means all; it is an ordinary value of the others.
+        if spec.metadata.get("minimum") == 0 and name not in ("seed", "min_learning_rate", "adam_beta1", "adam_beta2"):
+            assert "; 0 for " in entry
+
+
+def test_help_and_errors_come_without_heavy_imports() -> None:
+    program = (
+        "import sys; from colonnade.errors import UsageError; import training, resume_pretrain_tensor\n"
+        "for main in (training.main, resume_pretrain_tensor.main):\n"
+        "    try: main(['--seeed'])\n"
+        "    except UsageError: pass\n"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy', 'matplotlib', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_is_printed_by_the_first_rank_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as leaving:
+            parse_training(["--help"])
+        assert leaving.value.code == 0
+        assert bool(capsys.readouterr().out) is printed
+
+
+# ------------------------------------------------------------------------------------------------------- given back
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
+RATE = st.floats(1e-30, 10.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    data_glob=TEXT
+    | st.sampled_from(["no", "null", "~", "1e-3", "5", "true", "2024-01-01", "{a}", "- x", "a: b", "\n x\n"]),
+    checkpoint_dir=TEXT,
+    learning_rate=RATE,
+    weight_decay=st.floats(0.0, 1e300),
+    seed=st.integers(0, 2**63 - 1),
+    strict_data=st.booleans(),
+    block_size=st.none() | st.integers(1, 10**6),
+)
+def test_saved_settings_are_given_back(**values: Any) -> None:
+    chosen = RunSettings(**values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        write_settings(chosen, path)
+        assert [entry.name for entry in Path(folder).iterdir()] == ["run.yaml"]
+        assert complete_settings(parse_training(["--config", str(path)])) == chosen
+
+
+def test_names_that_are_not_utf_8_are_given_back(tmp_path: Path) -> None:
+    chosen = RunSettings(checkpoint_dir=os.fsdecode(b"run-\xff\xfe"))
+    write_settings(chosen, tmp_path / "run.yaml")
+    assert complete_settings(parse_training(["--config", str(tmp_path / "run.yaml")])) == chosen
+
+
+def test_every_setting_of_a_preset_run_is_given_back(tmp_path: Path) -> None:
+    for name in preset_names():
+        chosen = complete_settings({"preset": name, "total_steps": 9, "learning_rate": 0.1 + 0.2})
+        write_settings(chosen, tmp_path / "run.yaml")
+        assert complete_settings(parse_training(["--config", str(tmp_path / "run.yaml")])) == chosen
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_settings(RunSettings(), tmp_path / "run.yaml")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_identity_holds_what_shapes_the_loss_curve() -> None:
+    quiet = {name for name in SPECS if name not in RunSettings().identity()}
+    assert quiet == {
+        *("preset", "model_config", "data_glob", "tokenizer_path", "trust_remote_code", "strict_data"),
+        *("validation_glob", "validation_interval", "validation_chunks"),
+        *("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step", "memory_limit_gib"),
+        *("tensor_parallel_size", "replicate_embeddings", "disable_gradient_checkpointing"),
+        *("compile", "disable_compile", "checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_interval"),
+        "fingerprint_interval",
+    }
+    assert not set(string.ascii_uppercase) & set("".join(SPECS))

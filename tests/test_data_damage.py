@@ -1,0 +1,303 @@
+"""Bad rows, bad row groups and bad files: what is dropped, what is skipped and recorded, what ends the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from colonnade.data.text_filter import REASONS, judge
+from colonnade.errors import RunError, UsageError
+from data_helpers import (
+    assert_same_blocks,
+    bad_utf8,
+    flip_bit,
+    plain_blocks,
+    plain_tokens,
+    stdlib_texts,
+    tiny_tokenizer,
+    write_shard,
+)
+from data_processing import DataPosition, TokenStream, streaming_token_generator
+
+BLOCK = 32
+GROUP = 6
+# Uncompressed, not dictionary-encoded, no statistics: a text's bytes stand in the file once, in its page.
+PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+
+
+def open_stream(shards: list[Path], **settings: Any) -> TokenStream:
+    return streaming_token_generator(shards, tiny_tokenizer(), **{"block_size": BLOCK, "workers": 2, **settings})
+
+
+def blocks_of(shards: list[Path], **settings: Any) -> list[np.ndarray]:
+    with open_stream(shards, **{"epochs": 1, **settings}) as stream:
+        return [chunk.tokens for chunk in stream]
+
+
+def verdicts(column: pa.Array) -> list[str]:
+    return [REASONS.get(int(code), "kept") for code in judge(column).verdicts]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def letters_and_others(text: str) -> tuple[int, int]:
+    """The filter's documented rule, a character at a time."""
+    letters = others = 0
+    for character in text:
+        code = ord(character)
+        if character in " \t\n\r\v\f" or 0x80 <= code < 0xC0:
+            continue
+        symbol = 0x2000 <= code < 0x2C00 or 0x1F000 <= code < 0x20000
+        is_letter = (code >= 0xC0 and not symbol) or (code < 0x80 and character.isalpha())
+        letters, others = letters + is_letter, others + (not is_letter)
+    return letters, others
+
+
+def test_each_reason_for_dropping_a_row() -> None:
+    rows: list[tuple[bytes | None, str]] = [
+        (b"An ordinary sentence, with 2 numbers and 100% sense.", "kept"),
+        (None, "missing"),
+        (b"", "empty"),
+        (" \t\n\u3000\u00a0".encode(), "empty"),
+        (b"12345 67890 3.14159", "mostly_digits_or_symbols"),
+        (b"=-=-=-=-=-= title =-=-=-=-=-=", "mostly_digits_or_symbols"),
+        ("┌────┬────┐".encode(), "mostly_digits_or_symbols"),
+        ("🎉🎉🎉 ok".encode(), "mostly_digits_or_symbols"),
+        (b"\xff\xfe not text", "not_text"),
+        (b"half a character \xc3", "not_text"),
+        (b"\xa9 the other half", "not_text"),
+        ("日本語の文章です。".encode(), "kept"),
+        ("Ελληνικό κείμενο και русский текст".encode(), "kept"),
+        (b"x", "kept"),
+    ]
+    values = [value for value, _ in rows]
+    expected = [reason for _, reason in rows]
+    assert verdicts(bad_utf8(values)) == expected
+    assert verdicts(pa.array(values, pa.binary())) == expected
+    assert verdicts(pa.array(values, pa.binary()).dictionary_encode()) == expected
+    assert verdicts(bad_utf8(values).slice(3, 6)) == expected[3:9]
+    assert verdicts(pa.nulls(3)) == ["missing"] * 3
+
+
+def test_the_vectorised_filter_equals_the_rule_applied_a_character_at_a_time() -> None:
+    generator = np.random.default_rng(0)
+    alphabet = [*"abcXYZ0189 .,;=-\n\té\u00a0©", "—", "→", "┃", "日", "я", "🎉", "𝔄", "\U0001f1e6", "\u2bff", "\u2c00"]
+    texts = ["".join(generator.choice(alphabet, generator.integers(0, 30))) for _ in range(3000)]
+    for text, verdict in zip(texts, verdicts(pa.array(texts)), strict=True):
+        letters, others = letters_and_others(text)
+        expected = "empty" if not text.strip() else "mostly_digits_or_symbols" if others > letters else "kept"
+        assert verdict == expected, repr(text)
+
+
+def test_bad_rows_are_dropped_alone_and_counted(tmp_path: Path) -> None:
+    good = stdlib_texts(20)
+    values: list[bytes | None] = [text.encode() for text in good]
+    for place, value in ((0, b"\xff"), (5, None), (9, b"  "), (14, b"123 456"), (20, b"caf\xc3")):
+        values.insert(place, value)
+    shard = write_shard(tmp_path / "a.parquet", bad_utf8(values), group=GROUP)
+    with open_stream([shard], epochs=1, batch_rows=2) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(plain_tokens(good), BLOCK))
+        counted = stream.statistics
+        assert counted.rows_filtered == {"not_text": 2, "missing": 1, "empty": 1, "mostly_digits_or_symbols": 1}
+        assert (counted.rows_read, counted.rows_kept) == (25, 20)
+
+
+def test_a_row_group_of_nulls_is_passed_over(tmp_path: Path) -> None:
+    texts = [*stdlib_texts(GROUP), *[None] * GROUP, *stdlib_texts(20)]
+    shard = write_shard(tmp_path / "a.parquet", texts, group=GROUP)
+    expected = plain_tokens([text for text in texts if text is not None])
+    assert_same_blocks(blocks_of([shard]), plain_blocks(expected, BLOCK))
+
+
+# --- files, before the run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file", "arrow-stream"])
+def test_a_truncated_shard_is_refused_by_name_before_the_run(tmp_path: Path, layout: str) -> None:
+    good = write_shard(tmp_path / "good.parquet", stdlib_texts())
+    bad = write_shard(tmp_path / "bad.data", stdlib_texts(), layout=layout)
+    os.truncate(bad, bad.stat().st_size // 2)
+    with pytest.raises(UsageError, match=r"bad\.data cannot be read") as caught:
+        open_stream([good, bad])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.parquet", b"", "cannot be read"),
+        ("empty.arrow", b"", "cannot be read"),
+        ("notes.txt", b"hello, I am a text file", "neither Parquet nor Arrow"),
+        ("renamed.parquet", b"hello, I am a text file", "cannot be read"),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"{name}.*{message}"):
+        open_stream([path])
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file", "arrow-stream"])
+def test_shards_without_text_are_refused(tmp_path: Path, layout: str) -> None:
+    other = write_shard(tmp_path / "other", stdlib_texts(), layout=layout, column="body")
+    numbers = write_shard(tmp_path / "numbers", pa.array(range(10)), layout=layout)
+    lists = write_shard(tmp_path / "lists", pa.array([["a"], ["b"]]), layout=layout)
+    nothing = write_shard(tmp_path / "nothing", [], layout=layout)
+    for path, message in (
+        (other, r"no column 'text' \(it has id, body\)"),
+        (numbers, "type int64, not text"),
+        (lists, "not text"),
+        (nothing, "0 rows"),
+        (tmp_path / "absent", "cannot be read.*No such file"),
+    ):
+        with pytest.raises(UsageError, match=f"{path.name}.*{message}"):
+            open_stream([path])
+    assert blocks_of([other], text_column="body")
+
+
+def test_no_shards_at_all() -> None:
+    with pytest.raises(UsageError, match="no data shards"):
+        open_stream([])
+
+
+# --- row groups, in the middle of a run ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[list[Path], list[str]]:
+    """Two shards, a bit flipped in the last row of the first one's second row group; and the texts of the rest."""
+    texts = [f"{text} (document {index})" for index, text in enumerate(stdlib_texts(30))]
+    shards = [
+        write_shard(tmp_path / "a.parquet", texts[:20], group=GROUP, **PLAIN),
+        write_shard(tmp_path / "b.parquet", texts[20:], group=GROUP, **PLAIN),
+    ]
+    flip_bit(shards[0], b"(document 11)")
+    return shards, texts[:GROUP] + texts[2 * GROUP :]
+
+
+def test_a_damaged_row_group_is_skipped_whole_recorded_and_warned_once(
+    damaged: tuple[list[Path], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, rest = damaged
+    expected = plain_blocks(plain_tokens(rest), BLOCK, epochs=2)
+    with caplog.at_level(logging.WARNING), open_stream(shards) as stream:
+        chunks = list(islice(stream, len(expected)))
+        assert_same_blocks([chunk.tokens for chunk in chunks], expected)
+        assert (stream.statistics.skipped_units, stream.statistics.skipped_rows) == (2, GROUP)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 1
+    assert f"row group 1 of {shards[0]}" in warned[0]
+    assert "CRC" in warned[0]
+    # Recorded from the first block that reaches past it, not from when a thread came across it.
+    before = [chunk.position.cursors[0].unit > 1 or chunk.epoch > 0 for chunk in chunks]
+    assert [[skip.unit for skip in chunk.position.skipped] for chunk in chunks] == [
+        [1] if past else [] for past in before
+    ]
+
+
+def test_a_recorded_skip_holds_when_the_row_group_is_readable_again(damaged: tuple[list[Path], list[str]]) -> None:
+    shards, rest = damaged
+    expected = plain_blocks(plain_tokens(rest), BLOCK, epochs=2)
+    with open_stream(shards) as stream:
+        position = next(chunk.position for chunk in islice(stream, 1000) if chunk.position.skipped)
+    flip_bit(shards[0], b")document 11)")  # back again
+    assert len(blocks_of(shards)) > len(expected) // 2
+    position = DataPosition.from_dict(position.to_dict())
+    with open_stream(shards, position=position) as stream:
+        again = [chunk.tokens for chunk in islice(stream, len(expected) - position.chunk)]
+        assert stream.position.skipped == position.skipped
+    assert_same_blocks(again, expected[position.chunk :])
+
+
+def test_strict_ends_the_run_naming_file_and_row_group(damaged: tuple[list[Path], list[str]]) -> None:
+    shards, _ = damaged
+    with open_stream(shards, strict=True) as stream:
+        with pytest.raises(RunError, match=r"row group 1 of .*a\.parquet is damaged \(.*CRC"):
+            list(islice(stream, 1000))
+        delivered = stream.position.chunk
+        assert delivered > 0
+        with pytest.raises(RunError, match="row group 1"):
+            next(stream)
+        assert stream.position.chunk == delivered
+
+
+def test_the_skipped_row_group_can_be_the_one_the_cursor_stands_in(tmp_path: Path) -> None:
+    texts = [f"{text} (document {index})" for index, text in enumerate(stdlib_texts(30))]
+    shard = write_shard(tmp_path / "a.parquet", texts, group=GROUP, **PLAIN)
+    with open_stream([shard]) as stream:
+        position = next(chunk.position for chunk in islice(stream, 1000) if chunk.position.cursors[0].unit == 1)
+    flip_bit(shard, b"(document 9)")
+    with open_stream([shard], epochs=1, position=position) as stream:
+        rest = [chunk.tokens for chunk in stream]
+    assert_same_blocks(rest, plain_blocks(plain_tokens(texts[2 * GROUP :]), BLOCK))
+
+
+def test_a_corpus_that_is_damaged_throughout_ends_with_an_error(tmp_path: Path) -> None:
+    filler = "a text long enough to fill more than one block on its own; " * 5
+    texts = [f"{filler} number {index}" for index in range(4)]
+    shard = write_shard(tmp_path / "a.parquet", texts, group=1, **PLAIN)
+    with open_stream([shard]) as stream:
+        position = next(stream).position
+    for index in range(4):
+        flip_bit(shard, f"number {index}".encode())
+    with open_stream([shard]) as stream, pytest.raises(UsageError, match="4 damaged row groups skipped"):
+        next(stream)
+    with open_stream([shard], position=position) as stream, pytest.raises(RunError, match="4 damaged row groups"):
+        next(stream)
+
+
+def test_a_shard_cut_short_during_the_run_is_skipped(tmp_path: Path) -> None:
+    first, second, third = (
+        write_shard(tmp_path / f"{name}.parquet", stdlib_texts(), group=GROUP) for name in ("a", "b", "c")
+    )
+    with open_stream([first, second, third], epochs=1) as stream:
+        os.truncate(second, second.stat().st_size // 2)
+        blocks = [chunk.tokens for chunk in stream]
+        assert stream.statistics.skipped_units == pq.ParquetFile(first).num_row_groups
+    assert_same_blocks(blocks, plain_blocks(plain_tokens(stdlib_texts() * 2), BLOCK))
+
+
+@pytest.mark.parametrize("layout", ["arrow-file", "arrow-stream"])
+def test_wrong_offsets_in_an_arrow_batch_are_damage_not_a_crash(tmp_path: Path, layout: str) -> None:
+    texts = [f"{index} {'wort ' * 50}" for index in range(40)]
+    shard = write_shard(tmp_path / "a.arrow", texts, group=20, layout=layout)
+    with open_stream([shard]) as stream:
+        next(stream)
+        data = bytearray(shard.read_bytes())
+        ends = np.cumsum([len(text) for text in texts[:4]]).astype(np.int32).tobytes()
+        at = data.index(ends)
+        data[at + 4 : at + 8] = (1 << 30).to_bytes(4, "little")
+        shard.write_bytes(bytes(data))
+    with open_stream([shard], epochs=1) as stream:
+        blocks = [chunk.tokens for chunk in stream]
+        assert [skip.unit for skip in stream.position.skipped] == [0]
+    assert_same_blocks(blocks, plain_blocks(plain_tokens(texts[20:]), BLOCK))
+
+
+def test_a_file_that_vanishes_ends_the_run_and_is_never_skipped(tmp_path: Path) -> None:
+    first = write_shard(tmp_path / "a.parquet", stdlib_texts(), group=GROUP)
+    second = write_shard(tmp_path / "b.parquet", stdlib_texts(), group=GROUP)
+    with open_stream([first, second]) as stream:
+        next(stream)
+        second.unlink()
+        with pytest.raises(RunError, match=r"b\.parquet cannot be reached.*No such file"):
+            list(islice(stream, 10_000))
+
+
+def test_a_very_long_document(tmp_path: Path) -> None:
+    long = " ".join(stdlib_texts()) * 20
+    shard = write_shard(tmp_path / "a.parquet", ["short one", long, "short two"])
+    begin = time.perf_counter()
+    assert_same_blocks(blocks_of([shard]), plain_blocks(plain_tokens(["short one", long, "short two"]), BLOCK))
+    assert time.perf_counter() - begin < 30

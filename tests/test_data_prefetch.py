@@ -1,0 +1,138 @@
+"""The prefetching thread: order, bounded depth, errors, prompt ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from colonnade.data.prefetch import Prefetcher
+
+
+def test_items_come_in_order_and_then_the_end() -> None:
+    with Prefetcher(iter(range(100)), depth=3) as prefetcher:
+        assert list(prefetcher) == list(range(100))
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                prefetcher.get()
+
+
+def test_no_more_than_depth_items_wait() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in count():
+            made.append(number)
+            yield number
+
+    with Prefetcher(items(), depth=4) as prefetcher:
+        assert prefetcher.get() == 0
+        time.sleep(0.1)
+        assert len(made) == 1 + 4 + 1  # taken, ready, and the one in the thread's hand
+
+
+def test_an_exception_arrives_after_the_items_before_it_and_again() -> None:
+    class Failure(BaseException):
+        pass
+
+    failure = Failure("gone")
+
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise failure
+
+    with Prefetcher(items(), depth=5) as prefetcher:
+        assert [prefetcher.get(), prefetcher.get()] == [1, 2]
+        for _ in range(2):
+            with pytest.raises(Failure) as caught:
+                prefetcher.get()
+            assert caught.value is failure
+
+
+def test_close_with_a_full_queue_is_prompt_and_ends_the_thread() -> None:
+    before = threading.active_count()
+    prefetcher = Prefetcher(count(), depth=1)
+    prefetcher.get()
+    begin = time.perf_counter()
+    prefetcher.close()
+    prefetcher.close()
+    assert time.perf_counter() - begin < 1
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="closed"):
+        prefetcher.get()
+
+
+def test_close_wakes_a_consumer_that_waits() -> None:
+    release = threading.Event()
+
+    def items() -> Iterator[int]:
+        release.wait(10)
+        yield 1
+
+    prefetcher = Prefetcher(items(), depth=1)
+    errors: list[BaseException] = []
+
+    def consume() -> None:
+        try:
+            prefetcher.get()
+        except ValueError as error:
+            errors.append(error)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    time.sleep(0.05)
+    closer = threading.Thread(target=prefetcher.close)
+    closer.start()
+    consumer.join(5)
+    assert len(errors) == 1
+    release.set()
+    closer.join(5)
+    assert not closer.is_alive()
+
+
+def test_waiting_is_measured() -> None:
+    def slow() -> Iterator[int]:
+        yield 0
+        time.sleep(0.2)
+        yield 1
+
+    with Prefetcher(slow(), depth=2) as prefetcher:
+        prefetcher.get()
+        at_first = prefetcher.wait_seconds
+        prefetcher.get()
+        assert 0.1 < prefetcher.wait_seconds - at_first < 2
+    with Prefetcher(iter(range(3)), depth=3) as prefetcher:
+        time.sleep(0.1)
+        assert list(prefetcher) == [0, 1, 2]
+        assert prefetcher.wait_seconds < 0.1
+
+
+def test_depth_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="depth is 0"):
+        Prefetcher(iter([]), depth=0)
+
+
+def test_a_program_that_does_not_close_still_ends_cleanly(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path[:0] = ['.', 'tests']\n"
+        "from pathlib import Path\n"
+        "from data_helpers import stdlib_texts, tiny_tokenizer, write_corpus\n"
+        "from data_processing import Prefetcher, streaming_token_generator\n"
+        f"shards = write_corpus(Path({str(tmp_path)!r}), stdlib_texts())\n"
+        "stream = streaming_token_generator(shards, tiny_tokenizer(), block_size=16, workers=2)\n"
+        "prefetcher = Prefetcher(stream, 4)\n"
+        "print(len(prefetcher.get().tokens))\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "17\n", "")

@@ -1,0 +1,300 @@
+"""The packed token stream against documents encoded one by one, and its position against every place it can be cut."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from colonnade.data.tokenization import EncoderPool
+from colonnade.errors import RunError, UsageError
+from data_helpers import (
+    EOS,
+    assert_same_blocks,
+    plain_blocks,
+    plain_tokens,
+    stdlib_texts,
+    tiny_tokenizer,
+    trained_backend,
+    write_corpus,
+    write_shard,
+)
+from data_processing import DataPosition, TokenStream, streaming_token_generator
+
+BLOCK = 64
+
+
+def open_stream(shards: list[Path], **settings: Any) -> TokenStream:
+    return streaming_token_generator(shards, tiny_tokenizer(), **{"block_size": BLOCK, "workers": 2, **settings})
+
+
+def blocks_of(shards: list[Path], **settings: Any) -> list[np.ndarray]:
+    with open_stream(shards, **{"epochs": 1, **settings}) as stream:
+        return [chunk.tokens for chunk in stream]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), stdlib_texts())
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("batch_rows", [1, 3, 1000])
+def test_blocks_equal_documents_encoded_one_by_one(corpus: list[Path], block_size: int, batch_rows: int) -> None:
+    expected = plain_blocks(plain_tokens(stdlib_texts()), block_size)
+    assert_same_blocks(blocks_of(corpus, block_size=block_size, batch_rows=batch_rows), expected)
+
+
+def test_boundary_tokens_surround_every_document(corpus: list[Path]) -> None:
+    tokenizer = tiny_tokenizer(bos_token="<|startoftext|>", eos_token=EOS)
+    expected = plain_tokens(stdlib_texts(), bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    with streaming_token_generator(
+        corpus, tokenizer, block_size=BLOCK, epochs=1, add_document_boundary_tokens=True
+    ) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(expected, BLOCK))
+        assert stream.statistics.tokens_read == len(expected)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file", "arrow-stream"])
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "dictionary"])
+def test_every_layout_and_type_of_text_gives_the_same_stream(tmp_path: Path, layout: str, kind: str) -> None:
+    array = pa.array(stdlib_texts())
+    array = array.dictionary_encode() if kind == "dictionary" else array.cast(getattr(pa, kind)())
+    shard = write_shard(tmp_path / "shard.bin", array, layout=layout)
+    assert_same_blocks(blocks_of([shard]), plain_blocks(plain_tokens(stdlib_texts()), BLOCK))
+
+
+@pytest.mark.parametrize("layout", ["arrow-file", "arrow-stream"])
+def test_compressed_arrow(tmp_path: Path, layout: str) -> None:
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    shard = write_shard(tmp_path / "shard.arrow", pa.array(stdlib_texts()), layout=layout, options=options)
+    assert_same_blocks(blocks_of([shard]), plain_blocks(plain_tokens(stdlib_texts()), BLOCK))
+
+
+def test_epochs_begin_again_at_the_first_row(corpus: list[Path]) -> None:
+    one = plain_blocks(plain_tokens(stdlib_texts()), BLOCK)
+    with open_stream(corpus) as stream:
+        chunks = list(islice(stream, 2 * len(one) + 3))
+    assert_same_blocks([chunk.tokens for chunk in chunks], (one * 3)[: len(chunks)])
+    assert [chunk.epoch for chunk in chunks] == [0] * len(one) + [1] * len(one) + [2] * 3
+    assert [chunk.position.chunk for chunk in chunks] == list(range(1, len(chunks) + 1))
+
+
+def test_any_cut_goes_on_bit_for_bit_with_other_workers_and_batches(corpus: list[Path]) -> None:
+    generator = random.Random(1)
+    expected = plain_blocks(plain_tokens(stdlib_texts()), BLOCK, epochs=3)
+    served: list[np.ndarray] = []
+    position = None
+    while len(served) < len(expected):
+        settings = {"batch_rows": generator.choice([1, 4, 16, 300]), "workers": generator.choice([1, 2, 5])}
+        with open_stream(corpus, position=position, **settings) as stream:
+            chunks = list(islice(stream, generator.randint(1, 40)))
+        served += [chunk.tokens for chunk in chunks]
+        position = DataPosition.from_dict(json.loads(json.dumps(chunks[-1].position.to_dict())))
+    assert_same_blocks(served[: len(expected)], expected)
+
+
+def test_every_position_names_the_next_block_whatever_the_batches(corpus: list[Path]) -> None:
+    with open_stream(corpus, batch_rows=1, workers=1) as one, open_stream(corpus, batch_rows=50, workers=4) as other:
+        length = len(plain_blocks(plain_tokens(stdlib_texts()), BLOCK)) + 5
+        positions = [chunk.position for chunk in islice(one, length)]
+        assert positions == [chunk.position for chunk in islice(other, length)]
+
+
+def test_a_limited_stream_resumes_to_its_end_and_no_further(corpus: list[Path]) -> None:
+    expected = plain_blocks(plain_tokens(stdlib_texts()), BLOCK)
+    with open_stream(corpus, epochs=1) as stream:
+        chunks = list(stream)
+    with open_stream(corpus, epochs=1, position=chunks[-3].position) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], expected[-2:])
+    with open_stream(corpus, epochs=1, position=chunks[-1].position) as stream:
+        assert list(stream) == []
+    with open_stream(corpus, epochs=2, position=chunks[-1].position) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], expected)
+
+
+def test_a_cut_deep_inside_a_long_row_group(tmp_path: Path) -> None:
+    texts = [None if index % 7 == 3 else f"Row {index} says{' word' * (index % 9)}" for index in range(2100)]
+    shard = write_shard(tmp_path / "a.parquet", texts, group=2000)
+    expected = plain_blocks(plain_tokens([text for text in texts if text is not None]), BLOCK)
+    with open_stream([shard], epochs=1, batch_rows=50) as stream:
+        chunks = list(stream)
+    assert_same_blocks([chunk.tokens for chunk in chunks], expected)
+    for cut in (3, len(chunks) // 2, len(chunks) - 2):
+        with open_stream([shard], epochs=1, batch_rows=700, position=chunks[cut].position) as stream:
+            assert_same_blocks([chunk.tokens for chunk in stream], expected[cut + 1 :])
+
+
+def test_a_resume_encodes_at_most_one_row_group_before_its_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_corpus(tmp_path, stdlib_texts(), shards=2, group=15)
+    encoded: list[tuple[int, int]] = []
+    encode = EncoderPool._encode
+
+    def counting(self: EncoderPool, batch: Any) -> Any:
+        encoded.extend((batch.unit, int(row)) for row in batch.rows)
+        return encode(self, batch)
+
+    with open_stream(shards, epochs=1) as stream:
+        positions = [chunk.position for chunk in stream]
+    monkeypatch.setattr(EncoderPool, "_encode", counting)
+    for position in positions[:-1:5]:
+        encoded.clear()
+        # One row a batch, so that what is encoded before the first block is what it needs, and a bounded look-ahead.
+        with open_stream(shards, position=position, batch_rows=1, workers=1) as stream:
+            next(stream)
+        cursor = position.cursors[0]
+        assert min(encoded) == (cursor.unit, cursor.row)
+        assert len(encoded) <= 15
+
+
+def test_positions_are_small_and_share_their_head(corpus: list[Path]) -> None:
+    with open_stream(corpus) as stream:
+        first, second = next(stream).position, next(stream).position
+    assert first.head is second.head
+    assert len(json.dumps(second.to_dict())) < 512
+
+
+def test_a_moved_corpus_is_the_same_corpus(tmp_path: Path) -> None:
+    shards = write_corpus(tmp_path / "here", stdlib_texts())
+    expected = blocks_of(shards)
+    with open_stream(shards) as stream:
+        position = list(islice(stream, 5))[-1].position
+    moved = shutil.move(tmp_path / "here", tmp_path / "there")
+    assert_same_blocks(blocks_of(sorted(Path(moved).iterdir()), position=position), expected[5:])
+
+
+def test_a_position_of_something_else_is_refused_naming_old_and_new(corpus: list[Path], tmp_path: Path) -> None:
+    with open_stream(corpus) as stream:
+        position = next(stream).position
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (r"block_size 64 -> 32", {"block_size": 32}),
+        (r"seed 0 -> 7", {"seed": 7}),
+        (r"eos None -> 0", {"add_document_boundary_tokens": True}),
+    ]
+    for message, settings in cases:
+        with pytest.raises(UsageError, match=message):
+            open_stream(corpus, position=position, **settings)
+    with pytest.raises(UsageError, match=r"data 3 files with 60 rows \(\w+\) -> 2 files with 40 rows"):
+        open_stream(corpus[:2], position=position)
+    with pytest.raises(UsageError, match=r"data 3 files .* -> 3 files"):
+        open_stream(corpus[::-1], position=position)
+    backend = Tokenizer.from_str(trained_backend())
+    backend.add_tokens(["another"])
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    with pytest.raises(UsageError, match=r"tokenizer \w{8} -> \w{8}"):
+        streaming_token_generator(corpus, other, block_size=BLOCK, position=position)
+
+
+def test_other_rows_under_the_same_manifest_are_noticed_where_the_cursor_stands(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.arrow", stdlib_texts(), layout="arrow-stream")
+    with open_stream([shard]) as stream:
+        position = list(islice(stream, 5))[-1].position
+    size = shard.stat().st_size
+    texts = ["1" * len(text.encode()) for text in stdlib_texts()]
+    write_shard(shard, texts, layout="arrow-stream")
+    assert shard.stat().st_size == size, "the test needs a file of the same size"
+    with open_stream([shard], position=position) as stream, pytest.raises(UsageError, match="data changed"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"format": 1},
+        {"format": 1, "head": {}, "chunk": 0, "cursors": [], "skipped": []},
+        {"format": 99},
+    ],
+)
+def test_what_is_not_a_position_is_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="data position"):
+        DataPosition.from_dict(state)
+
+
+def test_too_little_data_says_how_much_there_is(tmp_path: Path) -> None:
+    texts = ["hello there", None, "  ", "good bye"]
+    shard = write_shard(tmp_path / "a.parquet", texts)
+    found = len(plain_tokens(["hello there", "good bye"]))
+    for epochs in (1, None):
+        with open_stream([shard], epochs=epochs) as stream, pytest.raises(UsageError) as caught:
+            next(stream)
+        assert f"the data holds {found} tokens, one block needs 65" in str(caught.value)
+        assert "1 missing, 1 empty" in str(caught.value)
+
+
+def test_a_corpus_of_nulls_ends_with_an_error(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.parquet", pa.nulls(1000), group=10)
+    with open_stream([shard]) as stream:
+        with pytest.raises(UsageError, match=r"holds 0 tokens.*1000 missing"):
+            next(stream)
+        with pytest.raises(UsageError, match="holds 0 tokens"):
+            next(stream)
+
+
+def test_statistics_do_not_depend_on_look_ahead(corpus: list[Path]) -> None:
+    def after(count: int, **settings: Any) -> dict[str, Any]:
+        with open_stream(corpus, **settings) as stream:
+            list(islice(stream, count))
+            return stream.statistics.to_dict()
+
+    everything = len(blocks_of(corpus))
+    counted = after(everything + 1, batch_rows=1, workers=1)
+    tokens = len(plain_tokens(stdlib_texts()))
+    assert counted["chunks"] == everything + 1
+    assert counted["tokens_dropped"] == tokens - everything * BLOCK
+    assert counted["epochs_finished"] == 1
+    assert (counted["rows_read"], counted["rows_kept"]) == (70, 70)  # the second epoch has begun its first row group
+    assert after(everything + 1, batch_rows=1, workers=5) == counted
+
+
+def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
+    text = f"before {EOS} after, {EOS}{EOS} and <|startoftext|> " * 20
+    tokenizer = tiny_tokenizer()
+    tokens = np.concatenate([block[:-1] for block in blocks_of([write_shard(tmp_path / "a.parquet", [text])])])
+    assert not set(tokens.tolist()) & {0, 1}
+    assert tokenizer.decode(tokens) == text[: len(tokenizer.decode(tokens))]
+    # The tokenizer that was handed in still knows its special token.
+    assert tokenizer(EOS)["input_ids"] == [0]
+
+
+@pytest.mark.parametrize("model", ["word-level", "unigram"])
+def test_special_tokens_inside_the_ordinary_vocabulary_do_not_leak(tmp_path: Path, model: str) -> None:
+    words = ["<eos>", "<unk>", "<", "eos>", "a", "b"]
+    if model == "word-level":
+        backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend = Tokenizer(models.Unigram([(word, 0.0 if word == "<eos>" else -1.0) for word in words], unk_id=1))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    shard = write_shard(tmp_path / "a.parquet", ["a <eos> b"] * 20)
+    with streaming_token_generator([shard], tokenizer, block_size=8, epochs=1) as stream:
+        tokens = [token for chunk in stream for token in chunk.tokens.tolist()]
+    assert 0 not in tokens
+    assert {2, 3, 4, 5} <= set(tokens)
+
+
+def test_a_closed_stream_does_not_look_like_one_that_ended(corpus: list[Path]) -> None:
+    stream = open_stream(corpus)
+    position = next(stream).position
+    stream.close()
+    stream.close()
+    assert stream.position == position
+    with pytest.raises(RunError, match="closed"):
+        next(stream)
+
+
+@pytest.mark.parametrize(("name", "value"), [("block_size", 0), ("epochs", -1), ("batch_rows", 0), ("workers", 10**6)])
+def test_sizes_out_of_range_are_refused(corpus: list[Path], name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=name):
+        open_stream(corpus, **{name: value})

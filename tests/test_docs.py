@@ -1,0 +1,156 @@
+"""What README.md and docs/ say of flags, files, names and links, against the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colonnade.config import ResumeSettings, RunSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = (
+    ["training.py"],
+    ["resume_pretrain_tensor.py"],
+    ["generate.py"],
+    ["audit_run.py"],
+    ["check_bits.py"],
+    ["benchmarks/step.py"],
+    ["-m", "colonnade.data.sample_corpus"],
+)
+
+# What these folders hold is in the repository; other paths in the docs belong to a user's machine.
+FOLDERS = ("colonnade/", "tests/", "docs/", "presets/", "benchmarks/", ".ci/")
+SUFFIXES = (".py", ".md", ".toml", ".txt")
+
+
+def fences_removed(text: str) -> str:
+    """`text` without its blocks of commands and output."""
+    kept, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside and not line.startswith("    "):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def spans(page: Path) -> Iterator[str]:
+    """What stands in single backticks, outside of blocks."""
+    yield from re.findall(r"`([^`\n]+)`", fences_removed(page.read_text(encoding="utf-8")))
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def row(spec: Field[Any]) -> str:
+    default = "" if spec.default in (None, "", False) else f"`{spec.default}`"
+    kept = "yes" if spec.metadata.get("identity") else ""
+    return f"| `--{spec.name.replace('_', '-')}` | {default} | {kept} | {spec.metadata['help'].replace('|', '/')} |"
+
+
+def flags_table() -> str:
+    """The table of flags in the README, from the fields that the parsers are made from."""
+    lines = ["| flag | default | fixed for a run | what |", "| --- | --- | --- | --- |"]
+    group = None
+    for spec in (*fields(RunSettings), *fields(ResumeSettings)):
+        if spec.metadata["group"] != group:
+            group = spec.metadata["group"]
+            lines.append(f"| **{group}** | | | |")
+        lines.append(row(spec))
+    return "\n".join(lines)
+
+
+def test_the_flags_table_is_the_settings() -> None:
+    expected = flags_table()
+    assert expected in (ROOT / "README.md").read_text(encoding="utf-8"), (
+        f"the table in README.md should be:\n{expected}"
+    )
+
+
+def flags_of_help(command: list[str]) -> set[str]:
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z][a-z0-9-]*", done.stdout))
+
+
+@pytest.fixture(scope="module")
+def own_flags() -> dict[str, set[str]]:
+    return {command[-1]: flags_of_help(command) for command in COMMANDS}
+
+
+def test_the_table_leaves_no_flag_out(own_flags: dict[str, set[str]]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for script in ("training.py", "resume_pretrain_tensor.py"):
+        missing = {flag for flag in own_flags[script] if f"`{flag}`" not in readme}
+        assert not missing - {"--help"}, script
+
+
+def test_every_flag_in_the_docs_exists(own_flags: dict[str, set[str]]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    torchrun = {name.replace("_", "-") for name in get_args_parser()._option_string_actions}
+    known = torchrun.union(*own_flags.values())
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", page.read_text(encoding="utf-8")))
+        unknown = {flag for flag in named if flag.replace("_", "-") not in known}
+        assert not unknown, page.name
+
+
+# --- files, names, links ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_named_exists(page: Path) -> None:
+    paths = {span for span in spans(page) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span)}
+    named = {path for path in paths if path.startswith(FOLDERS) or path.endswith(SUFFIXES)}
+    assert named, "no file is named"
+    assert not {path for path in named if not (ROOT / path).exists()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_in_backticks_is_in_the_code(page: Path) -> None:
+    sources = [*ROOT.glob("*.py"), *(ROOT / "colonnade").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    sources += [*(ROOT / "presets").glob("*.yaml"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    words = set()
+    for source in sources:
+        if source != Path(__file__):
+            words.update(re.findall(r"\w+", source.read_text(encoding="utf-8")))
+    named = {span for span in spans(page) if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", span)}
+    assert not {name for name in named if not set(name.split(".")) <= words}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", fences_removed(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\[[^\]]+\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_metrics_keys_are_those_of_a_run() -> None:
+    """Against those that `tests/distributed/test_run.py` finds in rows of a real run, and those an audit compares."""
+    from audit_run import COMPARED
+    from distributed.test_run import ROW_KEYS
+
+    text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    section = text.partition("## Reading metrics.jsonl")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    keys = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    assert keys == ROW_KEYS.union(COMPARED, ("validation_loss", "validation_perplexity"))

@@ -1,0 +1,117 @@
+"""The decoder on one rank against `transformers`, and its configuration."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from colonnade.errors import UsageError
+from colonnade.parallel.mesh import init_parallel
+from dense_reference import dense_logits
+from model import ModelConfig, TensorParallelModel
+
+SMALL = ModelConfig(
+    vocab_size=257,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture(scope="module")
+def layout(single_rank):
+    return init_parallel(1, torch.device("cpu"))
+
+
+def hugging_face_twin(model: TensorParallelModel) -> LlamaForCausalLM:
+    """`transformers`' own Llama with the model's weights."""
+    twin = LlamaForCausalLM(LlamaConfig(**model.config.to_dict(), attn_implementation="eager"))
+    missing, unexpected = twin.load_state_dict(dict(model.full_parameters()), strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    return twin
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("slices", [None, 4])
+def test_logits_and_gradients_equal_transformers(layout, changes, slices):
+    config = dataclasses.replace(SMALL, **changes)
+    model = TensorParallelModel(config, layout, seed=3, slices=slices)
+    with torch.no_grad():  # biases start at zero, which would hide a missing one
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.to_local().normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    twin = hugging_face_twin(model)
+    tokens = torch.randint(0, config.vocab_size, (3, 33), generator=torch.Generator().manual_seed(0))
+    ids, labels = tokens[:, :-1], tokens[:, 1:]
+
+    expected = twin(ids).logits
+    assert relative_error(model.logits(ids), expected) <= 1e-5
+    weights = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+    assert relative_error(dense_logits(weights, config.to_dict(), ids), expected) <= 1e-5
+
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    ours = model(ids, labels)
+    ours.backward()
+    assert float(ours) == pytest.approx(float(loss), rel=1e-6)
+    gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    for name, parameter in model.named_parameters():
+        whole = parameter.grad.full_tensor()
+        assert relative_error(whole[: gradients[name].shape[0]], gradients[name]) <= 1e-5, name
+        assert not whole[gradients[name].shape[0] :].any(), f"{name}: padding has a gradient"
+
+
+def test_residual_projections_start_smaller_with_depth(layout):
+    config = dataclasses.replace(SMALL, num_hidden_layers=8, hidden_size=256, intermediate_size=512)
+    std = {name: float(value.std()) for name, value in TensorParallelModel(config, layout).full_parameters()}
+    assert std["model.layers.0.self_attn.q_proj.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["model.layers.0.mlp.down_proj.weight"] == pytest.approx(0.02 / 4, rel=0.05)
+
+
+def test_config_reads_a_hugging_face_folder(tmp_path):
+    theirs = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=24,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = ModelConfig.from_json(tmp_path)
+    assert (ours.head_dim, ours.rope_theta, ours.rms_norm_eps, ours.tie_word_embeddings) == (24, 500000.0, 1e-5, True)
+    assert ours.num_key_value_heads == 2
+    assert ours.vocab_size == 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"hidden_size": "big"}, "hidden_size is 'big'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers missing"),
+    ],
+)
+def test_config_refuses_what_it_would_get_wrong(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict() | changes))
+    with pytest.raises(UsageError, match=message):
+        ModelConfig.from_json(tmp_path)

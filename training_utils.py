@@ -1,0 +1,453 @@
+"""What both entry points share: the state of a run, one optimizer step, validation, saving, and the loop.
+
+A `Run` is made by `run_setup`; `train` takes it to its last step. The order of a step: batch, learning rate, forward
+and backward of each micro-batch, next batch staged, gradients summed and clipped, optimizer, position committed.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from colonnade.checkpoint.prune import prune_checkpoints
+from colonnade.checkpoint.save import save_checkpoint
+from colonnade.config import RunSettings
+from colonnade.data.feed import BatchFeed, StepBatch
+from colonnade.data.position import DataPosition
+from colonnade.errors import LocalRunError, PeerError, RunError
+from colonnade.optim.gradients import sum_over_data_parallel
+from colonnade.optim.optimizer import set_learning_rate
+from colonnade.optim.schedule import CosineSchedule
+from colonnade.optim.step import optimizer_step
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.peers import PeerWatch, is_connection_lost
+from colonnade.parallel.vocabulary import IGNORE_INDEX
+from colonnade.telemetry.fingerprint import combined, float32_bits, tensor_fingerprints
+from colonnade.telemetry.metrics import MetricsLog
+from colonnade.telemetry.plots import plot_loss
+from colonnade.telemetry.progress import ProgressReport
+from colonnade.tuning.autotuner import TunedMicroBatch
+from colonnade.tuning.batch_record import record_out_of_memory
+from colonnade.tuning.flops import peak_flops, training_flops_per_token
+from colonnade.tuning.memory import GIB, is_out_of_memory
+from data_processing import TokenStream
+from model import ModelConfig, TensorParallelModel
+
+METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------- state of a run
+
+
+@dataclass
+class Validation:
+    """The held-out blocks, the same on every rank.
+
+    Attributes:
+        tokens: [chunks, block_size + 1] int32 on the CPU.
+        unigram_entropy: nats a token of the targets' own frequencies: the loss of knowing them and nothing else.
+    """
+
+    tokens: Tensor
+    unigram_entropy: float
+
+
+@dataclass
+class Run:
+    """A run as it stands between two steps.
+
+    Attributes:
+        settings: as resolved: what `--config` takes back.
+        batch: micro-batch and accumulation on this many ranks; `global_batch` chunks a step follow on any number.
+        batch_depends_on: what the micro-batch depends on, the key of its record.
+        stream: the chunk stream, on reading ranks.
+        arithmetic: what the bits depend on besides the settings, in the deterministic mode; else None.
+        began_at: the step at which the run was made from a checkpoint with changes; 0 where it was not.
+        step: optimizer steps taken.
+        tokens_seen: tokens trained on, over all ranks.
+        position: the data position after `step`; known to reading ranks.
+        loss: mean loss of the last step that was logged or saved.
+        validation_loss: of the last validation.
+        resumed_from: the checkpoint this start went on from.
+    """
+
+    settings: RunSettings
+    layout: ParallelLayout
+    config: ModelConfig
+    model: TensorParallelModel
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    schedule: CosineSchedule
+    feed: BatchFeed
+    stream: TokenStream | None
+    validation: Validation | None
+    batch: TunedMicroBatch
+    batch_depends_on: Mapping[str, Any]
+    global_batch: int
+    peak_flops: float | None
+    arithmetic: Mapping[str, Any] | None = None
+    began_at: int = 0
+    step: int = 0
+    tokens_seen: int = 0
+    position: DataPosition | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    resumed_from: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.checkpoint_dir)
+
+    @property
+    def block_size(self) -> int:
+        assert self.settings.block_size is not None  # resolved before a run is made
+        return self.settings.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.block_size
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(run: Run) -> None:
+    """Train to the run's last step: log, validate and save on the way, and at the end.
+
+    Raises:
+        RunError: a checkpoint cannot be written, data cannot be read, or memory ran out; the last checkpoint stands.
+    """
+    settings, total = run.settings, run.settings.total_steps
+    watch = PeerWatch(enabled=dist.get_world_size() > 1)
+    progress = ProgressReport(total, initial_step=run.step, enabled=run.layout.is_main)
+    metrics = _open_log(run, METRICS_NAME)
+    fingerprints = _open_log(run, FINGERPRINTS_NAME) if run.settings.fingerprint_interval else None
+    meter = _Meter(run)
+    saved_step = run.step if run.resumed_from is not None else -1
+    for note in run.notes:
+        progress.message(note)
+    with progress:
+        while run.step < total:
+            # -- one optimizer step
+            batch = run.feed.take()
+            meter.data_wait += batch.wait_seconds
+            rate = run.schedule(run.step)
+            loss, norm = _step_or_leave(run, batch, rate, watch)
+
+            # -- commit: from here on the step has happened
+            run.step += 1
+            run.tokens_seen += run.tokens_per_step
+            run.position = batch.position
+
+            # -- log
+            is_last = run.step == total
+            with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
+            is_logged = run.step % settings.log_interval == 0 or is_last or with_fingerprint
+            if is_logged:
+                row = meter.row(loss, norm, rate, batch.epoch)
+                run.loss = row["loss"]
+                if with_fingerprint:
+                    row["fingerprint"] = take_fingerprint(run, fingerprints)
+                    meter.restart()
+                _report(progress, metrics, row)
+            progress.update(run.step, run.loss)
+
+            # -- validate
+            if run.validation is not None and (is_last or _is_due(run.step, settings.validation_interval)):
+                held_out = validate(run, run.validation)
+                run.validation_loss = held_out["validation_loss"]
+                _report(progress, metrics, {"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
+                meter.restart()
+
+            # -- save
+            if is_last or _is_due(run.step, settings.checkpoint_interval):
+                if not is_logged:
+                    run.loss = float(mean_loss(run, loss))
+                save(run)
+                saved_step = run.step
+                meter.restart()
+    if fingerprints is not None:
+        fingerprints.close()
+    finish(run, saved_step, metrics)
+    watch.close()
+
+
+def _open_log(run: Run, name: str) -> MetricsLog | None:
+    """A log of the run, without the steps that are about to be taken again; on the rank that writes."""
+    if not run.layout.is_main:
+        return None
+    log = MetricsLog(run.directory / name)
+    log.truncate_after(run.step)
+    return log
+
+
+def take_fingerprint(run: Run, log: MetricsLog | None) -> str:
+    """The fingerprint of all parameters after this step; that of each is written to `log`. Collective."""
+    tensors = tensor_fingerprints(run.model)
+    if log is not None:
+        log.append({"step": run.step, "fingerprint": combined(tensors), "tensors": tensors})
+    return combined(tensors)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _report(progress: ProgressReport, metrics: MetricsLog | None, row: Mapping[str, Any]) -> None:
+    progress.log_line(row)
+    if metrics is not None:
+        metrics.append(row)
+
+
+def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
+    """Close what is open, draw the plot, and say where everything lies."""
+    run.feed.close()
+    if run.stream is not None:
+        run.stream.close()
+    if metrics is None:
+        return
+    metrics.close()
+    entropy = run.validation.unigram_entropy if run.validation is not None else None
+    drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
+    lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
+    if run.stream is not None:
+        counts = run.stream.statistics
+        filtered = ", ".join(f"{count} {reason}" for reason, count in counts.rows_filtered.items()) or "none"
+        lines.append(
+            f"  data        {counts.rows_read:,} rows read in this session, filtered: {filtered}; "
+            f"{counts.skipped_units} damaged row groups skipped"
+        )
+    if run.validation is not None and run.validation_loss is not None:
+        lines.append(
+            f"  held out    {_with_perplexity(run.validation_loss)}; "
+            f"knowing the token frequencies alone: {_with_perplexity(run.validation.unigram_entropy)}"
+        )
+    if saved_step >= 0:
+        lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
+    lines.append(f"  metrics     {run.directory / METRICS_NAME}")
+    if drawn:
+        lines.append(f"  plot        {run.directory / PLOT_NAME}")
+    print("\n".join(lines))
+
+
+def _with_perplexity(loss: float) -> str:
+    return f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.1f})"
+
+
+# ---------------------------------------------------------------------------------------------------------- one step
+
+
+def train_step(run: Run, batch: StepBatch, learning_rate: float) -> tuple[Tensor, Tensor]:
+    """One optimizer step on this rank's share of the global batch.
+
+    Returns:
+        (this rank's part of the mean loss, the global gradient norm before clipping), both still on the device: the
+        mean loss is the sum of the parts over the data-parallel ranks.
+    """
+    set_learning_rate(run.optimizer, learning_rate)
+    return optimizer_step(
+        run.model,
+        run.optimizer,
+        run.scaler,
+        batch.tokens,
+        accumulation=run.batch.gradient_accumulation_steps,
+        tokens=run.tokens_per_step,
+        max_grad_norm=run.settings.max_grad_norm,
+        deterministic=run.settings.deterministic,
+        # The device is busy with what was launched; the next batch can be waited for meanwhile.
+        after_backward=run.feed.stage if run.step + 1 < run.settings.total_steps else None,
+    )
+
+
+def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: PeerWatch) -> tuple[Tensor, Tensor]:
+    """A step; where it runs out of memory, record a smaller micro-batch, tell the other ranks, and leave.
+
+    The error cannot be mended here: the other ranks stand in a collective of this step. One that finds its peer gone
+    has nothing to add to what that peer, or the launcher, says of it.
+    """
+    try:
+        return train_step(run, batch, learning_rate)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if is_connection_lost(error):
+            raise PeerError("another rank is gone") from error
+        watch.announce_failure()
+        if not is_out_of_memory(error):
+            raise
+        if run.settings.deterministic:
+            raise LocalRunError(
+                f"out of memory in step {run.step + 1} with micro-batch size {run.batch.micro_batch_size}, which "
+                "--deterministic keeps: go on from the last checkpoint with a larger --tensor-parallel-size"
+            ) from error
+        key, size = run.batch.plan.key_fields(run.batch_depends_on), run.batch.micro_batch_size
+        try:
+            smaller = record_out_of_memory(run.directory, key, size, run.batch.plan.candidates)
+        except RunError as problem:  # no smaller one, or no way to record it: this rank alone knows
+            raise LocalRunError(str(problem)) from error
+        raise LocalRunError(
+            f"out of memory in step {run.step + 1} with micro-batch size {size}; {smaller} is recorded in "
+            f"{run.directory}: the same command goes on from the last checkpoint with it and the same global batch"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def mean_loss(run: Run, part: Tensor) -> Tensor:
+    """The mean loss of a step from this rank's part of it. Collective."""
+    total = part.clone()
+    sum_over_data_parallel([total], run.layout.dp_group, fixed_order=run.settings.deterministic)
+    return total
+
+
+class _Meter:
+    """What happened since the last log step."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        config = run.config
+        self._flops_per_token = training_flops_per_token(
+            run.model.num_parameters(embeddings=False),
+            config.num_hidden_layers,
+            config.num_attention_heads * config.head_dim,
+            run.block_size,
+            config.vocab_size,
+            config.hidden_size,
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval: time spent on validation and saving is nobody's training speed."""
+        self._begin, self._tokens = time.perf_counter(), self._run.tokens_seen
+        self.data_wait = 0.0
+
+    def row(self, loss: Tensor, norm: Tensor, learning_rate: float, epoch: int) -> dict[str, Any]:
+        """The metrics row of this step, and the start of the next interval. Collective; the one host sync."""
+        run = self._run
+        total, grad_norm = torch.stack([mean_loss(run, loss), norm.to(loss.dtype)]).tolist()
+        seconds = time.perf_counter() - self._begin
+        rate = (run.tokens_seen - self._tokens) / seconds
+        row = {
+            "step": run.step,
+            "loss": total,
+            "perplexity": math.exp(min(total, 700.0)) if math.isfinite(total) else None,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_seen": run.tokens_seen,
+            "tokens_per_second": rate,
+            "model_flops_utilization": None
+            if run.peak_flops is None
+            else rate * self._flops_per_token / (run.peak_flops * dist.get_world_size()),
+            "memory_gib": memory_in_use(run.layout.device) / GIB,
+            "data_wait_fraction": min(1.0, self.data_wait / seconds),
+            "epoch": epoch,
+        }
+        if run.settings.deterministic:
+            row |= {"loss_bits": float32_bits(total), "grad_norm_bits": float32_bits(grad_norm)}
+        self.restart()
+        return row
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the allocator's peak on an accelerator, this process's resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def device_peak_flops(device: torch.device, precision: str) -> float | None:
+    """Dense FLOP/s of the device in this precision, where it is known."""
+    if device.type != "cuda":
+        return None
+    if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32:
+        precision = "tf32"
+    return peak_flops(torch.cuda.get_device_name(device), precision)
+
+
+@torch.no_grad()
+def validate(run: Run, validation: Validation) -> dict[str, float]:
+    """Mean loss and perplexity over the held-out blocks. Collective; the same bits at every data-parallel size."""
+    size, layout = run.batch.micro_batch_size, run.layout
+    batches = validation.tokens.split(size)
+    totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
+    for index in range(layout.dp_rank, len(batches), layout.dp):
+        tokens = batches[index].to(layout.device)
+        labels = tokens[:, 1:].long()
+        inputs = tokens[:, :-1].long()
+        if tokens.shape[0] < size:
+            # Compiled segments have one shape: the last batch is filled up with rows that do not count.
+            missing = (size - tokens.shape[0], labels.shape[1])
+            labels = torch.cat([labels, labels.new_full(missing, IGNORE_INDEX)])
+            inputs = torch.cat([inputs, inputs.new_zeros(missing)])
+        totals[index] = run.model(inputs, labels).double()
+    # One rank tells a batch's loss and the others add zeros, which is exact in any order.
+    dist.all_reduce(totals, group=layout.dp_group)
+    loss = float(totals.sum()) / validation.tokens[:, 1:].numel()
+    return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save(run: Run) -> None:
+    """Write the run's checkpoint and prune the oldest ones. Collective.
+
+    Raises:
+        RunError: on all ranks, when it failed on any; older checkpoints are intact.
+    """
+    path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest_of(run))
+    if run.layout.is_main:
+        prune_checkpoints(run.directory, run.settings.keep_checkpoints, protect=(path,))
+
+
+def manifest_of(run: Run) -> dict[str, Any]:
+    """Everything of a run that is not a tensor, as JSON."""
+    layout = run.layout
+    return {
+        "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
+        "tokens_seen": run.tokens_seen,
+        "data_position": run.position.to_dict() if run.position is not None else None,
+        "schedule": run.schedule.to_dict(),
+        "scaler": run.scaler.state_dict() or None,
+        "rng": rng_state(layout.device),
+        "world_size": dist.get_world_size(),
+        "tp": layout.tp,
+        "dp": layout.dp,
+        "micro_batch_size": run.batch.micro_batch_size,
+        "gradient_accumulation_steps": run.batch.gradient_accumulation_steps,
+        "global_batch": run.global_batch,
+        "arithmetic": run.arithmetic,
+        "began_at": run.began_at,
+        "model_config": run.config.to_dict(),
+        "settings": run.settings.to_dict(),
+    }
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """torch's generator states as text. Nothing in a step draws from them today; a dropout would."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+
+def restore_rng(states: Mapping[str, str], device: torch.device) -> None:
+    """Set the generators back to `rng_state`; one the checkpoint does not know is left as it is."""
+    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
+    if device.type == "cuda":
+        setters["cuda"] = lambda state: torch.cuda.set_rng_state(state, device)
+    for kind, setter in setters.items():
+        if kind in states:
+            setter(torch.frombuffer(bytearray(base64.b64decode(states[kind])), dtype=torch.uint8))
