@@ -1,58 +1,55 @@
 """From files to blocks of token ids: the way of a token until it leaves the reader.
 
-1. Shards are found (`discover_shards`) and their footers read and checked (`colonnade/data/shards.py`).
+1. Shards are found (`discover_shards`), opened and checked (`colonnade/data/shards.py`).
 2. The tokenizer is loaded (`load_tokenizer`), its boundary tokens chosen (`boundary_tokens`).
-3. Row groups are read one after the other, the text column only; a damaged one is skipped whole and recorded.
-4. Rows that are not documents are dropped (`colonnade/data/text_filter.py`).
+3. Each corpus's units (row groups) are dealt to lanes and put in order (`colonnade/data/order.py`).
+4. A lane's units are read one after the other, the text column only; a damaged one is skipped whole and recorded; rows
+   that are not documents are dropped (`colonnade/data/lane_reader.py`, `text_filter.py`).
 5. Batches of rows are encoded on threads, in order (`colonnade/data/tokenization.py`).
-6. Documents are laid end to end and cut into blocks of `block_size + 1` (`colonnade/data/packing.py`).
-7. Each block leaves together with the position that resumes after it (`colonnade/data/position.py`).
+6. Documents become blocks of `block_size + 1` tokens (`colonnade/data/lane.py`, `packing.py`).
+7. Chunk g is the next block of lane g mod V of the corpus whose turn it is (`colonnade/data/mixture.py`), and leaves
+   together with the position that resumes after it (`colonnade/data/position.py`).
 
-The stream is a pure function of (files, tokenizer, boundary tokens, block size, filter version): batch rows, worker
-threads, and the number of ranks do not change it, nor does stopping and going on. The reader knows nothing of ranks:
-one process of a tensor-parallel group reads, and hands the ids to the others.
+The stream is a pure function of (files, tokenizer, settings of the stream, seed): batch rows, worker threads, and the
+number of ranks do not change it, nor does stopping and going on. With several data-parallel ranks each reads the lanes
+that hold its chunks, and no others where their number divides that of the lanes.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from colonnade.data.packing import BlockPacker, TokenChunk
-from colonnade.data.position import DataPosition, LaneCursor, SkippedUnit, StreamHead
+from colonnade.data.lane import filtered_rows
+from colonnade.data.mixture import ONLY_CORPUS, normalized, parse_data_glob
+from colonnade.data.order import default_lanes
+from colonnade.data.packing import PACKINGS
+from colonnade.data.position import CorpusHead, DataPosition, StreamHead
 from colonnade.data.prefetch import Prefetcher
 from colonnade.data.shards import (
     DEFAULT_GLOBS,
-    DamagedUnit,
     Manifest,
-    UnitReader,
     Units,
     discover_shards,
     find_default_shards,
     open_shards,
 )
-from colonnade.data.text_filter import FILTER_VERSION, KEPT, count_reasons, judge
+from colonnade.data.stream import Corpus, TokenChunk, TokenStream
+from colonnade.data.text_filter import FILTER_VERSION
 from colonnade.data.tokenization import (
     BoundaryTokens,
-    EncodedRows,
     Encoder,
     EncoderPool,
-    RowBatch,
     batch_rows_setting,
     boundary_tokens,
     load_tokenizer,
     workers_setting,
 )
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import UsageError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -60,66 +57,17 @@ __all__ = [
     "BoundaryTokens",
     "DataPosition",
     "Prefetcher",
-    "StreamStatistics",
     "TokenChunk",
     "TokenStream",
     "boundary_tokens",
     "discover_shards",
+    "filtered_rows",
     "find_default_shards",
     "load_tokenizer",
     "streaming_token_generator",
 ]
 
-logger = logging.getLogger(__name__)
-
-# One batch is at most this much text, whatever its rows: an encoding in flight takes about 100 bytes a token.
-_BATCH_BYTES = 1 << 20
-# Rows judged by the filter at a time, at least: bounds its memory, and spreads its fixed cost.
-_FILTER_ROWS = 512
-
-
-@dataclass
-class StreamStatistics:
-    """What one `TokenStream` has read and delivered since it was opened (not since the run began).
-
-    Rows and tokens count as read when the packer takes them in, so the figures do not depend on how far ahead the
-    threads are.
-    """
-
-    rows_read: int = 0
-    rows_kept: int = 0
-    rows_filtered: dict[str, int] = field(default_factory=dict)  # by reason
-    tokens_read: int = 0  # boundary tokens included
-    tokens_dropped: int = 0  # tails of epochs
-    chunks: int = 0
-    epochs_finished: int = 0
-    skipped_units: int = 0
-    skipped_rows: int = 0  # where the footer could still tell
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _RowsJudged:
-    rows: int
-    filtered: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _UnitSkipped:
-    skip: SkippedUnit
-    rows: int
-    is_new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _EpochEnded:
-    epoch: int
-
-
-_Event = _RowsJudged | _UnitSkipped | _EpochEnded
+MAX_LANES = 4096
 
 
 def streaming_token_generator(
@@ -129,26 +77,42 @@ def streaming_token_generator(
     block_size: int,
     add_document_boundary_tokens: bool = False,
     text_column: str = "text",
+    shuffle: bool = False,
+    seed: int = 0,
+    lanes: int | None = None,
+    packing: str = "concat",
+    mark_documents: bool = False,
     position: DataPosition | None = None,
+    allow_data_change: bool = False,
     strict: bool = False,
     epochs: int | None = None,
-    seed: int = 0,
+    reader: int = 0,
+    readers: int = 1,
     batch_rows: int | None = None,
     workers: int | None = None,
 ) -> TokenStream:
-    """Stream a corpus as packed blocks of token ids.
+    """Stream a corpus, or a mixture of them, as packed blocks of token ids.
 
     Args:
-        shards: Parquet or Arrow files in stream order, or a pattern for `discover_shards`.
+        shards: files in stream order, or a pattern: globs separated by commas, or `name=glob:weight,...`.
         tokenizer: as `load_tokenizer` returns it. Text is encoded without special tokens.
         block_size: tokens a model sees at once; blocks hold one more.
         add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document.
         text_column: name of the column of text.
-        position: go on from here instead of from the first row.
-        strict: a damaged row group ends the run (RunError) instead of being skipped and recorded.
+        shuffle: units of a lane, and the rows of each window of a unit, in a seeded order, another one every epoch.
+        seed: of all orders.
+        lanes: V, independent streams that chunks are dealt from; by default as many as the data is good for
+            (`default_lanes`), or those of `position`.
+        packing: one of `PACKINGS`.
+        mark_documents: mark where documents begin in the chunks.
+        position: go on from here instead of from the beginning.
+        allow_data_change: go on from `position` even where the data or these settings are others; the change is
+            recorded in the positions that follow.
+        strict: a damaged unit ends the run (RunError) instead of being skipped and recorded.
         epochs: passes over the data, counted from the beginning of the run; None is endless. At the end of each the
-            tail, less than a block, is dropped.
-        seed: recorded in the position, so that a run cannot go on with another one.
+            tail of a lane, less than a block, is dropped. The stream ends with the first lane that does.
+        reader, readers: yield only the chunks of the lanes that reader number `reader` of `readers` needs, which
+            serves the chunks with (g - first) mod readers == reader.
         batch_rows: rows encoded in one call; default RESUME_TOKENIZER_BATCH_ROWS, else 64.
         workers: encoding threads; default RESUME_TOKENIZER_WORKERS, else this rank's share of the cores.
 
@@ -159,231 +123,89 @@ def streaming_token_generator(
     for name, value in (("block_size", block_size), ("epochs", 1 if epochs is None else epochs)):
         if value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
+    if packing not in PACKINGS:
+        raise UsageError(f"packing is {packing!r}; it must be one of {', '.join(PACKINGS)}")
     settings = batch_rows_setting(batch_rows), workers_setting(workers)
-    paths = discover_shards(shards) if isinstance(shards, str) else [Path(shard) for shard in shards]
-    units = Units(open_shards(paths, text_column))
+    corpora = _open_corpora(shards, text_column)
+    _require_documents(corpora, packing, mark_documents)
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
     encoder = Encoder(tokenizer)
-    head = StreamHead.create(
-        Manifest.of(units.shards),
+    if lanes is None and position is not None:
+        lanes = position.head.lanes
+    head = StreamHead(
+        corpora=tuple(CorpusHead.of(corpus.name, Manifest.of(corpus.units.shards)) for corpus in corpora),
         tokenizer=encoder.digest,
         bos=boundaries.bos if boundaries else None,
         eos=boundaries.eos if boundaries else None,
         block_size=block_size,
-        lanes=1,
+        lanes=lanes or default_lanes([corpus.units.unit_bytes for corpus in corpora], block_size),
         seed=seed,
+        shuffle=shuffle,
+        packing=packing,
         filter_version=FILTER_VERSION,
         text_column=text_column,
     )
-    if position is None:
-        position = DataPosition.start(head)
-    else:
-        position.require(head, len(units))
+    _require_lanes(corpora, head.lanes)
+    position = _position_in(head, corpora, position, allow_data_change=allow_data_change)
     pool = EncoderPool(encoder, boundaries, workers=settings[1])
-    return TokenStream(units, pool, position, batch_rows=settings[0], epochs=epochs, strict=strict)
+    return TokenStream(
+        corpora,
+        pool,
+        position,
+        batch_rows=settings[0],
+        workers=settings[1],
+        vocabulary_size=max(tokenizer.get_vocab().values(), default=0) + 1,
+        marked=mark_documents or packing == "best-fit",
+        epochs=epochs,
+        strict=strict,
+        reader=reader,
+        readers=readers,
+    )
 
 
-class TokenStream:
-    """Iterator of `TokenChunk`s; made by `streaming_token_generator`. Close it, or use it in a `with` statement.
-
-    Attributes:
-        position: state after the last chunk delivered.
-        statistics: see `StreamStatistics`.
-    """
-
-    def __init__(
-        self,
-        units: Units,
-        pool: EncoderPool,
-        position: DataPosition,
-        *,
-        batch_rows: int,
-        epochs: int | None,
-        strict: bool,
-    ) -> None:
-        self.position = position
-        self.statistics = StreamStatistics()
-        self._units = units
-        self._pool = pool
-        self._batch_rows = batch_rows
-        self._strict = strict
-        self._reader = UnitReader(position.head.text_column)
-        self._packer = BlockPacker(position.head.block_size)
-        self._skipped = position.skipped
-        self._failure: Exception | None = None
-        cursor = position.cursors[0]
-        # The token a resumed stream has to find again, until it has.
-        self._wanted: LaneCursor | None = cursor if cursor.row or cursor.token else None
-        self._epoch_is_whole = cursor[1:] == (0, 0, 0)
-        self._epoch_chunks = 0
-        self._epoch_tokens = 0
-        self._events: Iterator[EncodedRows | _Event] = pool.run(self._read(cursor, epochs))
-
-    # --- the consumer's side -----------------------------------------------------------------------------------------
-
-    def __iter__(self) -> Iterator[TokenChunk]:
-        return self
-
-    def __next__(self) -> TokenChunk:
-        """The next chunk.
-
-        Raises:
-            StopIteration: after the last epoch.
-            UsageError: the data does not fill one block, or is not what the position was made with.
-            RunError: a shard cannot be reached; with `strict`, a row group is damaged.
-        """
-        if self._failure is not None:
-            raise self._failure
-        try:
-            while not self._packer.ready:
-                self._take_in(next(self._events))
-        except (UsageError, RunError) as error:
-            self._failure = error  # a stream that failed must not look like one that ended
-            raise
-        tokens, cursor = self._packer.cut()
-        self._epoch_chunks += 1
-        self.statistics.chunks += 1
-        self.position = self.position.advanced(cursor, self._skipped)
-        return TokenChunk(tokens, self.position, cursor.epoch)
-
-    def close(self) -> None:
-        """Stop the threads and close the file. The position stays readable."""
-        if self._failure is None:
-            self._failure = RunError("the token stream is closed")
-        self._pool.close()
-        self._reader.close()
-
-    def __enter__(self) -> TokenStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _take_in(self, event: EncodedRows | _Event) -> None:
-        """Account for one event, in stream order: what happens here does not depend on the threads' progress."""
-        if isinstance(event, EncodedRows):
-            self.statistics.tokens_read += len(event.tokens)
-            self._epoch_tokens += len(event.tokens)
-            self._packer.add(event, self._tokens_before_cursor(event))
-        elif isinstance(event, _RowsJudged):
-            self._count_rows(event)
-        elif isinstance(event, _UnitSkipped):
-            self._skip(event)
-        else:
-            self._end_epoch()
-
-    def _tokens_before_cursor(self, encoded: EncodedRows) -> int:
-        """How much of the first documents after a resume has been delivered already; 0 for all later ones."""
-        wanted, self._wanted = self._wanted, None
-        if wanted is None:
-            return 0
-        found = encoded.epoch, encoded.unit, int(encoded.rows[0])
-        if found != wanted[:3] or wanted.token >= encoded.ends[0]:
-            raise self._changed_data(wanted)
-        return wanted.token
-
-    def _changed_data(self, wanted: LaneCursor) -> UsageError:
-        return UsageError(
-            f"the data changed since the position was saved: {self._units.describe(wanted.unit)} has no token "
-            f"{wanted.token} in row {wanted.row}; restore the file or start a new run"
-        )
-
-    def _count_rows(self, judged: _RowsJudged) -> None:
-        self.statistics.rows_read += judged.rows
-        self.statistics.rows_kept += judged.rows - sum(judged.filtered.values())
-        for reason, count in judged.filtered.items():
-            self.statistics.rows_filtered[reason] = self.statistics.rows_filtered.get(reason, 0) + count
-
-    def _skip(self, event: _UnitSkipped) -> None:
-        if self._wanted is not None and self._wanted.unit == event.skip.unit:
-            self._wanted = None
-        self.statistics.skipped_units += 1
-        self.statistics.skipped_rows += event.rows
-        if not event.is_new:
-            return
-        where = self._units.describe(event.skip.unit)
-        if self._strict:
-            raise RunError(f"{where} is damaged ({event.skip.reason}); repair it, or run without --strict-data")
-        logger.warning("skipping %s, which is damaged (%s); recorded in the data position", where, event.skip.reason)
-        self._skipped = (*self._skipped, event.skip)
-
-    def _end_epoch(self) -> None:
-        if self._wanted is not None:
-            raise self._changed_data(self._wanted)
-        self.statistics.tokens_dropped += self._packer.drop_tail()
-        self.statistics.epochs_finished += 1
-        if self._epoch_is_whole and self._epoch_chunks == 0:
-            self._fail_without_chunk()
-        self._epoch_is_whole = True
-        self._epoch_chunks = self._epoch_tokens = 0
-
-    def _fail_without_chunk(self) -> None:
-        """An epoch without one block would be followed by the same, for ever."""
-        read = self.statistics
-        filtered = ", ".join(f"{count} {reason}" for reason, count in read.rows_filtered.items())
-        block_size = self.position.head.block_size
-        message = (
-            f"the data holds {self._epoch_tokens} tokens, one block needs {block_size + 1} (block size {block_size}): "
-            f"{read.rows_read} rows read, {read.rows_kept} kept{f' (dropped: {filtered})' if filtered else ''}, "
-            f"{len(self._skipped)} damaged row groups skipped; give more data or a smaller block size"
-        )
-        raise UsageError(message) if self.position.chunk == 0 else RunError(message)
-
-    # --- the reader's side: runs ahead by a bounded number of batches -------------------------------------------------
-
-    def _read(self, cursor: LaneCursor, epochs: int | None) -> Iterator[RowBatch | _Event]:
-        known = {skip.unit: skip for skip in self._skipped}
-        epoch, first_unit, first_row = cursor.epoch, cursor.unit, cursor.row
-        while epochs is None or epoch < epochs:
-            for unit in range(first_unit, len(self._units)):
-                yield from self._read_unit(epoch, unit, first_row, known)
-                first_row = 0
-            yield _EpochEnded(epoch)
-            epoch, first_unit = epoch + 1, 0
-
-    def _read_unit(
-        self, epoch: int, unit: int, first_row: int, known: dict[int, SkippedUnit]
-    ) -> Iterator[RowBatch | _Event]:
-        if unit in known:
-            yield _UnitSkipped(known[unit], 0, is_new=False)
-            return
-        shard, number = self._units.locate(unit)
-        try:
-            # All of it before its first token leaves: a row group that is bad near its end must not be half delivered.
-            columns = self._reader.read(shard, number)
-        except DamagedUnit as damage:
-            known[unit] = SkippedUnit(unit, str(damage))
-            yield _UnitSkipped(known[unit], damage.rows, is_new=True)
-            return
-        stretch = self._batch_rows * -(-_FILTER_ROWS // self._batch_rows)
-        row = 0
-        for column in columns:
-            for start in range(max(0, first_row - row), len(column), stretch):
-                yield from self._batches(epoch, unit, row + start, column.slice(start, stretch))
-            row += len(column)
-
-    def _batches(self, epoch: int, unit: int, first_row: int, column: pa.Array) -> Iterator[RowBatch | _Event]:
-        texts, verdicts = judge(column)
-        yield _RowsJudged(len(verdicts), count_reasons(verdicts))
-        kept = verdicts == KEPT
-        rows = first_row + np.flatnonzero(kept)
-        texts = texts.filter(kept)
-        start = 0
-        for stop in _batch_ends(texts, self._batch_rows):
-            yield RowBatch(epoch, unit, rows[start:stop], texts.slice(start, stop - start))
-            start = stop
+def _open_corpora(shards: Sequence[str | Path] | str, text_column: str) -> list[Corpus]:
+    if not isinstance(shards, str):
+        return [Corpus(ONLY_CORPUS, 1.0, Units(open_shards([str(shard) for shard in shards], text_column)))]
+    return [
+        Corpus(corpus.name, corpus.weight, Units(open_shards(discover_shards(corpus.pattern), text_column)))
+        for corpus in parse_data_glob(shards)
+    ]
 
 
-def _batch_ends(texts: pa.LargeStringArray, batch_rows: int) -> Iterator[int]:
-    """Where to cut `texts`: at most `batch_rows` rows and `_BATCH_BYTES` a batch, but at least one row."""
-    import pyarrow.compute as pc
+def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: bool) -> None:
+    if packing == "concat" and not mark_documents:
+        return
+    for corpus in corpora:
+        for shard in corpus.units.shards:
+            if shard.layout == "tokens":
+                asked = "--document-mask" if mark_documents else f"--packing {packing}"
+                raise UsageError(
+                    f"{asked} cannot be used with {shard.path}: a shard of tokens does not say where documents begin; "
+                    "leave it out, or give the text"
+                )
 
-    byte_ends = np.cumsum(pc.binary_length(texts).to_numpy())
-    start, done = 0, 0
-    while start < len(texts):
-        fitting = int(np.searchsorted(byte_ends, done + _BATCH_BYTES, side="right"))
-        start = max(start + 1, min(start + batch_rows, fitting))
-        done = int(byte_ends[start - 1])
-        yield start
+
+def _require_lanes(corpora: Sequence[Corpus], lanes: int) -> None:
+    if not 1 <= lanes <= MAX_LANES:
+        raise UsageError(f"--data-lanes is {lanes}; it must be from 1 to {MAX_LANES}")
+    for corpus in corpora:
+        if len(corpus.units) < lanes:
+            raise UsageError(
+                f"--data-lanes {lanes} is more than the {len(corpus.units)} row groups of corpus {corpus.name}; give "
+                "fewer lanes, or write the data with smaller row groups"
+            )
+
+
+def _position_in(
+    head: StreamHead, corpora: Sequence[Corpus], position: DataPosition | None, *, allow_data_change: bool
+) -> DataPosition:
+    """Where the stream begins: `position`, once it is known to fit, with the weights that hold from here on."""
+    weights = normalized([corpus.weight for corpus in corpora])
+    if position is None:
+        return DataPosition.start(head, weights)
+    names = {corpus.name: corpus.file_names for corpus in corpora}
+    if allow_data_change:
+        position = position.with_changed_data(head, weights, names)
+    else:
+        position.require(head, names)
+    return position.with_weights(weights)

@@ -17,6 +17,8 @@ import torch
 from colonnade.checkpoint.discover import CheckpointInfo, latest_checkpoint, resolve_checkpoint
 from colonnade.checkpoint.run_record import run_record
 from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings, load_preset
+from colonnade.data.mixture import normalized, parse_data_glob
+from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
@@ -167,7 +169,8 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
 
 def _require_shards(flag: str, pattern: str) -> None:
     try:
-        discover_shards(pattern)
+        for corpus in parse_data_glob(pattern):
+            discover_shards(corpus.pattern)
     except UsageError as error:
         raise UsageError(f"{flag}: {error}") from error
 
@@ -189,12 +192,17 @@ def resolve_model(settings: RunSettings) -> ModelConfig:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
                 raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
         config = ModelConfig.from_dict(sizes, vocab_size=entries)
+    require_vocabulary(settings, entries, config)
+    return config
+
+
+def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig) -> None:
+    """Refuse a tokenizer whose ids, those below `entries`, the model does not have."""
     if entries > config.vocab_size:
         raise UsageError(
             f"the tokenizer {settings.tokenizer_path} has ids up to {entries - 1}, the model's vocabulary "
             f"{config.vocab_size} entries; use the model's own tokenizer or a larger vocab_size"
         )
-    return config
 
 
 def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
@@ -274,12 +282,24 @@ def require_same_run(
         if asked not in (None, record["global_batch"]):
             changed.append(f"sequences a step {record['global_batch']} -> {asked}")
     changed += arithmetic_changes(record, settings, layout)
+    changed += weight_changes(record, settings)
     if changed:
         raise UsageError(
             f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own, "
             "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
         )
     return record
+
+
+def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str]:
+    """The corpora's weights, where they are not the checkpoint's. Other corpora are the data position's business."""
+    corpora = parse_data_glob(settings.data_glob or "")
+    position = DataPosition.from_dict(record["data_position"])
+    weights = normalized([corpus.weight for corpus in corpora])
+    if weights == position.weights or [corpus.name for corpus in position.head.corpora] != [c.name for c in corpora]:
+        return []
+    shown = (", ".join(f"{share:.4g}" for share in shares) for shares in (position.weights, weights))
+    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {' -> '.join(shown)}"]
 
 
 def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout) -> list[str]:

@@ -66,10 +66,12 @@ from run_inputs import (
     require_own_model,
     require_same_run,
     require_steps_left,
+    require_vocabulary,
     resolve_data,
     resolve_device_settings,
     resolve_model,
     resolve_model_settings,
+    weight_changes,
     with_preset,
 )
 from training_utils import Run, Validation, device_peak_flops, restore_rng
@@ -171,6 +173,8 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         and settings.identity() == RunSettings(**record["settings"]).identity()
         and global_batch == record["global_batch"]
         and not arithmetic_changes(record, settings, layout)
+        and not weight_changes(record, settings)
+        and not resume.allow_data_change
     )
     origin = _Origin(
         found.path,
@@ -180,6 +184,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         rewarmup_steps=resume.rewarmup_steps,
         global_batch=global_batch,
         began_at=None if exact else found.step or 0,
+        allow_data_change=resume.allow_data_change,
     )
     return _assemble(settings, config, layout, notes, origin)
 
@@ -252,6 +257,7 @@ class _Origin:
     rewarmup_steps: int = 0
     global_batch: int | None = None
     began_at: int | None = None
+    allow_data_change: bool = False
 
 
 def _say_finished(found: CheckpointInfo, settings: RunSettings, layout: ParallelLayout) -> None:
@@ -352,7 +358,11 @@ def _assemble(
             check_micro_batches(global_batch, micro_batch, layout.dp)
         # Before the model, whose building and tuning take minutes where it is large.
         position = DataPosition.from_dict(record["data_position"]) if record else None
-        stream, chunks = _open_stream(settings, position) if layout.tp_rank == 0 else (None, None)
+        stream, chunks = None, None
+        if layout.tp_rank == 0:
+            stream, chunks = _open_stream(settings, config, layout, position, allow_change=origin.allow_data_change)
+            if layout.is_main:
+                notes += _stream_notes(stream, position)
     validation = on_first_rank(lambda: _read_validation(settings))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
@@ -401,7 +411,14 @@ def _assemble(
         optimizer=optimizer,
         scaler=scaler,
         schedule=_schedule(settings, origin, step),
-        feed=BatchFeed(chunks, layout, global_batch, settings.block_size or 0),
+        feed=BatchFeed(
+            chunks,
+            layout,
+            global_batch,
+            settings.block_size or 0,
+            first=stream.start.chunk if stream is not None else 0,
+            apart=stream.apart if stream is not None else 1,
+        ),
         stream=stream,
         validation=validation,
         batch=batch,
@@ -412,7 +429,7 @@ def _assemble(
         began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
         step=step,
         tokens_seen=record.get("tokens_seen", 0),
-        position=position,
+        position=stream.start if stream is not None else None,
         loss=record.get("loss"),
         resumed_from=origin.path,
         notes=notes,
@@ -472,19 +489,52 @@ def _schedule(settings: RunSettings, origin: _Origin, step: int) -> CosineSchedu
     )
 
 
-def _open_stream(settings: RunSettings, position: DataPosition | None) -> tuple[TokenStream, Iterator[TokenChunk]]:
+def _open_stream(
+    settings: RunSettings,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    position: DataPosition | None,
+    *,
+    allow_change: bool,
+) -> tuple[TokenStream, Iterator[TokenChunk]]:
     """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
     assert settings.tokenizer_path is not None
     assert settings.data_glob is not None
+    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+    require_vocabulary(settings, max(tokenizer.get_vocab().values(), default=0) + 1, config)
     stream = streaming_token_generator(
         settings.data_glob,
-        load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code),
+        tokenizer,
         block_size=settings.block_size or 0,
         add_document_boundary_tokens=settings.add_document_boundary_tokens,
+        shuffle=settings.shuffle,
+        seed=settings.seed,
+        lanes=settings.data_lanes,
+        packing=settings.packing,
+        mark_documents=settings.document_mask,
         position=position,
+        allow_data_change=allow_change,
         strict=settings.strict_data,
+        reader=layout.dp_rank,
+        readers=layout.dp,
     )
     return stream, chain([next(stream)], stream)
+
+
+def _stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
+    """What the start of a run says of its data."""
+    start = stream.start
+    corpora = ", ".join(
+        f"{corpus.name} {corpus.files} files{f' ({weight:.1%})' if len(start.weights) > 1 else ''}"
+        for corpus, weight in zip(start.head.corpora, start.weights, strict=True)
+    )
+    lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
+    notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
+    if position is not None and len(start.changes) > len(position.changes):
+        notes.append(f"the data is not the checkpoint's: {start.changes[-1].what}")
+    elif position is not None and start.weights != position.weights:
+        notes.append(f"weights of the corpora from chunk {start.chunk} on: {corpora}")
+    return notes
 
 
 def _read_validation(settings: RunSettings) -> Validation | None:
@@ -504,6 +554,9 @@ def _read_validation(settings: RunSettings) -> Validation | None:
             tokenizer,
             block_size=settings.block_size or 0,
             add_document_boundary_tokens=settings.add_document_boundary_tokens,
+            lanes=1,
+            packing=settings.packing,
+            mark_documents=settings.document_mask,
             epochs=1,
             strict=settings.strict_data,
         ) as stream:

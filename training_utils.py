@@ -32,6 +32,7 @@ from colonnade.optim.step import optimizer_step
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.peers import PeerWatch, is_connection_lost
 from colonnade.parallel.vocabulary import IGNORE_INDEX
+from colonnade.telemetry.data_ledger import data_metrics, data_summary, write_data_ledger
 from colonnade.telemetry.fingerprint import combined, float32_bits, tensor_fingerprints
 from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.plots import plot_loss
@@ -44,6 +45,7 @@ from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
 
 METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
+LEDGER_NAME = "data_ledger.json"
 
 
 # ------------------------------------------------------------------------------------------------- state of a run
@@ -75,7 +77,8 @@ class Run:
         began_at: the step at which the run was made from a checkpoint with changes; 0 where it was not.
         step: optimizer steps taken.
         tokens_seen: tokens trained on, over all ranks.
-        position: the data position after `step`; known to reading ranks.
+        position: the data position after `step`, as far as this rank's reader knows it (`whole_position`); None on
+            ranks that do not read.
         loss: mean loss of the last step that was logged or saved.
         validation_loss: of the last validation.
         resumed_from: the checkpoint this start went on from.
@@ -211,7 +214,8 @@ def _report(progress: ProgressReport, metrics: MetricsLog | None, row: Mapping[s
 
 
 def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
-    """Close what is open, draw the plot, and say where everything lies."""
+    """Close what is open, draw the plot, and say where everything lies. Collective."""
+    position = whole_position(run)
     run.feed.close()
     if run.stream is not None:
         run.stream.close()
@@ -221,13 +225,8 @@ def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
     entropy = run.validation.unigram_entropy if run.validation is not None else None
     drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
     lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
-    if run.stream is not None:
-        counts = run.stream.statistics
-        filtered = ", ".join(f"{count} {reason}" for reason, count in counts.rows_filtered.items()) or "none"
-        lines.append(
-            f"  data        {counts.rows_read:,} rows read in this session, filtered: {filtered}; "
-            f"{counts.skipped_units} damaged row groups skipped"
-        )
+    if position is not None:
+        lines += [f"  data        {line}" for line in data_summary(position)]
     if run.validation is not None and run.validation_loss is not None:
         lines.append(
             f"  held out    {_with_perplexity(run.validation_loss)}; "
@@ -236,6 +235,8 @@ def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
     if saved_step >= 0:
         lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
     lines.append(f"  metrics     {run.directory / METRICS_NAME}")
+    if saved_step >= 0:
+        lines.append(f"  data ledger {run.directory / LEDGER_NAME}")
     if drawn:
         lines.append(f"  plot        {run.directory / PLOT_NAME}")
     print("\n".join(lines))
@@ -352,6 +353,9 @@ class _Meter:
             "data_wait_fraction": min(1.0, self.data_wait / seconds),
             "epoch": epoch,
         }
+        position = whole_position(run)
+        if position is not None:
+            row |= data_metrics(position)
         if run.settings.deterministic:
             row |= {"loss_bits": float32_bits(total), "grad_norm_bits": float32_bits(grad_norm)}
         self.restart()
@@ -407,18 +411,30 @@ def save(run: Run) -> None:
     Raises:
         RunError: on all ranks, when it failed on any; older checkpoints are intact.
     """
-    path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest_of(run))
-    if run.layout.is_main:
+    position = whole_position(run)
+    manifest = manifest_of(run, position)
+    path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest)
+    if run.layout.is_main and position is not None:
+        write_data_ledger(run.directory / LEDGER_NAME, position)
         prune_checkpoints(run.directory, run.settings.keep_checkpoints, protect=(path,))
 
 
-def manifest_of(run: Run) -> dict[str, Any]:
+def whole_position(run: Run) -> DataPosition | None:
+    """The data position over all readers, on the ranks that read; None on the others. Collective over those."""
+    if run.position is None or run.stream is None or run.stream.apart == 1:
+        return run.position
+    parts: list[Any] = [None] * run.layout.dp
+    dist.all_gather_object(parts, run.position, group=run.layout.dp_group)
+    return DataPosition.merged(parts, run.stream.start.chunk)
+
+
+def manifest_of(run: Run, position: DataPosition | None) -> dict[str, Any]:
     """Everything of a run that is not a tensor, as JSON."""
     layout = run.layout
     return {
         "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
         "tokens_seen": run.tokens_seen,
-        "data_position": run.position.to_dict() if run.position is not None else None,
+        "data_position": position.to_dict() if position is not None else None,
         "schedule": run.schedule.to_dict(),
         "scaler": run.scaler.state_dict() or None,
         "rng": rng_state(layout.device),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from colonnade.errors import UsageError
+from colonnade.files import replace_text
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -54,11 +54,34 @@ class RunSettings:
 
     # Data
     data_glob: str | None = _setting(
-        None, "data", "Parquet or Arrow shards to train on, comma-separated patterns (default those in data/)"
+        None,
+        "data",
+        "shards to train on: comma-separated patterns, or name=glob:weight,... for a mixture (default those in data/)",
     )
     tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
     trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
     add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")
+    shuffle: bool = _identity(
+        True, "data", "read row groups, and the rows of each, in an order of the seed, another one every epoch"
+    )
+    data_lanes: int | None = _setting(
+        None,
+        "data",
+        "lanes V the data is read in, fixed when the run begins; a dp that divides V shares them out (default from the "
+        "number and size of row groups, up to 48)",
+        minimum=1,
+        maximum=4096,
+        unit="LANES",
+    )
+    packing: str = _identity(
+        "concat",
+        "data",
+        "how documents fill blocks: laid end to end and cut, or whole ones that fit best",
+        choices=("concat", "best-fit"),
+    )
+    document_mask: bool = _identity(
+        False, "data", "attention stays within a document, positions restart with each, and no target crosses over"
+    )
     strict_data: bool = _setting(False, "data", "stop at a damaged row group instead of skipping and recording it")
     validation_glob: str | None = _setting(None, "data", "shards to validate on; without it there is no validation")
     validation_interval: int = _steps(250, "data", "steps between validations; 0 for only one at the end", minimum=0)
@@ -116,7 +139,9 @@ class RunSettings:
     max_grad_norm: float = _identity(
         1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
     )
-    seed: int = _identity(1337, "optimization", "seed of the initial weights", minimum=0, maximum=2**63 - 1)
+    seed: int = _identity(
+        1337, "optimization", "seed of the initial weights and of the order of the data", minimum=0, maximum=2**63 - 1
+    )
 
     # Execution
     precision: str = _identity(
@@ -187,6 +212,9 @@ class ResumeSettings:
         100, "resuming", "steps of linear warm-up from here, after the optimizer is reset; 0 for none", minimum=0
     )
     keep_optimizer: bool = _setting(False, "resuming", "go on exactly: optimizer state kept, no warm-up again")
+    allow_data_change: bool = _setting(
+        False, "resuming", "go on where data, tokenizer or block size are others than the checkpoint's, and record it"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- checking
@@ -386,11 +414,5 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:
-    """Save settings as YAML that `--config` takes back; written aside and renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    """Save settings as YAML that `--config` takes back. Raises OSError."""
+    replace_text(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))

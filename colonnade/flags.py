@@ -143,7 +143,12 @@ class _SettingsParser(OneLineParser):
                 facts["group"], self.add_argument_group(facts["group"])
             )
             if spec.type == "bool":
-                group.add_argument(_flag(spec.name), action="store_true", default=argparse.SUPPRESS, help=facts["help"])
+                group.add_argument(
+                    _flag(spec.name),
+                    action=argparse.BooleanOptionalAction,
+                    default=argparse.SUPPRESS,
+                    help=facts["help"] + (" (default on)" if spec.default else ""),
+                )
                 continue
             choices = "{" + ",".join(facts["choices"]) + "}" if "choices" in facts else None
             metavar = choices or facts.get("unit") or spec.name.split("_")[-1].upper()

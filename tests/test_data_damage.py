@@ -26,7 +26,7 @@ from data_helpers import (
     tiny_tokenizer,
     write_shard,
 )
-from data_processing import DataPosition, TokenStream, streaming_token_generator
+from data_processing import DataPosition, TokenStream, filtered_rows, streaming_token_generator
 
 BLOCK = 32
 GROUP = 6
@@ -35,7 +35,9 @@ PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_
 
 
 def open_stream(shards: list[Path], **settings: Any) -> TokenStream:
-    return streaming_token_generator(shards, tiny_tokenizer(), **{"block_size": BLOCK, "workers": 2, **settings})
+    return streaming_token_generator(
+        shards, tiny_tokenizer(), **{"block_size": BLOCK, "lanes": 1, "workers": 2, **settings}
+    )
 
 
 def blocks_of(shards: list[Path], **settings: Any) -> list[np.ndarray]:
@@ -100,16 +102,17 @@ def test_the_vectorised_filter_equals_the_rule_applied_a_character_at_a_time() -
 
 
 def test_bad_rows_are_dropped_alone_and_counted(tmp_path: Path) -> None:
-    good = stdlib_texts(20)
+    good = stdlib_texts(30)
     values: list[bytes | None] = [text.encode() for text in good]
     for place, value in ((0, b"\xff"), (5, None), (9, b"  "), (14, b"123 456"), (20, b"caf\xc3")):
         values.insert(place, value)
     shard = write_shard(tmp_path / "a.parquet", bad_utf8(values), group=GROUP)
     with open_stream([shard], epochs=1, batch_rows=2) as stream:
         assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(plain_tokens(good), BLOCK))
-        counted = stream.statistics
-        assert counted.rows_filtered == {"not_text": 2, "missing": 1, "empty": 1, "mostly_digits_or_symbols": 1}
-        assert (counted.rows_read, counted.rows_kept) == (25, 20)
+        counted = stream.position.totals()["data"]
+    assert filtered_rows(counted) == {"not_text": 2, "missing": 1, "empty": 1, "mostly_digits_or_symbols": 1}
+    cursor = stream.position.states[0][0].cursor
+    assert counted.rows == cursor.unit * GROUP + cursor.row
 
 
 def test_a_row_group_of_nulls_is_passed_over(tmp_path: Path) -> None:
@@ -194,13 +197,12 @@ def test_a_damaged_row_group_is_skipped_whole_recorded_and_warned_once(
     with caplog.at_level(logging.WARNING), open_stream(shards) as stream:
         chunks = list(islice(stream, len(expected)))
         assert_same_blocks([chunk.tokens for chunk in chunks], expected)
-        assert (stream.statistics.skipped_units, stream.statistics.skipped_rows) == (2, GROUP)
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 1
     assert f"row group 1 of {shards[0]}" in warned[0]
     assert "CRC" in warned[0]
     # Recorded from the first block that reaches past it, not from when a thread came across it.
-    before = [chunk.position.cursors[0].unit > 1 or chunk.epoch > 0 for chunk in chunks]
+    before = [chunk.position.states[0][0].cursor.unit > 1 or chunk.epoch > 0 for chunk in chunks]
     assert [[skip.unit for skip in chunk.position.skipped] for chunk in chunks] == [
         [1] if past else [] for past in before
     ]
@@ -236,7 +238,9 @@ def test_the_skipped_row_group_can_be_the_one_the_cursor_stands_in(tmp_path: Pat
     texts = [f"{text} (document {index})" for index, text in enumerate(stdlib_texts(30))]
     shard = write_shard(tmp_path / "a.parquet", texts, group=GROUP, **PLAIN)
     with open_stream([shard]) as stream:
-        position = next(chunk.position for chunk in islice(stream, 1000) if chunk.position.cursors[0].unit == 1)
+        position = next(
+            chunk.position for chunk in islice(stream, 1000) if chunk.position.states[0][0].cursor.unit == 1
+        )
     flip_bit(shard, b"(document 9)")
     with open_stream([shard], epochs=1, position=position) as stream:
         rest = [chunk.tokens for chunk in stream]
@@ -264,7 +268,7 @@ def test_a_shard_cut_short_during_the_run_is_skipped(tmp_path: Path) -> None:
     with open_stream([first, second, third], epochs=1) as stream:
         os.truncate(second, second.stat().st_size // 2)
         blocks = [chunk.tokens for chunk in stream]
-        assert stream.statistics.skipped_units == pq.ParquetFile(first).num_row_groups
+        assert len(stream.position.skipped) == pq.ParquetFile(first).num_row_groups
     assert_same_blocks(blocks, plain_blocks(plain_tokens(stdlib_texts() * 2), BLOCK))
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colonnade.data.packing import TokenChunk
 from colonnade.data.position import DataPosition
 from colonnade.data.prefetch import Prefetcher
+from colonnade.data.stream import TokenChunk
 from colonnade.errors import ColonnadeError, LocalRunError, PeerError, UsageError
 from colonnade.parallel.mesh import ParallelLayout
 
@@ -60,17 +61,24 @@ class StepBatch:
     wait_seconds: float
 
 
-def step_shares(chunks: Iterator[TokenChunk], chunks_per_step: int, dp: int, dp_rank: int) -> Iterator[StepShare]:
-    """Cut the chunk stream into steps and keep one rank's share of each."""
+def step_shares(
+    chunks: Iterator[TokenChunk], first: int, chunks_per_step: int, dp: int, dp_rank: int, apart: int = 1
+) -> Iterator[StepShare]:
+    """Cut the chunk stream into steps and keep one rank's share of each: the i-th chunk of a step is for rank i mod dp.
+
+    Args:
+        chunks: those numbers g with (g - first) mod `apart` == dp_rank mod `apart`, in order.
+        first: number of the first chunk of the first step.
+        apart: a divisor of dp.
+    """
+    end = first
     while True:
-        step = []
-        for _ in range(chunks_per_step):
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            step.append(chunk)
-        tokens = np.stack([chunk.tokens for chunk in step[dp_rank::dp]])
-        yield StepShare(tokens, step[-1].position, step[-1].epoch)
+        end += chunks_per_step
+        step = list(islice(chunks, chunks_per_step // apart))
+        if len(step) < chunks_per_step // apart:
+            return
+        tokens = np.stack([chunk.tokens for chunk in step[dp_rank // apart :: dp // apart]])
+        yield StepShare(tokens, replace(step[-1].position, chunk=end), step[-1].epoch)
 
 
 class BatchFeed:
@@ -80,16 +88,25 @@ class BatchFeed:
         chunks: the chunk stream, on the reading rank of a group; None on the others.
         chunks_per_step: chunks of an optimizer step over all data-parallel ranks; a multiple of dp.
         block_size: tokens a sequence.
+        first: number of the first chunk of the first step.
+        apart: `TokenStream.apart`.
     """
 
     def __init__(
-        self, chunks: Iterator[TokenChunk] | None, layout: ParallelLayout, chunks_per_step: int, block_size: int
+        self,
+        chunks: Iterator[TokenChunk] | None,
+        layout: ParallelLayout,
+        chunks_per_step: int,
+        block_size: int,
+        *,
+        first: int = 0,
+        apart: int = 1,
     ) -> None:
         self._layout = layout
         self._share_shape = (chunks_per_step // layout.dp, block_size + 1)
         self._reader: Prefetcher[StepShare] | None = None
         if chunks is not None:
-            shares = step_shares(chunks, chunks_per_step, layout.dp, layout.dp_rank)
+            shares = step_shares(chunks, first, chunks_per_step, layout.dp, layout.dp_rank, apart)
             self._reader = Prefetcher(shares, _STEPS_AHEAD)
         on_cuda = layout.device.type == "cuda"
         self._stream = torch.cuda.Stream(layout.device) if on_cuda else None

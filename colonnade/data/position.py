@@ -1,4 +1,4 @@
-"""`DataPosition`: where a token stream stands, exactly, in a few hundred bytes.
+"""`DataPosition`: where a token stream stands, exactly, in a few hundred bytes a lane.
 
 A position names the first token of the *next* block of each lane, so no left-over tokens are stored, and it says what
 the stream is a function of (its head), so that going on with something else is refused instead of silently different.
@@ -7,19 +7,23 @@ Nothing in it depends on batch rows, worker threads, or the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from colonnade.data.mixture import ONLY_CORPUS, WeightChange
 from colonnade.data.shards import Manifest
 from colonnade.errors import UsageError
 
-POSITION_FORMAT = 1
+POSITION_FORMAT = 2
 
 
 class LaneCursor(NamedTuple):
-    """First token of a lane's next block: token `token` of the encoded row `row` (counted before filtering, boundary
-    tokens included) of unit number `unit`, in epoch `epoch`; all from 0."""
+    """First token of a lane's next block, all numbers from 0: in epoch `epoch`, in the `unit`-th unit of the lane's
+    order of that epoch, token `token` of the encoded row `row` (in the order rows are read in, counted before
+    filtering, boundary tokens included). With best-fit packing `row` is a window of the unit and `token` one of the
+    blocks packed from it."""
 
     epoch: int
     unit: int
@@ -27,43 +31,102 @@ class LaneCursor(NamedTuple):
     token: int
 
 
+class LaneCounts(NamedTuple):
+    """What a lane has read up to its cursor, since the run began."""
+
+    rows: int = 0
+    rows_missing: int = 0
+    rows_not_text: int = 0
+    rows_empty: int = 0
+    rows_mostly_digits_or_symbols: int = 0
+    tokens_delivered: int = 0
+    tokens_repeated: int = 0  # delivered after the first epoch
+    tokens_dropped: int = 0  # tails of epochs
+    padding: int = 0  # places of blocks that hold no token
+
+    def plus(self, other: LaneCounts) -> LaneCounts:
+        """The sum, field by field."""
+        return LaneCounts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+class LaneState(NamedTuple):
+    """One lane of one corpus between two blocks."""
+
+    cursor: LaneCursor = LaneCursor(0, 0, 0, 0)
+    counts: LaneCounts = LaneCounts()
+
+
 class SkippedUnit(NamedTuple):
     """A unit that could not be decoded. It stays skipped for the rest of the run, even if it becomes readable."""
 
+    corpus: int
     unit: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StreamHead:
-    """Everything besides the cursor that the stream is a function of."""
+class DataChange(NamedTuple):
+    """A change of the data that was allowed: from chunk number `chunk` on, `what` holds."""
 
-    manifest: str  # digest over ordered file names, sizes, rows, row groups
+    chunk: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusHead:
+    """One corpus of a stream. `shards` holds eight digits a file, which tell which files changed."""
+
+    name: str
+    manifest: str  # digest over ordered file names, sizes, contents of footers, row groups
     files: int
     rows: int
+    shards: str
+
+    @classmethod
+    def of(cls, name: str, manifest: Manifest) -> CorpusHead:
+        return cls(name, manifest.digest, manifest.files, manifest.rows, "".join(manifest.shard_digests))
+
+    def difference(self, other: CorpusHead, names: Sequence[str] = ()) -> str:
+        """What `other` has changed; `names` are the names of its files."""
+        known = {self.shards[start : start + 8] for start in range(0, len(self.shards), 8)}
+        digests = [other.shards[start : start + 8] for start in range(0, len(other.shards), 8)]
+        unknown = [name for name, digest in zip(names, digests, strict=False) if digest not in known]
+        shown = f"; changed or new: {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}" if unknown else ""
+        return (
+            f"{self.files} files with {self.rows} rows ({self.manifest[:8]}) -> "
+            f"{other.files} files with {other.rows} rows ({other.manifest[:8]}){shown}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHead:
+    """Everything besides cursors and weights that the stream is a function of."""
+
+    corpora: tuple[CorpusHead, ...]
     tokenizer: str  # digest over the serialised tokenizer
     bos: int | None  # boundary token ids; None where none is added
     eos: int | None
     block_size: int
     lanes: int
     seed: int
+    shuffle: bool
+    packing: str
     filter_version: int
     text_column: str
 
-    @classmethod
-    def create(cls, manifest: Manifest, **others: Any) -> StreamHead:
-        """Head for a corpus; `others` are the remaining fields."""
-        return cls(manifest=manifest.digest, files=manifest.files, rows=manifest.rows, **others)
-
-    def differences(self, other: StreamHead) -> list[str]:
-        """What differs in `other`, as `name old -> new`."""
-        lines = []
-        if self.manifest != other.manifest:
-            old = f"{self.files} files with {self.rows} rows ({self.manifest[:8]})"
-            lines.append(f"data {old} -> {other.files} files with {other.rows} rows ({other.manifest[:8]})")
+    def differences(self, other: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+        """What differs in `other`, as `name old -> new`; `names` are the names of each corpus's files."""
+        mine, theirs = ({corpus.name: corpus for corpus in head.corpora} for head in (self, other))
+        lines = [f"corpus {name} is gone" for name in mine if name not in theirs]
+        lines += [f"corpus {name} is new" for name in theirs if name not in mine]
+        for name in mine.keys() & theirs.keys():
+            if mine[name].manifest != theirs[name].manifest:
+                title = "data" if name == ONLY_CORPUS else f"corpus {name}"
+                lines.append(f"{title} {mine[name].difference(theirs[name], (names or {}).get(name, ()))}")
+        if not lines and [*mine] != [*theirs]:
+            lines.append(f"order of the corpora {', '.join(mine)} -> {', '.join(theirs)}")
         for field in fields(self):
             old, new = getattr(self, field.name), getattr(other, field.name)
-            if field.name not in ("manifest", "files", "rows") and old != new:
+            if field.name != "corpora" and old != new:
                 if field.name == "tokenizer":
                     old, new = old[:8], new[:8]
                 lines.append(f"{field.name} {old} -> {new}")
@@ -76,25 +139,37 @@ class DataPosition:
 
     Attributes:
         head: what the stream is a function of.
-        chunk: global number of the next chunk, from 0. Lane `chunk % lanes` delivers it.
-        cursors: one for each lane.
+        chunk: global number of the next chunk, from 0. Lane `chunk % lanes` of its corpus delivers it.
+        states: for each corpus, one for each lane.
+        schedule: the corpora's weights, from chunk 0 on.
         skipped: damaged units passed so far.
+        changes: changes of the data that were allowed.
     """
 
     head: StreamHead
     chunk: int
-    cursors: tuple[LaneCursor, ...]
+    states: tuple[tuple[LaneState, ...], ...]
+    schedule: tuple[WeightChange, ...]
     skipped: tuple[SkippedUnit, ...] = ()
+    changes: tuple[DataChange, ...] = ()
 
     @classmethod
-    def start(cls, head: StreamHead) -> DataPosition:
+    def start(cls, head: StreamHead, weights: tuple[float, ...]) -> DataPosition:
         """The position before the first chunk."""
-        return cls(head=head, chunk=0, cursors=(LaneCursor(0, 0, 0, 0),) * head.lanes)
+        states = ((LaneState(),) * head.lanes,) * len(head.corpora)
+        return cls(head=head, chunk=0, states=states, schedule=(WeightChange(0, weights),))
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next chunk (before a possible wrap, which happens when that chunk is asked for)."""
-        return self.cursors[self.chunk % self.head.lanes].epoch
+    def weights(self) -> tuple[float, ...]:
+        """The corpora's weights from here on."""
+        return self.schedule[-1].weights
+
+    def totals(self) -> dict[str, LaneCounts]:
+        """What has been read of each corpus, over all lanes."""
+        totals = {}
+        for corpus, states in zip(self.head.corpora, self.states, strict=True):
+            totals[corpus.name] = LaneCounts(*map(sum, zip(*(state.counts for state in states), strict=True)))
+        return totals
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -102,8 +177,10 @@ class DataPosition:
             "format": POSITION_FORMAT,
             "head": asdict(self.head),
             "chunk": self.chunk,
-            "cursors": [list(cursor) for cursor in self.cursors],
+            "states": [[[list(cursor), list(counts)] for cursor, counts in lanes] for lanes in self.states],
+            "schedule": [[chunk, list(weights)] for chunk, weights in self.schedule],
             "skipped": [list(skip) for skip in self.skipped],
+            "changes": [list(change) for change in self.changes],
         }
 
     @classmethod
@@ -115,38 +192,144 @@ class DataPosition:
                 "go on with the program version that wrote it"
             )
         try:
-            position = cls(
-                head=StreamHead(**state["head"]),
-                chunk=int(state["chunk"]),
-                cursors=tuple(LaneCursor(*(int(number) for number in cursor)) for cursor in state["cursors"]),
-                skipped=tuple(SkippedUnit(int(unit), str(reason)) for unit, reason in state["skipped"]),
-            )
+            position = _parsed(state)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"data position is damaged ({error!r}); use another checkpoint") from error
-        numbers = [position.chunk, *(number for cursor in position.cursors for number in cursor)]
-        if len(position.cursors) != position.head.lanes or not position.cursors or min(numbers) < 0:
-            raise UsageError(
-                f"data position is damaged (chunk {position.chunk}, cursors {position.cursors}); use another checkpoint"
-            )
+        position._require_sound()
         return position
 
-    def require(self, head: StreamHead, units: int) -> None:
-        """Check that a stream with `head` over `units` units may go on from here.
+    def _require_sound(self) -> None:
+        """Raises UsageError where the numbers contradict each other."""
+        corpora, lanes = len(self.head.corpora), self.head.lanes
+        numbers = [number for states in self.states for state in states for part in state for number in part]
+        sound = (
+            corpora > 0
+            and lanes > 0
+            and len(self.states) == corpora
+            and all(len(states) == lanes for states in self.states)
+            and min(self.chunk, *numbers) >= 0
+            and bool(self.schedule)
+            and self.schedule[0].chunk == 0
+            and all(len(change.weights) == corpora and min(change.weights) >= 0 for change in self.schedule)
+            and all(0 <= skip.corpus < corpora for skip in self.skipped)
+        )
+        if not sound:
+            cursors = [[*state.cursor] for states in self.states for state in states]
+            raise UsageError(
+                f"data position is damaged (chunk {self.chunk}, cursors {cursors!s:.200}); use another checkpoint"
+            )
+
+    # --- going on ----------------------------------------------------------------------------------------------------
+
+    def require(self, head: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Check that a stream with `head` may go on from here; `names` are the names of each corpus's files.
 
         Raises:
             UsageError: naming every difference with its old and new value.
         """
-        differences = self.head.differences(head)
+        differences = self.head.differences(head, names)
         if differences:
             raise UsageError(
-                f"the data position does not fit this run: {'; '.join(differences)}; restore these or start a new run"
+                f"the data position does not fit this run: {'; '.join(differences)}; restore these, start a new run, "
+                "or go on with resume_pretrain_tensor.py --allow-data-change"
             )
-        beyond = [cursor.unit for cursor in self.cursors if cursor.unit >= units]
-        if beyond:
-            raise UsageError(f"data position is damaged (unit {beyond[0]} of {units}); use another checkpoint")
 
-    def advanced(self, cursor: LaneCursor, skipped: tuple[SkippedUnit, ...]) -> DataPosition:
-        """The position one chunk later, whose lane then stands at `cursor`."""
-        lane = self.chunk % self.head.lanes
-        cursors = (*self.cursors[:lane], cursor, *self.cursors[lane + 1 :])
-        return replace(self, chunk=self.chunk + 1, cursors=cursors, skipped=skipped)
+    def with_changed_data(
+        self, head: StreamHead, weights: tuple[float, ...], names: Mapping[str, Sequence[str]] | None = None
+    ) -> DataPosition:
+        """This position in another stream, the change recorded. Chunks are counted on.
+
+        A corpus whose files, lanes, order and packing are the same goes on with the row after the one it stands in;
+        any other begins anew.
+        """
+        differences = self.head.differences(head, names)
+        if not differences:
+            return self
+        own = {corpus.name: index for index, corpus in enumerate(self.head.corpora)}
+        comparable = ("lanes", "seed", "shuffle", "packing", "filter_version", "text_column")
+        keeps_order = all(getattr(self.head, name) == getattr(head, name) for name in comparable)
+        totals = self.totals()
+        states: list[tuple[LaneState, ...]] = []
+        same_files: dict[int, int] = {}
+        for place, corpus in enumerate(head.corpora):
+            index = own.get(corpus.name)
+            if index is not None and self.head.corpora[index].manifest == corpus.manifest:
+                same_files[index] = place
+            if index is not None and index in same_files and keeps_order:
+                states.append(tuple(_after_row(state, head.packing) for state in self.states[index]))
+            else:
+                counted = LaneState(counts=totals.get(corpus.name, LaneCounts()))
+                states.append((counted, *(LaneState(),) * (head.lanes - 1)))
+        return DataPosition(
+            head=head,
+            chunk=self.chunk,
+            states=tuple(states),
+            # Corpora may have come and gone, so weights of the past have no meaning any more.
+            schedule=(WeightChange(0, weights),),
+            skipped=tuple(
+                SkippedUnit(same_files[skip.corpus], skip.unit, skip.reason)
+                for skip in self.skipped
+                if skip.corpus in same_files
+            ),
+            changes=(*self.changes, DataChange(self.chunk, "; ".join(differences))),
+        )
+
+    def with_weights(self, weights: tuple[float, ...]) -> DataPosition:
+        """This position with other weights from its chunk on."""
+        if weights == self.weights:
+            return self
+        earlier = tuple(change for change in self.schedule if change.chunk < self.chunk)
+        return replace(self, schedule=(*earlier, WeightChange(self.chunk if earlier else 0, weights)))
+
+    def after(self, number: int, corpus: int, state: LaneState, skipped: tuple[SkippedUnit, ...]) -> DataPosition:
+        """The position after chunk `number` of corpus number `corpus`, whose lane then stands at `state`."""
+        lane, lanes = number % self.head.lanes, self.states[corpus]
+        changed = (*lanes[:lane], state, *lanes[lane + 1 :])
+        states = (*self.states[:corpus], changed, *self.states[corpus + 1 :])
+        return replace(self, chunk=number + 1, states=states, skipped=skipped)
+
+    @staticmethod
+    def merged(parts: Sequence[DataPosition], start: int) -> DataPosition:
+        """The position of a stream read by several readers, each of which has advanced its own lanes only.
+
+        Args:
+            parts: one a reader, all at one chunk. Reader r of R has the lanes l with (l - start) mod G == r mod G,
+                G = gcd(R, lanes).
+            start: the chunk the readers began with.
+        """
+        first = parts[0]
+        owners = [parts[owner] for owner in lane_owners(first.head.lanes, len(parts), start)]
+        states = tuple(
+            tuple(owner.states[corpus][lane] for lane, owner in enumerate(owners))
+            for corpus in range(len(first.head.corpora))
+        )
+        skipped = dict.fromkeys(skip for part in parts for skip in part.skipped)
+        return replace(first, states=states, skipped=tuple(sorted(skipped)))
+
+
+def lane_owners(lanes: int, readers: int, start: int) -> list[int]:
+    """For each lane the first of `readers` that reads it, where chunk `start` is the first they share out."""
+    apart = math.gcd(lanes, readers)
+    return [(lane - start) % apart for lane in range(lanes)]
+
+
+def _after_row(state: LaneState, packing: str) -> LaneState:
+    epoch, unit, row, token = state.cursor
+    begun = packing != "best-fit" and token > 0
+    return LaneState(LaneCursor(epoch, unit, row + begun, 0), state.counts)
+
+
+def _parsed(state: Mapping[str, Any]) -> DataPosition:
+    head = dict(state["head"])
+    head["corpora"] = tuple(CorpusHead(**corpus) for corpus in head["corpora"])
+    return DataPosition(
+        head=StreamHead(**head),
+        chunk=int(state["chunk"]),
+        states=tuple(
+            tuple(LaneState(LaneCursor(*map(int, cursor)), LaneCounts(*map(int, counts))) for cursor, counts in lanes)
+            for lanes in state["states"]
+        ),
+        schedule=tuple(WeightChange(int(chunk), tuple(map(float, weights))) for chunk, weights in state["schedule"]),
+        skipped=tuple(SkippedUnit(int(corpus), int(unit), str(reason)) for corpus, unit, reason in state["skipped"]),
+        changes=tuple(DataChange(int(chunk), str(what)) for chunk, what in state["changes"]),
+    )

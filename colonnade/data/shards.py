@@ -66,6 +66,14 @@ class Shard:
     prologue: tuple[tuple[int, int], ...] = ()
     batches: tuple[tuple[int, int, int], ...] = ()
 
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def unit_bytes(self) -> tuple[int, ...]:
+        return (self.size // self.units,) * self.units
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -74,13 +82,15 @@ class Manifest:
     digest: str
     files: int
     rows: int
+    shard_digests: tuple[str, ...]
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> Manifest:
         """Manifest of `shards` in their order."""
-        described = json.dumps([[shard.path.name, shard.size, shard.rows, shard.units] for shard in shards])
-        digest = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-        return cls(digest=digest, files=len(shards), rows=sum(shard.rows for shard in shards))
+        described = [json.dumps([shard.path.name, shard.size, shard.rows, shard.units]) for shard in shards]
+        digests = tuple(hashlib.blake2b(d.encode(), digest_size=4).hexdigest() for d in described)
+        digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+        return cls(digest=digest, files=len(shards), rows=sum(shard.rows for shard in shards), shard_digests=digests)
 
 
 class Units:
@@ -92,6 +102,10 @@ class Units:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def unit_bytes(self) -> list[int]:
+        return [size for shard in self.shards for size in shard.unit_bytes]
 
     def locate(self, ordinal: int) -> tuple[Shard, int]:
         """The shard that holds unit `ordinal`, and the unit's number inside it."""
@@ -298,6 +312,13 @@ class UnitReader:
             raise DamagedUnit(_one_line(error)) from error
         except (pa.ArrowException, EOFError) as error:
             raise DamagedUnit(_one_line(error)) from error
+
+    def windows(self, shard, number):
+        for column in self.read(shard, number):
+            yield column
+
+    def expect(self, shard, number):
+        pass
 
     def close(self) -> None:
         """Close the file that is still open."""

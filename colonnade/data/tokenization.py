@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +41,6 @@ KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", 
 # What transformers raises for a folder without a tokenizer depends on what else lies in it.
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-
-Passed = TypeVar("Passed")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -337,7 +334,7 @@ class EncodedRows:
 
 
 class EncoderPool:
-    """Encodes row batches on threads, in order, a bounded number of batches ahead.
+    """Encodes row batches on threads.
 
     Threads suffice because the Rust encoder releases Python's lock while it works.
     """
@@ -345,19 +342,11 @@ class EncoderPool:
     def __init__(self, encoder: Encoder, boundaries: BoundaryTokens | None, workers: int) -> None:
         self._encoder = encoder
         self._boundaries = boundaries
-        # Every worker busy, and one result ready for each while the reader fetches the next row group.
-        self._look_ahead = 2 * workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
 
-    def run(self, items: Iterable[RowBatch | Passed]) -> Iterator[EncodedRows | Passed]:
-        """Replace every `RowBatch` by its `EncodedRows`; anything else passes through at its place in the order."""
-        pending: deque[Future[EncodedRows] | Passed] = deque()
-        for item in items:
-            pending.append(self._pool.submit(self._encode, item) if isinstance(item, RowBatch) else item)
-            if len(pending) > self._look_ahead:
-                yield _resolved(pending.popleft())
-        while pending:
-            yield _resolved(pending.popleft())
+    def submit(self, batch: RowBatch) -> Future[EncodedRows]:
+        """Encode a batch on one of the threads."""
+        return self._pool.submit(self._encode, batch)
 
     def close(self) -> None:
         """Drop what has not begun and wait for the batches being encoded (milliseconds)."""
@@ -366,7 +355,3 @@ class EncoderPool:
     def _encode(self, batch: RowBatch) -> EncodedRows:
         tokens, ends = flatten(self._encoder(batch.texts.to_pylist()), self._boundaries)
         return EncodedRows(batch.epoch, batch.unit, batch.rows, tokens, ends)
-
-
-def _resolved(item: Future[EncodedRows] | Passed) -> EncodedRows | Passed:
-    return item.result() if isinstance(item, Future) else item

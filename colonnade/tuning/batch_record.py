@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.errors import RunError
+from colonnade.files import replace_text
 
 RECORD_NAME = "micro_batch.json"
 RECORD_VERSION = 1
@@ -143,16 +142,9 @@ def _is_usable(entry: object) -> bool:
 
 
 def _write_entries(directory: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"version": RECORD_VERSION, "answers": entries}, indent=2, allow_nan=False)
-    # A name of its own for every writer: ranks on several nodes may share both the folder and a process id.
-    descriptor, name = tempfile.mkstemp(prefix=f".{RECORD_NAME}-", dir=directory)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, directory / RECORD_NAME)
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_text(directory / RECORD_NAME, content + "\n")
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
         raise RunError(f"{directory / RECORD_NAME} cannot be written: {error.strerror or error}") from error

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from colonnade.data.packing import TokenChunk
+from colonnade.data.position import DataPosition, StreamHead
+from colonnade.data.stream import TokenChunk
 from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
 from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
 from colonnade.optim.step import optimizer_step
@@ -106,7 +107,7 @@ def captured_graphs(config: ModelConfig, tp: int | None, **options: Any) -> list
     return graphs
 
 
-def fed_batches(corpus: str, tp: int, steps: int, chunks_per_step: int, resume_after: int | None) -> Any:
+def fed_batches(corpus: str, tp: int, lanes: int, steps: int, chunks_per_step: int, resume_after: int | None) -> Any:
     """(dp rank, tp rank, tokens of each step), read through a feed that is torn down and resumed on the way."""
     from colonnade.data.feed import BatchFeed
     from data_helpers import tiny_tokenizer
@@ -118,14 +119,27 @@ def fed_batches(corpus: str, tp: int, steps: int, chunks_per_step: int, resume_a
     def open_feed() -> tuple[Any, BatchFeed]:
         stream = None
         if layout.tp_rank == 0:
-            stream = streaming_token_generator(corpus, tiny_tokenizer(), block_size=16, position=position)
-        return stream, BatchFeed(stream, layout, chunks_per_step, 16)
+            stream = streaming_token_generator(
+                corpus,
+                tiny_tokenizer(),
+                block_size=16,
+                lanes=lanes,
+                position=position,
+                reader=layout.dp_rank,
+                readers=layout.dp,
+            )
+            return stream, BatchFeed(stream, layout, chunks_per_step, 16, first=stream.start.chunk, apart=stream.apart)
+        return stream, BatchFeed(None, layout, chunks_per_step, 16)
 
     stream, feed = open_feed()
     for step in range(steps):
         batch = feed.take()
         batches.append(batch.tokens.clone())
         position = batch.position
+        if stream is not None and stream.apart > 1:
+            parts: list[Any] = [None] * layout.dp
+            torch.distributed.all_gather_object(parts, position, group=layout.dp_group)
+            position = DataPosition.merged(parts, stream.start.chunk)
         feed.stage()  # what is staged has not been consumed: a resume must serve it again
         if step + 1 == resume_after:
             feed.close()
@@ -144,10 +158,11 @@ def fed_by_a_failing_reader(tp: int) -> str:
     from colonnade.errors import RunError
 
     layout = init_parallel(tp, torch.device("cpu"))
+    head = StreamHead((), "", None, None, 4, 1, 0, False, "concat", 1, "text")
 
     def chunks() -> Any:
         for number in range(2):
-            yield TokenChunk(np.full(5, number, np.int32), position=None, epoch=0)
+            yield TokenChunk(np.full(5, number, np.int32), DataPosition.start(head, ()), epoch=0, number=number)
         raise RunError("part_3.parquet is damaged")
 
     feed = BatchFeed(chunks() if layout.tp_rank == 0 else None, layout, 2, 4)

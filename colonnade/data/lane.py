@@ -1,0 +1,206 @@
+"""One lane: documents in, blocks out, each with the state that resumes after it."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.data.lane_reader import Event, LaneReader, RowsJudged, UnitSkipped, WindowEnded
+from colonnade.data.packing import Block, create_packer
+from colonnade.data.position import LaneCounts, LaneCursor, LaneState, SkippedUnit
+from colonnade.data.text_filter import REASONS
+from colonnade.data.tokenization import EncodedRows, EncoderPool, RowBatch
+from colonnade.errors import RunError, UsageError
+
+logger = logging.getLogger(__name__)
+
+
+class Lane:
+    """The blocks of one lane.
+
+    Args:
+        reader: its units.
+        pool: encodes, shared by all lanes of a process.
+        state: where it stands.
+        skipped: damaged units of its corpus that are known.
+        title: what an error calls the lane's text.
+        ahead: batches being encoded while one is taken in, at most.
+        epochs: passes over the data; None is endless.
+        strict: a damaged unit is an error.
+
+    Attributes:
+        state: after the last block.
+        skipped: with those found since.
+    """
+
+    def __init__(
+        self,
+        reader: LaneReader,
+        pool: EncoderPool,
+        state: LaneState,
+        skipped: Sequence[SkippedUnit],
+        *,
+        title: str,
+        block_size: int,
+        packing: str,
+        ahead: int,
+        epochs: int | None,
+        strict: bool,
+    ) -> None:
+        self.state = state
+        self.skipped = list(skipped)
+        self._title = title
+        self._reader = reader
+        self._block_size = block_size
+        self._strict = strict
+        self._ahead = ahead
+        self._pool = pool
+        self._packer = create_packer(packing, block_size, state.cursor)
+        self._by_window = packing == "best-fit"
+        self._counts = state.counts
+        self._judged: deque[RowsJudged] = deque()
+        cursor = state.cursor
+        # The token a resumed stream has to find again, until it has. A block of best-fit is found by its number.
+        self._wanted: LaneCursor | None = cursor if cursor.token and not self._by_window else None
+        self._epoch_is_whole = cursor[1:] == (0, 0, 0)
+        self._epoch_blocks = self._epoch_tokens = 0
+        self._source = reader.read(cursor, epochs, {skip.unit: skip for skip in skipped})
+        self._pending: deque[Future[EncodedRows] | EncodedRows | Event] = deque()
+        # Best-fit counts a window's rows with its first block: where the cursor stands inside one, they are counted.
+        self._counted = cursor[:3] if self._by_window and cursor.token else None
+
+    def fill(self) -> None:
+        """Read ahead, so that the threads have work before the first block is asked for."""
+        while len(self._pending) <= self._ahead:
+            item = next(self._source, None)
+            if item is None:
+                return
+            self._pending.append(self._pool.submit(item) if isinstance(item, RowBatch) else item)
+
+    def next_block(self) -> Block | None:
+        """The next block; None after the last epoch.
+
+        Raises:
+            UsageError: the data does not fill one block, or is not what the position was made with.
+            RunError: a shard cannot be reached; with `strict`, a unit is damaged.
+        """
+        while not self._packer.ready:
+            self.fill()
+            if not self._pending:
+                return None
+            item = self._pending.popleft()
+            self._take_in(item.result() if isinstance(item, Future) else item)
+        block = self._packer.cut()
+        self._epoch_blocks += 1
+        self._commit_rows(block.cursor)
+        self._counts = self._counts.plus(
+            LaneCounts(
+                tokens_delivered=block.fresh,
+                tokens_repeated=block.fresh if block.epoch else 0,
+                padding=len(block.tokens) - block.filled,
+            )
+        )
+        self.state = LaneState(block.cursor, self._counts)
+        return block
+
+    def close(self) -> None:
+        self._source.close()
+        self._reader.close()
+
+    def _take_in(self, event: EncodedRows | Event) -> None:
+        """Account for one event, in stream order: what happens here does not depend on the threads' progress."""
+        if isinstance(event, EncodedRows):
+            self._epoch_tokens += len(event.tokens)
+            self._packer.add(event, self._tokens_before_cursor(event))
+        elif isinstance(event, RowsJudged):
+            if (event.epoch, event.unit, event.window) != self._counted:
+                self._judged.append(event)
+        elif isinstance(event, WindowEnded):
+            self._packer.end_window(event)
+        elif isinstance(event, UnitSkipped):
+            self._skip(event)
+        else:
+            self._end_epoch()
+
+    def _commit_rows(self, cursor: LaneCursor) -> None:
+        """Count the rows that stand before `cursor`, and no others: a resumed lane reads those after it again."""
+        while self._judged:
+            first = self._judged[0]
+            before = len(first.verdicts)
+            if not self._by_window and (first.epoch, first.unit) >= cursor[:2]:
+                in_unit = (first.epoch, first.unit) == cursor[:2]
+                before = min(before, max(0, cursor.row - first.first_row)) if in_unit else 0
+            self._count(first.verdicts[:before])
+            if before < len(first.verdicts):
+                rest = replace(first, first_row=first.first_row + before, verdicts=first.verdicts[before:])
+                self._judged[0] = rest
+                return
+            self._judged.popleft()
+
+    def _count(self, verdicts: npt.NDArray[np.uint8]) -> None:
+        numbers = np.bincount(verdicts, minlength=len(REASONS) + 1)
+        self._counts = self._counts.plus(LaneCounts(int(numbers.sum()), *(int(numbers[reason]) for reason in REASONS)))
+
+    def _tokens_before_cursor(self, encoded: EncodedRows) -> int:
+        """How much of the first documents after a resume has been delivered already; 0 for all later ones."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None:
+            return 0
+        found = encoded.epoch, encoded.unit, int(encoded.rows[0])
+        if found != wanted[:3] or wanted.token >= encoded.ends[0]:
+            raise self._changed_data(wanted)
+        return wanted.token
+
+    def _changed_data(self, wanted: LaneCursor) -> UsageError:
+        where = self._reader.describe(wanted.epoch, wanted.unit)
+        return UsageError(
+            f"the data changed since the position was saved: {where} has no token {wanted.token} in row {wanted.row}; "
+            "restore the file or start a new run"
+        )
+
+    def _skip(self, event: UnitSkipped) -> None:
+        if self._wanted is not None and self._wanted.unit == event.unit:
+            self._wanted = None
+        if not event.is_new:
+            return
+        where = self._reader.units.describe(event.skip.unit)
+        if self._strict:
+            raise RunError(f"{where} is damaged ({event.skip.reason}); repair it, or run without --strict-data")
+        logger.warning("skipping %s, which is damaged (%s); recorded in the data position", where, event.skip.reason)
+        self.skipped.append(event.skip)
+
+    def _end_epoch(self) -> None:
+        if self._wanted is not None:
+            raise self._changed_data(self._wanted)
+        self._counts = self._counts.plus(LaneCounts(tokens_dropped=self._packer.drop_tail()))
+        if self._epoch_is_whole and self._epoch_blocks == 0:
+            raise self._without_block()
+        self._epoch_is_whole = True
+        self._epoch_blocks = self._epoch_tokens = 0
+
+    def _without_block(self) -> UsageError | RunError:
+        """An epoch without one block would be followed by the same, for ever."""
+        for judged in self._judged:
+            self._count(judged.verdicts)
+        reasons = ", ".join(f"{count} {name}" for name, count in filtered_rows(self._counts).items())
+        reasons = f" (dropped: {reasons})" if reasons else ""
+        rows, kept = self._counts.rows, self._counts.rows - sum(filtered_rows(self._counts).values())
+        message = (
+            f"{self._title} holds {self._epoch_tokens} tokens, one block needs {self._block_size + 1} "
+            f"(block size {self._block_size}): {rows} rows read, {kept} kept{reasons}, "
+            f"{len(self.skipped)} damaged row groups skipped; give more data or a smaller block size"
+            f"{', or fewer --data-lanes' if self._title != 'the data' else ''}"
+        )
+        return UsageError(message) if self.state.counts.tokens_delivered == 0 else RunError(message)
+
+
+def filtered_rows(counts: LaneCounts) -> dict[str, int]:
+    """Rows that are no documents, by reason; reasons without rows are left out."""
+    numbers = zip(REASONS.values(), counts[1 : 1 + len(REASONS)], strict=True)
+    return {name: count for name, count in numbers if count}

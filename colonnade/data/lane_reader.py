@@ -1,0 +1,233 @@
+"""The reading side of a lane: its units in the order of each epoch, as batches of documents and what happened between.
+
+Runs ahead of what is delivered by a bounded number of batches. What it yields does not depend on how far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.data.order import keyed_permutation
+from colonnade.data.position import LaneCursor, SkippedUnit
+from colonnade.data.shards import DamagedUnit, UnitReader, Units
+from colonnade.data.text_filter import KEPT, judge
+from colonnade.data.tokenization import EncodedRows, RowBatch
+from colonnade.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# One batch is at most this much text, whatever its rows: an encoding in flight takes about 100 bytes a token.
+_BATCH_BYTES = 1 << 20
+# Rows judged by the filter at a time, at least: bounds its memory, and spreads its fixed cost.
+_FILTER_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class RowsJudged:
+    """A stretch of rows, and what the filter said of each: uint8 [N]."""
+
+    epoch: int
+    unit: int
+    window: int
+    first_row: int
+    verdicts: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSkipped:
+    unit: int  # place in the lane's order
+    skip: SkippedUnit
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WindowEnded:
+    """All documents of a window have been yielded; `key` is what its seeded orders depend on."""
+
+    epoch: int
+    unit: int
+    window: int
+    key: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochEnded:
+    epoch: int
+
+
+Event = RowsJudged | UnitSkipped | WindowEnded | EpochEnded
+
+
+class LaneReader:
+    """Reads one lane of one corpus.
+
+    Args:
+        corpus: number of the corpus in the stream.
+        name: of the corpus; its orders depend on it.
+        units: the whole corpus.
+        members: ordinals of the lane's units, ascending.
+        batch_rows: rows encoded in one call.
+        vocabulary_size: ids of token shards must be below it.
+        by_window: cursors count windows instead of rows (best-fit packing).
+    """
+
+    def __init__(
+        self,
+        corpus: int,
+        name: str,
+        units: Units,
+        members: npt.NDArray[np.int64],
+        *,
+        text_column: str,
+        seed: int,
+        shuffle: bool,
+        batch_rows: int,
+        vocabulary_size: int,
+        by_window: bool,
+    ) -> None:
+        self.corpus = corpus
+        self.name = name
+        self.units = units
+        self._members = members
+        self._seed = seed
+        self._shuffle = shuffle
+        self._batch_rows = batch_rows
+        self._vocabulary_size = vocabulary_size
+        self._by_window = by_window
+        self._reader = UnitReader(text_column)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Ordinals of the lane's units, in the order of `epoch`."""
+        if not self._shuffle:
+            return self._members
+        key = (self._seed, self.name, "units", epoch, int(self._members[0]))
+        return self._members[keyed_permutation(len(self._members), *key)]
+
+    def describe(self, epoch: int, unit: int) -> str:
+        """The `unit`-th unit of an epoch, for messages."""
+        return self.units.describe(int(self.order(epoch)[unit]))
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def read(
+        self, cursor: LaneCursor, epochs: int | None, known: Mapping[int, SkippedUnit]
+    ) -> Generator[RowBatch | EncodedRows | Event]:
+        """Everything from `cursor` on; units in `known` (by ordinal) stay skipped.
+
+        Raises:
+            RunError: a shard cannot be reached.
+            UsageError: a token shard was made with another tokenizer.
+        """
+        skipped = dict(known)
+        epoch, first_unit, first_row = cursor.epoch, cursor.unit, cursor.row
+        while epochs is None or epoch < epochs:
+            order = self.order(epoch)
+            for unit in range(first_unit, len(order)):
+                following = int(order[unit + 1]) if unit + 1 < len(order) else None
+                yield from self._read_unit(epoch, unit, int(order[unit]), first_row, following, skipped)
+                first_row = 0
+            yield EpochEnded(epoch)
+            epoch, first_unit = epoch + 1, 0
+
+    def _read_unit(
+        self,
+        epoch: int,
+        unit: int,
+        ordinal: int,
+        first_row: int,
+        following: int | None,
+        skipped: dict[int, SkippedUnit],
+    ) -> Iterator[RowBatch | EncodedRows | Event]:
+        if ordinal in skipped:
+            yield UnitSkipped(unit, skipped[ordinal], is_new=False)
+            return
+        windows = self._reader.windows(*self.units.locate(ordinal))
+        try:
+            # The first window leaves only when all of the unit has been checked: none is half delivered.
+            window = next(windows, None)
+        except DamagedUnit as damage:
+            skipped[ordinal] = SkippedUnit(self.corpus, ordinal, str(damage))
+            yield UnitSkipped(unit, skipped[ordinal], is_new=True)
+            return
+        if following is not None and following not in skipped:
+            self._reader.expect(*self.units.locate(following))
+        row = number = 0
+        while window is not None:
+            first = row if self._by_window else max(0, first_row - row)
+            is_wanted = number >= first_row if self._by_window else first < _rows_in(window)
+            if is_wanted:
+                begin = 0 if self._by_window else first
+                key = (self._seed, self.name, epoch, ordinal, number)
+                yield from self._read_window(epoch, unit, row, begin, window, key)
+                yield WindowEnded(epoch, unit, number, key)
+            row, number = row + _rows_in(window), number + 1
+            window = next(windows, None)
+
+    def _read_window(
+        self,
+        epoch: int,
+        unit: int,
+        row: int,
+        begin: int,
+        window: pa.Array | npt.NDArray[np.uint16] | npt.NDArray[np.uint32],
+        key: tuple[int | str, ...],
+    ) -> Iterator[RowBatch | EncodedRows | Event]:
+        """Documents of a window, from its row `begin` on; `row` is the number of its first one. The last part of `key`
+        is the window's number."""
+        number = int(key[-1])
+        if isinstance(window, np.ndarray):
+            yield RowsJudged(epoch, unit, number, row, np.full(1, KEPT, np.uint8))
+            yield self._token_row(epoch, unit, row, window)
+            return
+        order = keyed_permutation(len(window), "rows", *key) if self._shuffle else None
+        stretch = self._batch_rows * -(-_FILTER_ROWS // self._batch_rows)
+        for start in range(begin, len(window), stretch):
+            rows = window.slice(start, stretch) if order is None else window.take(order[start : start + stretch])
+            texts, verdicts = judge(rows)
+            yield RowsJudged(epoch, unit, number, row + start, verdicts)
+            kept = verdicts == KEPT
+            numbers = row + start + np.flatnonzero(kept)
+            texts = texts.filter(kept)
+            done = 0
+            for stop in batch_ends(texts, self._batch_rows):
+                yield RowBatch(epoch, unit, numbers[done:stop], texts.slice(done, stop - done))
+                done = stop
+
+    def _token_row(
+        self, epoch: int, unit: int, row: int, window: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+    ) -> EncodedRows:
+        highest = int(window.max(initial=0))
+        if highest >= self._vocabulary_size:
+            raise UsageError(
+                f"{self.describe(epoch, unit)} holds token id {highest}, the tokenizer has ids up to "
+                f"{self._vocabulary_size - 1}; give the tokenizer it was made with"
+            )
+        ends = np.array([len(window)], np.int64)
+        return EncodedRows(epoch, unit, np.array([row], np.int64), window.astype(np.int32), ends)
+
+
+def _rows_in(window: pa.Array | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]) -> int:
+    return 1 if isinstance(window, np.ndarray) else len(window)
+
+
+def batch_ends(texts: pa.LargeStringArray, batch_rows: int) -> Iterator[int]:
+    """Where to cut `texts`: at most `batch_rows` rows and a megabyte a batch, but at least one row."""
+    import pyarrow.compute as pc
+
+    byte_ends = np.cumsum(pc.binary_length(texts).to_numpy())
+    start, done = 0, 0
+    while start < len(texts):
+        fitting = int(np.searchsorted(byte_ends, done + _BATCH_BYTES, side="right"))
+        start = max(start + 1, min(start + batch_rows, fitting))
+        done = int(byte_ends[start - 1])
+        yield start

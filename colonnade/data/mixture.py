@@ -1,0 +1,102 @@
+"""Mixtures: several corpora in one stream, each with a share of its tokens.
+
+Which corpus a chunk comes from is a pure function of the chunk's number: the golden-ratio sequence, a low-discrepancy
+sequence (Weyl), is looked up in the cumulative weights. Any stretch of the stream then holds the corpora in their
+shares to within a few chunks, and there is no random state to save. Chunks have one size, so shares of chunks are
+shares of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from colonnade.errors import UsageError
+
+ONLY_CORPUS = "data"
+"""Name of the corpus where the data has no names."""
+
+MAX_CORPORA = 64
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<glob>.+):(?P<weight>[^:/]+)")
+_RANGE = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusPattern:
+    """One corpus as `--data-glob` names it: its files' pattern, and its weight (relative to the others')."""
+
+    name: str
+    pattern: str
+    weight: float
+
+
+def parse_data_glob(text: str) -> tuple[CorpusPattern, ...]:
+    """`name=glob:weight,...`, or comma-separated patterns without names: one corpus.
+
+    A name given again adds files to its corpus, with the same weight.
+
+    Raises:
+        UsageError: names beside patterns without one, a weight that is no positive number, too many corpora.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    matches = [_NAMED.fullmatch(part) for part in parts]
+    if not any(matches):
+        return (CorpusPattern(ONLY_CORPUS, text, 1.0),)
+    corpora: dict[str, CorpusPattern] = {}
+    for part, match in zip(parts, matches, strict=True):
+        if match is None:
+            raise UsageError(f"data pattern {part!r} has no name and weight, others have: write name=glob:weight")
+        name, pattern, weight = match["name"], match["glob"], _weight(match["weight"], part)
+        if name in corpora:
+            if corpora[name].weight != weight:
+                raise UsageError(f"corpus {name} has weights {corpora[name].weight:g} and {weight:g}; give it one")
+            pattern = f"{corpora[name].pattern},{pattern}"
+        corpora[name] = CorpusPattern(name, pattern, weight)
+    if len(corpora) > MAX_CORPORA:
+        raise UsageError(f"{len(corpora)} corpora are given; at most {MAX_CORPORA} can be mixed: join some")
+    return tuple(corpora.values())
+
+
+def _weight(text: str, part: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UsageError(f"data pattern {part!r}: weight {text!r} must be a number above 0")
+    return weight
+
+
+class WeightChange(NamedTuple):
+    """From chunk number `chunk` on, the corpora have these `weights`, which sum to 1."""
+
+    chunk: int
+    weights: tuple[float, ...]
+
+
+def normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights that sum to 1."""
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+class Mixture:
+    """Tells each chunk's corpus, from a schedule of weights in the order of its chunk numbers."""
+
+    def __init__(self, schedule: Sequence[WeightChange]) -> None:
+        self._starts = [change.chunk for change in schedule]
+        # The last limit is exact, so that rounding leaves no number without a corpus.
+        self._limits = [
+            [*(round(limit * _RANGE) for limit in list(accumulate(change.weights))[:-1]), _RANGE] for change in schedule
+        ]
+
+    def corpus_of(self, chunk: int) -> int:
+        """Index of the corpus that chunk number `chunk` comes from."""
+        limits = self._limits[bisect_right(self._starts, chunk) - 1]
+        return bisect_right(limits, chunk * _GOLDEN % _RANGE)

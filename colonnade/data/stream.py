@@ -1,0 +1,188 @@
+"""The token stream: chunks dealt from the lanes of the corpora, each with the position that resumes after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.data.blocks import pack_blocks
+from colonnade.data.lane import Lane
+from colonnade.data.lane_reader import LaneReader
+from colonnade.data.mixture import Mixture
+from colonnade.data.order import deal_units
+from colonnade.data.position import DataPosition, StreamHead
+from colonnade.data.shards import Units
+from colonnade.data.tokenization import EncoderPool
+from colonnade.errors import RunError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """One block and the state of the stream after it.
+
+    Attributes:
+        tokens: int32 [block_size + 1]; inputs are `tokens[:-1]`, targets `tokens[1:]`. Where documents are told apart
+            or blocks padded, in the format of `colonnade/data/blocks.py`.
+        position: resumes with the next chunk.
+        epoch: the epoch its tokens come from, from 0.
+        number: of the chunk in the whole stream, from 0.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    position: DataPosition
+    epoch: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """One corpus of a stream: its name, its weight relative to the others', its units."""
+
+    name: str
+    weight: float
+    units: Units
+
+    @property
+    def file_names(self) -> list[str]:
+        return [shard.name for shard in self.units.shards]
+
+
+class TokenStream:
+    """Iterator of `TokenChunk`s; made by `streaming_token_generator`. Close it, or use it in a `with` statement.
+
+    Attributes:
+        position: state after the last chunk delivered.
+        start: state before the first chunk.
+        units: of each corpus.
+        lanes: numbers of the lanes this reader reads.
+        apart: of this many consecutive chunks, one is in the lanes of this reader.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        pool: EncoderPool,
+        position: DataPosition,
+        *,
+        batch_rows: int,
+        workers: int,
+        vocabulary_size: int,
+        marked: bool,
+        epochs: int | None,
+        strict: bool,
+        reader: int,
+        readers: int,
+    ) -> None:
+        self.position = position
+        self.start = position
+        self.apart = math.gcd(position.head.lanes, readers)
+        self._pool = pool
+        self._marked = marked
+        self._failure: Exception | None = None
+        self._mixture = Mixture(position.schedule)
+        self._next = position.chunk + reader % self.apart
+        head = position.head
+        self.units = [corpus.units for corpus in corpora]
+        self.lanes = [*range(self._next % self.apart, head.lanes, self.apart)]
+        # Every worker busy, and one result ready for each while a lane fetches its next row group.
+        ahead = max(1, 2 * workers // (len(self.lanes) * len(corpora)))
+        self._lanes: list[dict[int, Lane]] = []
+        for index, corpus in enumerate(corpora):
+            dealt = deal_units(corpus.units.unit_bytes, head.lanes, head.seed, corpus.name, shuffled=head.shuffle)
+            self._lanes.append({})
+            for lane in self.lanes:
+                lane_reader = LaneReader(
+                    index,
+                    corpus.name,
+                    corpus.units,
+                    dealt[lane],
+                    text_column=head.text_column,
+                    seed=head.seed,
+                    shuffle=head.shuffle,
+                    batch_rows=batch_rows,
+                    vocabulary_size=vocabulary_size,
+                    by_window=head.packing == "best-fit",
+                )
+                self._lanes[index][lane] = Lane(
+                    lane_reader,
+                    pool,
+                    position.states[index][lane],
+                    [skip for skip in position.skipped if skip.corpus == index],
+                    title=_title(head, corpus.name, lane),
+                    block_size=head.block_size,
+                    packing=head.packing,
+                    ahead=ahead,
+                    epochs=epochs,
+                    strict=strict,
+                )
+        self._is_filled = False
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> TokenChunk:
+        """The next chunk.
+
+        Raises:
+            StopIteration: after the last epoch.
+            UsageError: the data does not fill one block, or is not what the position was made with.
+            RunError: a shard cannot be reached; with `strict`, a row group is damaged.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._chunk()
+        except (UsageError, RunError) as error:
+            self._failure = error  # a stream that failed must not look like one that ended
+            raise
+
+    def _chunk(self) -> TokenChunk:
+        if not self._is_filled:
+            self._is_filled = True
+            for lanes in self._lanes:
+                for lane in lanes.values():
+                    lane.fill()
+        number = self._next
+        corpus = self._mixture.corpus_of(number)
+        lane = self._lanes[corpus][number % self.position.head.lanes]
+        block = lane.next_block()
+        if block is None:
+            raise StopIteration
+        skipped = self.position.skipped
+        if new := [skip for skip in lane.skipped if skip not in skipped]:
+            skipped = tuple(sorted((*skipped, *new)))
+        self._next += self.apart
+        self.position = self.position.after(number, corpus, lane.state, skipped)
+        tokens = block.tokens
+        if self._marked:
+            padding = np.arange(len(tokens)) >= block.filled
+            tokens = pack_blocks(tokens, block.starts, padding)
+        return TokenChunk(tokens, self.position, block.epoch, number)
+
+    def close(self) -> None:
+        """Stop the threads and close the files. The position stays readable."""
+        if self._failure is None:
+            self._failure = RunError("the token stream is closed")
+        self._pool.close()
+        for lanes in self._lanes:
+            for lane in lanes.values():
+                lane.close()
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _title(head: StreamHead, corpus: str, lane: int) -> str:
+    """What an error calls the text of a lane."""
+    text = "the data" if len(head.corpora) == 1 else f"corpus {corpus}"
+    return text if head.lanes == 1 else f"lane {lane} of {head.lanes} of {text}"

@@ -1,0 +1,102 @@
+"""What a run has read of its data: counted in the data position, so that a kill or a resume neither loses nor repeats.
+
+Tokens are counted as they are delivered. Rows are counted up to the place where the next block begins.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from colonnade.data.lane import filtered_rows
+from colonnade.data.position import DataPosition, LaneCounts
+from colonnade.errors import RunError
+from colonnade.files import replace_text
+
+
+def data_metrics(position: DataPosition) -> dict[str, Any]:
+    """The columns of a metrics row: tokens read, delivered again and lost, rows filtered, each corpus's share."""
+    totals = position.totals()
+    total = _sum(totals)
+    row: dict[str, Any] = {
+        "data_tokens_read": total.tokens_delivered + total.tokens_dropped,
+        "data_tokens_repeated": total.tokens_repeated,
+        "data_rows_read": total.rows,
+        "data_rows_filtered": sum(filtered_rows(total).values()),
+    }
+    if total.padding:
+        row["data_padding_fraction"] = total.padding / (total.padding + total.tokens_delivered)
+    if len(totals) > 1:
+        row |= {f"data_share/{name}": share for name, share in _shares(totals).items()}
+    return row
+
+
+def data_summary(position: DataPosition) -> list[str]:
+    """A line a corpus for the end of a run."""
+    totals = position.totals()
+    shares = _shares(totals)
+    lines = []
+    for index, (name, counts) in enumerate(totals.items()):
+        filtered = ", ".join(f"{count:,} {reason}" for reason, count in filtered_rows(counts).items()) or "none"
+        skipped = sum(skip.corpus == index for skip in position.skipped)
+        share = f"{name}: {shares[name]:.1%} of the tokens; " if len(totals) > 1 else ""
+        lines.append(
+            f"{share}{counts.tokens_delivered:,} tokens delivered, {counts.tokens_repeated:,} of them again; "
+            f"{counts.rows:,} rows read, filtered: {filtered}; {skipped} damaged row groups skipped"
+        )
+    return lines
+
+
+def data_ledger(position: DataPosition) -> dict[str, Any]:
+    """The whole account, as JSON."""
+    totals, head = position.totals(), position.head
+    corpora = {}
+    for index, (corpus, (name, counts)) in enumerate(zip(head.corpora, totals.items(), strict=True)):
+        states = position.states[index]
+        corpora[name] = {
+            "files": corpus.files,
+            "weight": position.weights[index],
+            "share": _shares(totals)[name],
+            "tokens_read": counts.tokens_delivered + counts.tokens_dropped,
+            "tokens_delivered": counts.tokens_delivered,
+            "tokens_repeated": counts.tokens_repeated,
+            "tokens_dropped": counts.tokens_dropped,
+            "padding": counts.padding,
+            "rows_read": counts.rows,
+            "rows_filtered": filtered_rows(counts),
+            "epochs_begun": 1 + max(state.cursor.epoch for state in states),
+            "skipped": [
+                {"unit": skip.unit, "reason": skip.reason} for skip in position.skipped if skip.corpus == index
+            ],
+        }
+    return {
+        "chunks": position.chunk,
+        "block_size": head.block_size,
+        "packing": head.packing,
+        "lanes": head.lanes,
+        "tokenizer": head.tokenizer,
+        "corpora": corpora,
+        "weights": [{"from_chunk": chunk, "weights": list(weights)} for chunk, weights in position.schedule],
+        "changes": [{"at_chunk": chunk, "what": what} for chunk, what in position.changes],
+    }
+
+
+def write_data_ledger(path: Path, position: DataPosition) -> None:
+    """Replace the ledger of a run. Raises RunError where it cannot be written."""
+    try:
+        replace_text(path, json.dumps(data_ledger(position), indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _shares(totals: dict[str, LaneCounts]) -> dict[str, float]:
+    delivered = max(1, _sum(totals).tokens_delivered)
+    return {name: counts.tokens_delivered / delivered for name, counts in totals.items()}
+
+
+def _sum(totals: dict[str, LaneCounts]) -> LaneCounts:
+    total = LaneCounts()
+    for counts in totals.values():
+        total = total.plus(counts)
+    return total

@@ -1,0 +1,296 @@
+"""Lanes, shuffles and mixtures: the stream that several readers share out, cut anywhere and gone on with by others."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from colonnade.data.feed import step_shares
+from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data_glob
+from colonnade.data.order import deal_units, default_lanes, keyed_permutation
+from colonnade.data.position import DataPosition
+from colonnade.errors import UsageError
+from data_helpers import assert_same_blocks, plain_blocks, plain_tokens, stdlib_texts, tiny_tokenizer, write_corpus
+from data_processing import TokenStream, streaming_token_generator
+
+BLOCK = 16
+GLOBAL_BATCH = 12
+DP_SIZES = (1, 2, 3, 4, 6, 12)
+
+TOKENIZER = tiny_tokenizer()
+
+Blocks = dict[int, npt.NDArray[np.int32]]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, stdlib_texts(), group=2)
+    return str(folder / "*.parquet")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("mixture")
+    write_corpus(folder / "prose", stdlib_texts()[:40], group=2)
+    write_corpus(folder / "code", stdlib_texts()[40:], group=1)
+    return f"prose={folder}/prose/*.parquet:3,code={folder}/code/*.parquet:1"
+
+
+def open_stream(pattern: str, **changes: Any) -> TokenStream:
+    return streaming_token_generator(pattern, TOKENIZER, **{"block_size": BLOCK, "workers": 1, **changes})
+
+
+def uninterrupted(pattern: str, count: int, **changes: Any) -> Blocks:
+    with open_stream(pattern, **changes) as stream:
+        return {chunk.number: chunk.tokens for chunk in islice(stream, count)}
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_chunk_g_is_the_next_block_of_lane_g_mod_v(corpus: str) -> None:
+    with open_stream(corpus, lanes=4) as stream:
+        units = stream.units[0]
+        dealt = deal_units(units.unit_bytes, 4, 0, "data", shuffled=False)
+        assert sorted(unit for lane in dealt for unit in lane) == list(range(len(units)))
+        chunks = list(islice(stream, 200))
+    for lane, members in enumerate(dealt):
+        texts = [stdlib_texts()[2 * unit + row] for unit in members for row in (0, 1)]
+        expected = plain_blocks(plain_tokens(texts), BLOCK, epochs=9)
+        served = [chunk.tokens for chunk in chunks[lane::4]]
+        assert_same_blocks(served, expected[: len(served)])
+
+
+def test_units_are_dealt_evenly() -> None:
+    sizes = np.random.default_rng(0).integers(1, 1000, 480).tolist()
+    for shuffled in (False, True):
+        loads = [sum(sizes[unit] for unit in lane) for lane in deal_units(sizes, 24, 1, shuffled=shuffled)]
+        assert max(loads) - min(loads) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "expected"), [(1, 10**9, 1), (7, 10**9, 1), (8, 10**9, 2), (200, 10**9, 48), (200, 4096, 2)]
+)
+def test_default_lanes_follow_from_the_data(units: int, size: int, expected: int) -> None:
+    assert default_lanes([[size] * units], 1024) == expected
+    assert default_lanes([[10**9] * 10**4, [size] * units], 1024) == expected  # the smallest corpus decides
+
+
+def test_every_epoch_holds_every_document_once_in_an_order_of_its_own(corpus: str) -> None:
+    def epochs(seed: int) -> list[list[int]]:
+        tokens: dict[int, list[int]] = {}
+        with open_stream(corpus, shuffle=True, seed=seed, lanes=1, block_size=1) as stream:
+            for chunk in stream:
+                if chunk.epoch == 2:
+                    break
+                tokens.setdefault(chunk.epoch, []).append(int(chunk.tokens[0]))
+        return [tokens[0], tokens[1]]
+
+    plain = plain_tokens(stdlib_texts())
+    first, second = epochs(1)
+    assert [first, second] == epochs(1)
+    assert len({tuple(plain), tuple(first), tuple(second), tuple(epochs(2)[0])}) == 4
+    documents = [plain_tokens([text]) for text in stdlib_texts()]
+    for order in (first, second):
+        text = ",".join(map(str, order))
+        # At block size 1 the last token of an epoch is a target only, so one document may lack its end.
+        assert sum(",".join(map(str, document)) in text for document in documents) >= len(documents) - 1
+        assert sum((Counter(plain) - Counter(order)).values()) == 1
+
+
+def test_permutations_are_those_of_philox_in_any_version() -> None:
+    """Bits of the generator itself (Salmon et al., SC 2011, known-answer vector of Philox 4x64-10 with zero key)."""
+    assert np.random.Philox(key=0, counter=[2**64 - 1] * 4).random_raw() == 0x16554D9ECA36314C
+    order = keyed_permutation(1000, "a", 1)
+    assert sorted(order) == list(range(1000))
+    assert order.tolist() != keyed_permutation(1000, "a", 2).tolist()
+
+
+# --- several readers, cut anywhere -----------------------------------------------------------------------------------
+
+
+def serve(pattern: str, position: DataPosition | None, dp: int, steps: int, **changes: Any) -> tuple[Blocks, Any]:
+    """What `dp` readers serve in `steps` steps, by chunk number, and the position after it."""
+    served: Blocks = {}
+    parts = []
+    for rank in range(dp):
+        with open_stream(pattern, position=position, reader=rank, readers=dp, **changes) as stream:
+            first = stream.start.chunk
+            shares = step_shares(stream, first, GLOBAL_BATCH, dp, rank, stream.apart)
+            for step, share in enumerate(islice(shares, steps)):
+                for index, tokens in enumerate(share.tokens):
+                    number = first + step * GLOBAL_BATCH + rank + index * dp
+                    assert number not in served
+                    served[number] = tokens
+            parts.append(share.position)
+    merged = DataPosition.merged(parts, first)
+    return served, DataPosition.from_dict(json.loads(json.dumps(merged.to_dict())))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    chain=st.lists(
+        st.tuples(
+            st.sampled_from(DP_SIZES), st.integers(1, 4), st.sampled_from([1, 3, 64]), st.sampled_from([1, 2, 5])
+        ),
+        min_size=2,
+        max_size=4,
+    ),
+    lanes=st.sampled_from([1, 2, 5, 12]),
+    shuffle=st.booleans(),
+    mixed=st.booleans(),
+    packing=st.sampled_from(["concat", "best-fit"]),
+)
+def test_any_chain_of_readers_serves_the_uninterrupted_stream(
+    corpus: str, mixture: str, chain: list[Any], lanes: int, shuffle: bool, mixed: bool, packing: str
+) -> None:
+    pattern = mixture if mixed else corpus
+    lanes = min(lanes, 4) if mixed else lanes  # a lane has to hold a block
+    stream = {"lanes": lanes, "shuffle": shuffle, "packing": packing, "seed": 3}
+    position, served = None, Blocks()
+    for dp, steps, batch_rows, workers in chain:
+        part, position = serve(pattern, position, dp, steps, **stream, batch_rows=batch_rows, workers=workers)
+        assert not part.keys() & served.keys()
+        served |= part
+    expected = uninterrupted(pattern, len(served), **stream)
+    assert served.keys() == expected.keys()
+    for number, tokens in expected.items():
+        assert served[number].tolist() == tokens.tolist(), number
+    with open_stream(pattern, **stream) as whole:
+        list(islice(whole, len(served)))
+        assert position == whole.position
+
+
+def test_a_reader_opens_its_own_lanes_only(corpus: str) -> None:
+    with open_stream(corpus, lanes=6, reader=1, readers=3) as stream:
+        assert [chunk.number for chunk in islice(stream, 4)] == [1, 4, 7, 10]
+        assert stream.lanes == [1, 4]
+    with open_stream(corpus, lanes=6, reader=3, readers=4) as stream:  # gcd 2: lanes are shared with reader 1
+        assert stream.lanes == [1, 3, 5]
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    weights=st.lists(st.floats(0.05, 1.0), min_size=2, max_size=6),
+    start=st.integers(0, 10**12),
+)
+def test_any_stretch_holds_the_corpora_in_their_shares(weights: list[float], start: int) -> None:
+    shares = normalized(weights)
+    mixed = Mixture([WeightChange(0, shares)])
+    length = 512
+    counts = Counter(mixed.corpus_of(start + offset) for offset in range(length))
+    for corpus, share in enumerate(shares):
+        # The discrepancy of the golden-ratio sequence is below (3 + log_phi(n) / 2) / n for an interval.
+        assert abs(counts[corpus] - share * length) <= 12
+
+
+def test_each_corpus_is_read_in_its_own_order_whatever_the_others(mixture: str) -> None:
+    prose, code = (
+        plain_blocks(plain_tokens(texts), BLOCK, epochs=9) for texts in (stdlib_texts()[:40], stdlib_texts()[40:])
+    )
+    with open_stream(mixture, lanes=1) as stream:
+        chunks = list(islice(stream, 240))
+        totals = stream.position.totals()
+    turns = [Mixture(stream.position.schedule).corpus_of(number) for number in range(240)]
+    by_corpus = [
+        [chunk.tokens for chunk, turn in zip(chunks, turns, strict=True) if turn == corpus] for corpus in (0, 1)
+    ]
+    assert_same_blocks(by_corpus[0], prose[: len(by_corpus[0])])
+    assert_same_blocks(by_corpus[1], code[: len(by_corpus[1])])
+    assert abs(len(by_corpus[0]) - 180) <= 3
+    assert [totals[name].tokens_delivered for name in ("prose", "code")] == [len(part) * BLOCK for part in by_corpus]
+
+
+def test_weights_can_change_where_a_stream_goes_on(mixture: str) -> None:
+    with open_stream(mixture, lanes=2) as stream:
+        position = list(islice(stream, 60))[-1].position
+    changed = mixture.replace(":3,", ":1,").replace(":1", ":9", 1)
+    with open_stream(changed, position=position) as stream:
+        after = list(islice(stream, 100))
+    final = after[-1].position
+    assert [change.chunk for change in final.schedule] == [0, 60]
+    before, totals = position.totals(), final.totals()
+    assert totals["prose"].tokens_delivered - before["prose"].tokens_delivered == pytest.approx(
+        90 * BLOCK, abs=3 * BLOCK
+    )
+    # Where the position of the change is stored, going on is exact.
+    with open_stream(changed, position=after[49].position) as stream:
+        assert_same_blocks([chunk.tokens for chunk in islice(stream, 50)], [chunk.tokens for chunk in after[50:]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a=x/*.parquet:1,y/*.parquet", r"'y/\*.parquet' has no name and weight"),
+        ("a=x:0", "weight '0' must be a number above 0"),
+        ("a=x:much", "weight 'much' must be"),
+        ("a=x:1,a=y:2", "corpus a has weights 1 and 2"),
+    ],
+)
+def test_bad_mixtures_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_data_glob(text)
+
+
+def test_what_is_no_mixture_stays_a_pattern() -> None:
+    for text in ("data/*.parquet", "a/*.parquet,b/*.arrow", "year=2024/*.parquet", "s3://bucket/year=2024/a.parquet"):
+        assert [corpus.pattern for corpus in parse_data_glob(text)] == [text]
+    parsed = parse_data_glob("web=s3://bucket/x=1/*.parquet:0.7, code=c/*.parquet:3e-1,web=d/*:0.7")
+    assert [(corpus.name, corpus.pattern, corpus.weight) for corpus in parsed] == [
+        ("web", "s3://bucket/x=1/*.parquet,d/*", 0.7),
+        ("code", "c/*.parquet", 0.3),
+    ]
+
+
+def test_more_lanes_than_row_groups_are_refused(mixture: str) -> None:
+    with pytest.raises(UsageError, match="--data-lanes 21 is more than the 20 row groups of corpus"):
+        open_stream(mixture, lanes=21)
+
+
+# --- data that changed -----------------------------------------------------------------------------------------------
+
+
+def test_changed_data_is_refused_by_name_unless_it_is_allowed(tmp_path: Path) -> None:
+    shards = write_corpus(tmp_path, stdlib_texts()[:40], group=2)
+    pattern = str(tmp_path / "*.parquet")
+    with open_stream(pattern, lanes=2) as stream:
+        position = list(islice(stream, 25))[-1].position
+    write_corpus(tmp_path / "other", stdlib_texts()[20:], group=2)[1].replace(shards[1])
+    with pytest.raises(UsageError, match=r"changed or new: part_1\.parquet.*--allow-data-change"):
+        open_stream(pattern, position=position)
+    with open_stream(pattern, position=position, allow_data_change=True) as stream:
+        chunk = next(stream)
+    assert chunk.number == 25
+    assert [change.chunk for change in chunk.position.changes] == [25]
+    assert "part_1.parquet" in chunk.position.changes[0].what
+    assert chunk.tokens.tolist() == open_blocks(pattern, 26, lanes=2)[1].tolist()  # lane 1 from its beginning
+    assert chunk.position.totals()["data"].tokens_delivered == 26 * BLOCK
+    # What has been allowed once is recorded, and needs no allowance again.
+    with open_stream(pattern, position=chunk.position) as stream:
+        assert next(stream).number == 26
+
+
+def open_blocks(pattern: str, count: int, **changes: Any) -> Blocks:
+    return uninterrupted(pattern, count, **changes)
+
+
+def test_another_block_size_goes_on_with_the_next_row(corpus: str) -> None:
+    with open_stream(corpus, lanes=1) as stream:
+        position = list(islice(stream, 30))[-1].position
+    cursor = position.states[0][0].cursor
+    row = 2 * cursor.unit + cursor.row + (cursor.token > 0)
+    with open_stream(corpus, block_size=32, position=position, allow_data_change=True, epochs=1) as stream:
+        served = [chunk.tokens for chunk in stream]
+    assert_same_blocks(served, plain_blocks(plain_tokens(stdlib_texts()[row:]), 32))
