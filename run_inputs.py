@@ -18,6 +18,7 @@ from colonnade.checkpoint.discover import CheckpointInfo, latest_checkpoint, res
 from colonnade.checkpoint.run_record import run_record
 from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings, load_preset
 from colonnade.errors import RunError, UsageError
+from colonnade.model_config import ModelConfig
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
@@ -26,7 +27,6 @@ from colonnade.parallel.vote import one_line
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
 from data_processing import DEFAULT_GLOBS, discover_shards, find_default_shards, load_tokenizer
-from model import ModelConfig
 
 SAMPLE_FOLDER = Path("data/sample")
 FINGERPRINT_INTERVAL = 100

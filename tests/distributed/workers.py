@@ -15,9 +15,10 @@ from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients
 from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
 from colonnade.optim.step import optimizer_step
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
+from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import float32_bits, tensor_fingerprints
-from model import Attention, ModelConfig, TensorParallelModel, local_part
+from model import Attention, ModelConfig, TensorParallelModel
 
 
 def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
