@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.model_config import ModelConfig
+from colonnade.parallel.attention import DocumentMask, document_kernel, document_layout
 from colonnade.parallel.collectives import (
     TensorGroup,
     fan_out,
@@ -74,14 +75,16 @@ class Attention(nn.Module):
         self.o_proj = make("o_proj", hidden, query, bias)
         self.config, self.group = config, group
 
-    def partials(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> list[Tensor]:
+    def partials(
+        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, mask: DocumentMask | None
+    ) -> list[Tensor]:
         """The partial output [B, T, H] of each local slice."""
         queries = split_slices(self.q_proj.local(), self.group, x.dtype)
         keys, values = self._key_value_slices(self.k_proj, x.dtype), self._key_value_slices(self.v_proj, x.dtype)
         outputs = cut_slices(local_part(self.o_proj.weight), self.group, x.dtype, dim=1)
         views = fan_out(x, self.group)
         return [
-            segments.attention(view, q, k, v, o, cos, sin)
+            segments.attention(view, q, k, v, o, cos, sin, mask)
             for view, q, k, v, o in zip(views, queries, keys, values, outputs, strict=True)
         ]
 
@@ -132,9 +135,11 @@ class Block(nn.Module):
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group)
         self.group = group
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, mask: DocumentMask | None = None
+    ) -> Tensor:
         normed = segments.norm(x, local_part(self.input_layernorm.weight))
-        partials = self.self_attn.partials(normed, cos, sin, segments)
+        partials = self.self_attn.partials(normed, cos, sin, segments, mask)
         update = with_bias(reduce_partials(partials, self.group), self.self_attn.o_proj)
         x, normed = segments.residual_norm(x, update, local_part(self.post_attention_layernorm.weight))
         partials = self.mlp.partials(normed, segments)
@@ -209,6 +214,7 @@ class TensorParallelModel(nn.Module):
         self.compute_dtype = compute_dtype or param_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.segments = Segments(config, compiled=compiled)
+        self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
         self.model = Decoder(make, config, self.group)
         self.lm_head = (
@@ -276,17 +282,19 @@ class TensorParallelModel(nn.Module):
 
     # -- forward
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Sum of the tokens' cross-entropies.
 
         Args:
             input_ids: [B, T] token ids.
             labels: [B, T], the next token of each position; `IGNORE_INDEX` leaves one out.
+            document_starts: bool [B, T], True where a document begins (the first column counts as True): attention
+                stays within a document and positions restart with it. None: each row is one document.
 
         Returns:
             A scalar, float32 or wider, equal on every rank of the group.
         """
-        hidden = self._hidden(input_ids)
+        hidden = self._hidden(input_ids, document_starts)
         labels = labels.reshape(-1)
         weight, start = self._head()
         vocab_size = self.config.vocab_size
@@ -304,12 +312,12 @@ class TensorParallelModel(nn.Module):
         return cross_entropy_sum(logits, labels, starts, vocab_size, self.group)
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, *, last_only: bool = False) -> Tensor:
+    def logits(self, input_ids: Tensor, document_starts: Tensor | None = None, *, last_only: bool = False) -> Tensor:
         """Logits [B, T, V] of the whole vocabulary on every rank, for generation and checks; not for training.
 
         With `last_only` [B, 1, V], those of the last position.
         """
-        hidden = self._hidden(input_ids)
+        hidden = self._hidden(input_ids, document_starts)
         if last_only:
             hidden = hidden[:, -1:]
         weight, _ = self._head()
@@ -322,7 +330,7 @@ class TensorParallelModel(nn.Module):
             local = torch.cat(parts, dim=1)
         return local[:, : self.config.vocab_size].view(*hidden.shape[:2], -1)
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
+    def _hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """The last norm's output [B, T, H] for token ids [B, T]."""
         table = local_part(self.model.embed_tokens.weight)
         if self.replicate_embeddings:
@@ -331,11 +339,17 @@ class TensorParallelModel(nn.Module):
             x = embed_tokens(input_ids, table, self._vocabulary_start(self.model.embed_tokens.weight), self.group)
         x = x.to(self.compute_dtype)
         cos, sin = self._rotary_tables(input_ids.shape[1])
+        mask = None
+        if document_starts is not None:
+            # Once for all layers: the mask, and the tables of each row in the dtype that attention saves them in.
+            layout = document_layout(document_starts, self.document_kernel)
+            mask = layout.mask
+            cos, sin = (table[layout.positions].unsqueeze(1).to(x.dtype) for table in (cos, sin))
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, self.segments, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, self.segments, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, self.segments)
+                x = layer(x, cos, sin, self.segments, mask)
         return self.segments.norm(x, local_part(self.model.norm.weight))
 
     def _head(self) -> tuple[Tensor, int]:

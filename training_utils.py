@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional as F
 
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.save import save_checkpoint
 from colonnade.config import RunSettings
+from colonnade.data.blocks import PADDING, counted_targets, unpack_blocks
 from colonnade.data.feed import BatchFeed, StepBatch
 from colonnade.data.position import DataPosition
 from colonnade.errors import LocalRunError, PeerError, RunError
@@ -31,7 +33,6 @@ from colonnade.optim.schedule import CosineSchedule
 from colonnade.optim.step import optimizer_step
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.peers import PeerWatch, is_connection_lost
-from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.telemetry.fingerprint import combined, float32_bits, tensor_fingerprints
 from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.plots import plot_loss
@@ -54,7 +55,7 @@ class Validation:
     """The held-out blocks, the same on every rank.
 
     Attributes:
-        tokens: [chunks, block_size + 1] int32 on the CPU.
+        tokens: [chunks, block_size + 1] int32 on the CPU, in the wire format (`colonnade/data/blocks.py`).
         unigram_entropy: nats a token of the targets' own frequencies: the loss of knowing them and nothing else.
     """
 
@@ -262,7 +263,7 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> tuple[Tensor
         run.scaler,
         batch.tokens,
         accumulation=run.batch.gradient_accumulation_steps,
-        tokens=run.tokens_per_step,
+        targets=run.tokens_per_step,
         max_grad_norm=run.settings.max_grad_norm,
         deterministic=run.settings.deterministic,
         # The device is busy with what was launched; the next batch can be waited for meanwhile.
@@ -377,24 +378,23 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 @torch.no_grad()
-def validate(run: Run, validation: Validation) -> dict[str, float]:
-    """Mean loss and perplexity over the held-out blocks. Collective; the same bits at every data-parallel size."""
+def validate(run: Run, validation: Validation, *, document_mask: bool = False) -> dict[str, float]:
+    """Mean loss and perplexity over the held-out blocks. Collective; the same bits at every data-parallel size.
+
+    With `document_mask` attention and loss stay within documents, as in training.
+    """
     size, layout = run.batch.micro_batch_size, run.layout
     batches = validation.tokens.split(size)
     totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
     for index in range(layout.dp_rank, len(batches), layout.dp):
         tokens = batches[index].to(layout.device)
-        labels = tokens[:, 1:].long()
-        inputs = tokens[:, :-1].long()
-        if tokens.shape[0] < size:
-            # Compiled segments have one shape: the last batch is filled up with rows that do not count.
-            missing = (size - tokens.shape[0], labels.shape[1])
-            labels = torch.cat([labels, labels.new_full(missing, IGNORE_INDEX)])
-            inputs = torch.cat([inputs, inputs.new_zeros(missing)])
-        totals[index] = run.model(inputs, labels).double()
+        # Compiled segments have one shape: the last batch is filled up with rows that do not count.
+        tokens = F.pad(tokens, (0, 0, 0, size - tokens.shape[0]), value=PADDING)
+        blocks = unpack_blocks(tokens, document_mask=document_mask)
+        totals[index] = run.model(blocks.input_ids, blocks.labels, blocks.document_starts).double()
     # One rank tells a batch's loss and the others add zeros, which is exact in any order.
     dist.all_reduce(totals, group=layout.dp_group)
-    loss = float(totals.sum()) / validation.tokens[:, 1:].numel()
+    loss = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
     return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
 
 

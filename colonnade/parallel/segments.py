@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import attention_slice, linear
+from colonnade.parallel.attention import allow_recompilation, attention_slice, linear
 
 
 def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -46,9 +46,8 @@ class Segments:
 
     def __init__(self, config: ModelConfig, *, compiled: bool) -> None:
         if compiled:
-            # Each micro-batch size and each slice's strides are a graph of their own; at the default of 8 the
-            # autotuner's trials alone would end compilation with an error.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+            # Each micro-batch size and each slice's strides are a graph of their own.
+            allow_recompilation()
 
         def build(function: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
             bound = partial(function, **constants) if constants else function

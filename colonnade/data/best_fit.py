@@ -1,0 +1,87 @@
+"""Best-fit packing of documents into blocks (best-fit decreasing, "Fewer Truncations", arXiv:2404.10830).
+
+A document that fits into a block is never cut. Pure functions of their arguments: the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from heapq import heappop, heappush
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+
+
+def best_fit_bins(lengths: Integers, capacity: int) -> list[Integers]:
+    """Pack documents into bins of `capacity` tokens.
+
+    A document longer than a bin is first cut into whole bins and a rest. Then the pieces, longest first, each go into
+    the bin with the least room that still holds them, or into a new one. Ties: the first document, its first piece, the
+    first bin.
+
+    Args:
+        lengths: [N] tokens of each document; an empty document is in no bin.
+        capacity: tokens a bin holds.
+
+    Returns:
+        One array [pieces, 3] a bin, its rows (document, begin, end): tokens begin to end (excluded) of that document.
+        The bins in the order they were begun, the pieces of a bin in the order they were put in.
+
+    Raises:
+        ValueError: capacity is below 1 or a length below 0.
+    """
+    pieces = cut_pieces(lengths, capacity)
+    sizes = pieces[:, 2] - pieces[:, 1]
+    order = np.argsort(-sizes, kind="stable")
+    bin_of = _place(sizes[order].tolist(), capacity)
+    by_bin = np.argsort(bin_of, kind="stable")
+    ends = np.cumsum(np.bincount(bin_of))
+    return np.split(pieces[order[by_bin]], ends[:-1]) if len(pieces) else []
+
+
+def cut_pieces(lengths: Integers, capacity: int) -> Integers:
+    """Documents cut into pieces of at most `capacity` tokens: [pieces, 3], rows (document, begin, end), in order."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if capacity < 1 or (lengths < 0).any():
+        raise ValueError(f"capacity {capacity} must be at least 1 and no length below 0")
+    counts = -(-lengths // capacity)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    first = np.cumsum(counts) - counts  # the number of each document's first piece
+    begin = (np.arange(len(document)) - first[document]) * capacity
+    return np.stack([document, begin, np.minimum(begin + capacity, lengths[document])], axis=1)
+
+
+def _place(sizes: list[int], capacity: int) -> Integers:
+    """The bin of each piece, sizes falling."""
+    rooms: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room left in them, the first on top
+    occupied = 0  # bit r: some bin has room r. Finding the least room that is enough is one shift, for any number
+    bins = 0
+    placed = np.empty(len(sizes), np.int64)
+    for index, size in enumerate(sizes):
+        enough = occupied >> size
+        if enough:
+            room = size + (enough & -enough).bit_length() - 1
+            chosen = heappop(rooms[room])
+            if not rooms[room]:
+                occupied ^= 1 << room
+        else:
+            room, chosen = capacity, bins
+            bins += 1
+        placed[index] = chosen
+        left = room - size
+        if left:
+            heappush(rooms[left], chosen)
+            occupied |= 1 << left
+    return placed
+
+
+def bin_order(count: int, seed_key: tuple[int, int, int]) -> Integers:
+    """A permutation of `count` bins keyed by (seed, epoch, unit).
+
+    From Philox's raw stream, which NumPy keeps from version to version, where `Generator.permutation` may change.
+    """
+    digest = hashlib.blake2b(repr(tuple(map(int, seed_key))).encode(), digest_size=16).digest()
+    keys = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+    return np.argsort(keys, kind="stable")
