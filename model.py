@@ -17,12 +17,9 @@ that no compiled graph holds a collective. Parameters are `DTensor`s; the forwar
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,243 +30,21 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig
+from colonnade.parallel.attention import DocumentMask, document_kernel, document_layout
 from colonnade.parallel.collectives import (
     TensorGroup,
     fan_out,
     fan_out_locally,
-    laid_out,
     reduce_partials,
     take_part,
 )
 from colonnade.parallel.initialization import fill_normal_
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.segments import Segments
 from colonnade.parallel.sharding import Cut, check_slices, cut_of, piece_count
+from colonnade.parallel.slices import cut_slices, fixed_layout, local_part, split_slices
 from colonnade.parallel.vocabulary import cross_entropy_sum, embed_tokens
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is stored padded to a multiple of this, so that its shards do not depend on the rank count."""
-
-
-# ------------------------------------------------------------------------------------------------ configuration
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a decoder, under the names of a Hugging Face `config.json` of the Llama family."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            limit = {"int": 2**31, "float": math.inf, "bool": 2}[str(field.type)]
-            if not value < limit:
-                raise UsageError(f"model config: {field.name} is {value:.4g}; it must be below {limit}")
-            if field.type != "bool" and not value > 0:
-                raise UsageError(f"model config: {field.name} is {value}; it must be above 0")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UsageError(
-                f"model config: {self.num_attention_heads} attention heads are not a multiple of "
-                f"{self.num_key_value_heads} key/value heads"
-            )
-        if self.head_dim % 2:
-            raise UsageError(f"model config: head_dim {self.head_dim} is odd; rotary positions need an even one")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the stored embedding and head. Rows from `vocab_size` on are zero and stay zero."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model, the vocabulary without padding."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query, key_value = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
-        attention = hidden * (2 * query + 2 * key_value) + self.attention_bias * (query + 2 * key_value + hidden)
-        mlp = 3 * hidden * inner + self.mlp_bias * (2 * inner + hidden)
-        vocabulary = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
-        return vocabulary + self.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, vocab_size: int | None = None) -> ModelConfig:
-        """A config from Hugging Face's keys (or a preset's).
-
-        Args:
-            values: the keys of a `config.json`; what does not shape the network is left aside.
-            vocab_size: used where the keys name none (presets leave it to the tokenizer).
-
-        Raises:
-            UsageError: a size is missing or impossible, or the config asks for something this decoder lacks.
-        """
-        _refuse_unsupported(values)
-        known = {field.name for field in fields(cls)}
-        chosen = {key: value for key, value in values.items() if key in known and value is not None}
-        rope = values.get("rope_parameters") or {}
-        if rope.get("rope_theta") is not None:
-            chosen["rope_theta"] = rope["rope_theta"]
-        for key, value in chosen.items():
-            kind = cls.__annotations__[key]
-            # type(): True is an int to Python.
-            if type(value) not in {"int": (int,), "float": (int, float), "bool": (bool,)}[kind]:
-                raise UsageError(f"model config: {key} is {value!r:.80}; it must be of type {kind}")
-        if vocab_size is not None:
-            chosen.setdefault("vocab_size", vocab_size)
-        heads = chosen.get("num_attention_heads")
-        if heads:
-            chosen.setdefault("num_key_value_heads", heads)
-            if "hidden_size" in chosen and "head_dim" not in chosen:
-                if chosen["hidden_size"] % heads:
-                    raise UsageError(
-                        f"model config: hidden_size {chosen['hidden_size']} is not a multiple of {heads} attention "
-                        "heads; give head_dim"
-                    )
-                chosen["head_dim"] = chosen["hidden_size"] // heads
-        required = {field.name for field in fields(cls)} - {"rms_norm_eps", "rope_theta", "attention_bias"}
-        required -= {"mlp_bias", "tie_word_embeddings", "initializer_range"}
-        missing = sorted(required - chosen.keys())
-        if missing:
-            raise UsageError(f"model config: {', '.join(missing)} missing")
-        return cls(**chosen)
-
-    @classmethod
-    def from_json(cls, path: str | Path, *, vocab_size: int | None = None) -> ModelConfig:
-        """A config from a Hugging Face `config.json`, or a folder that holds one. Raises `UsageError`."""
-        path = Path(path)
-        file = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"--model-config {path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"--model-config {path}: not JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise UsageError(f"--model-config {path}: holds no JSON object")
-        try:
-            return cls.from_dict(values, vocab_size=vocab_size)
-        except UsageError as error:
-            raise UsageError(f"--model-config {path}: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    """Name what a foreign config asks for and this decoder would silently get wrong."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(values.get(key) or {}, Mapping):
-            raise UsageError(f"model config: {key} is {values[key]!r:.80}; it must be a mapping")
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    expected = {
-        "model_type": (values.get("model_type", "llama"), "llama"),
-        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
-        "rope type": (rope_type, "default"),
-        "attention_dropout": (values.get("attention_dropout") or 0, 0),
-    }
-    for name, (value, supported) in expected.items():
-        if value != supported:
-            raise UsageError(f"model config: {name} {value!r} is not supported; only {supported!r} is")
-
-
-# ----------------------------------------------------------------------------------------------------- segments
-
-
-def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """x + update, and its RMSNorm. All [B, T, H]."""
-    x = x + update
-    return x, rms_norm(x, weight, eps=eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, its statistics in float32 or wider. [B, T, H] -> [B, T, H]"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight.to(x.dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A projection in the activation's dtype, whatever the parameter is stored in."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the half-split layout of Hugging Face's Llama. x [B, n, T, D]; cos, sin [T, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def attention_slice(
-    x: Tensor,
-    q: tuple[Tensor, Tensor | None],
-    k: tuple[Tensor, Tensor | None],
-    v: tuple[Tensor, Tensor | None],
-    o: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    head_dim: int,
-) -> Tensor:
-    """Causal grouped-query attention over the heads of one slice: [B, T, H] -> partial [B, T, H].
-
-    q, k, v are (weight [heads * D, H], bias); o is [H, n * D].
-    """
-    batch, block, _ = x.shape
-    query = linear(x, *q).view(batch, block, -1, head_dim).transpose(1, 2)  # [B, n, T, D]
-    key = linear(x, *k).view(batch, block, -1, head_dim).transpose(1, 2)  # [B, k, T, D]
-    value = linear(x, *v).view(batch, block, -1, head_dim).transpose(1, 2)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    group = query.shape[1] // key.shape[1]
-    if group > 1 and not x.is_cuda:
-        # On the CPU a grouped call falls back to unfused attention; repeated heads keep it fused.
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=group > 1 and x.is_cuda)
-    return linear(mixed.transpose(1, 2).reshape(batch, block, -1), o, None)
-
-
-def mlp_slice(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], down: Tensor) -> Tensor:
-    """SwiGLU over one slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate, up [i, H]; down [H, i]."""
-    return linear(F.silu(linear(x, *gate)) * linear(x, *up), down, None)
-
-
-def logits_slice(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits of one slice of the vocabulary: [B, T, H] -> [B * T, v]."""
-    return linear(x.reshape(-1, x.shape[-1]), weight, None)
-
-
-class Segments:
-    """The segments of a forward pass, compiled or eager. All blocks share one set, so each compiles once."""
-
-    def __init__(self, config: ModelConfig, *, compiled: bool) -> None:
-        if compiled:
-            # Each micro-batch size and each slice's strides are a graph of their own; at the default of 8 the
-            # autotuner's trials alone would end compilation with an error.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-
-        def build(function: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
-            bound = partial(function, **constants) if constants else function
-            return torch.compile(bound, fullgraph=True, dynamic=False) if compiled else bound
-
-        self.norm = build(rms_norm, eps=config.rms_norm_eps)
-        self.residual_norm = build(residual_norm, eps=config.rms_norm_eps)
-        self.attention = build(attention_slice, head_dim=config.head_dim)
-        self.mlp = build(mlp_slice)
-        self.logits = build(logits_slice)
-
 
 # ------------------------------------------------------------------------------------------------------ modules
 
@@ -287,35 +62,6 @@ class Projection(nn.Module):
         return local_part(self.weight), None if self.bias is None else local_part(self.bias)
 
 
-def local_part(parameter: Tensor) -> Tensor:
-    """This rank's part of a `DTensor` parameter, as a plain tensor that autograd follows."""
-    assert isinstance(parameter, DTensor)
-    return parameter.to_local()
-
-
-def split_slices(
-    pair: tuple[Tensor, Tensor | None], group: TensorGroup, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Cut a column-parallel (weight, bias) into the local slices along its rows."""
-    weight, bias = pair
-    biases: Sequence[Tensor | None] = [None] * group.local_slices
-    if bias is not None:
-        biases = cut_slices(bias, group, dtype)
-    return list(zip(cut_slices(weight, group, dtype), biases, strict=True))
-
-
-def cut_slices(shard: Tensor, group: TensorGroup, dtype: torch.dtype, dim: int = 0) -> list[Tensor]:
-    """Cut this rank's shard into its slices along `dim`, each as it would lie in memory if it were alone."""
-    if group.fixed_order:
-        shard = shard.to(dtype)  # one cast for all slices
-    return fixed_layout(shard.chunk(group.local_slices, dim), group, dtype)
-
-
-def fixed_layout(slices: Sequence[Tensor], group: TensorGroup, dtype: torch.dtype) -> list[Tensor]:
-    """Slices in the dtype of the products and a layout that no rank count changes, where the order of sums is fixed."""
-    return [laid_out(part, dtype) for part in slices] if group.fixed_order else list(slices)
-
-
 class Attention(nn.Module):
     def __init__(self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup) -> None:
         super().__init__()
@@ -329,14 +75,16 @@ class Attention(nn.Module):
         self.o_proj = make("o_proj", hidden, query, bias)
         self.config, self.group = config, group
 
-    def partials(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> list[Tensor]:
+    def partials(
+        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, mask: DocumentMask | None
+    ) -> list[Tensor]:
         """The partial output [B, T, H] of each local slice."""
         queries = split_slices(self.q_proj.local(), self.group, x.dtype)
         keys, values = self._key_value_slices(self.k_proj, x.dtype), self._key_value_slices(self.v_proj, x.dtype)
         outputs = cut_slices(local_part(self.o_proj.weight), self.group, x.dtype, dim=1)
         views = fan_out(x, self.group)
         return [
-            segments.attention(view, q, k, v, o, cos, sin)
+            segments.attention(view, q, k, v, o, cos, sin, mask)
             for view, q, k, v, o in zip(views, queries, keys, values, outputs, strict=True)
         ]
 
@@ -387,9 +135,11 @@ class Block(nn.Module):
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group)
         self.group = group
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, mask: DocumentMask | None = None
+    ) -> Tensor:
         normed = segments.norm(x, local_part(self.input_layernorm.weight))
-        partials = self.self_attn.partials(normed, cos, sin, segments)
+        partials = self.self_attn.partials(normed, cos, sin, segments, mask)
         update = with_bias(reduce_partials(partials, self.group), self.self_attn.o_proj)
         x, normed = segments.residual_norm(x, update, local_part(self.post_attention_layernorm.weight))
         partials = self.mlp.partials(normed, segments)
@@ -464,6 +214,7 @@ class TensorParallelModel(nn.Module):
         self.compute_dtype = compute_dtype or param_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.segments = Segments(config, compiled=compiled)
+        self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
         self.model = Decoder(make, config, self.group)
         self.lm_head = (
@@ -531,17 +282,19 @@ class TensorParallelModel(nn.Module):
 
     # -- forward
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Sum of the tokens' cross-entropies.
 
         Args:
             input_ids: [B, T] token ids.
             labels: [B, T], the next token of each position; `IGNORE_INDEX` leaves one out.
+            document_starts: bool [B, T], True where a document begins (the first column counts as True): attention
+                stays within a document and positions restart with it. None: each row is one document.
 
         Returns:
             A scalar, float32 or wider, equal on every rank of the group.
         """
-        hidden = self._hidden(input_ids)
+        hidden = self._hidden(input_ids, document_starts)
         labels = labels.reshape(-1)
         weight, start = self._head()
         vocab_size = self.config.vocab_size
@@ -559,12 +312,12 @@ class TensorParallelModel(nn.Module):
         return cross_entropy_sum(logits, labels, starts, vocab_size, self.group)
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, *, last_only: bool = False) -> Tensor:
+    def logits(self, input_ids: Tensor, document_starts: Tensor | None = None, *, last_only: bool = False) -> Tensor:
         """Logits [B, T, V] of the whole vocabulary on every rank, for generation and checks; not for training.
 
         With `last_only` [B, 1, V], those of the last position.
         """
-        hidden = self._hidden(input_ids)
+        hidden = self._hidden(input_ids, document_starts)
         if last_only:
             hidden = hidden[:, -1:]
         weight, _ = self._head()
@@ -577,7 +330,7 @@ class TensorParallelModel(nn.Module):
             local = torch.cat(parts, dim=1)
         return local[:, : self.config.vocab_size].view(*hidden.shape[:2], -1)
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
+    def _hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """The last norm's output [B, T, H] for token ids [B, T]."""
         table = local_part(self.model.embed_tokens.weight)
         if self.replicate_embeddings:
@@ -586,11 +339,17 @@ class TensorParallelModel(nn.Module):
             x = embed_tokens(input_ids, table, self._vocabulary_start(self.model.embed_tokens.weight), self.group)
         x = x.to(self.compute_dtype)
         cos, sin = self._rotary_tables(input_ids.shape[1])
+        mask = None
+        if document_starts is not None:
+            # Once for all layers: the mask, and the tables of each row in the dtype that attention saves them in.
+            layout = document_layout(document_starts, self.document_kernel)
+            mask = layout.mask
+            cos, sin = (table[layout.positions].unsqueeze(1).to(x.dtype) for table in (cos, sin))
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, self.segments, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, self.segments, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, self.segments)
+                x = layer(x, cos, sin, self.segments, mask)
         return self.segments.norm(x, local_part(self.model.norm.weight))
 
     def _head(self) -> tuple[Tensor, int]:

@@ -20,6 +20,7 @@ from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings
 from colonnade.data.mixture import normalized, parse_data_glob
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
+from colonnade.model_config import ModelConfig
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
@@ -28,7 +29,6 @@ from colonnade.parallel.vote import one_line
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
 from data_processing import DEFAULT_GLOBS, discover_shards, find_default_shards, load_tokenizer
-from model import ModelConfig
 
 SAMPLE_FOLDER = Path("data/sample")
 FINGERPRINT_INTERVAL = 100

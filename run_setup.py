@@ -32,6 +32,7 @@ from colonnade.config import (
     override,
     write_settings,
 )
+from colonnade.data.blocks import unpack_blocks
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
@@ -39,6 +40,7 @@ from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
+from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.parallel.vote import on_first_rank, one_line, vote
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
@@ -300,12 +302,14 @@ def _tune_batch(
         "compile": is_compiled(settings, layout),
         "gradient_checkpointing": not settings.disable_gradient_checkpointing,
         "replicate_embeddings": settings.replicate_embeddings,
+        "document_mask": settings.document_mask,
         "tensor_slices": settings.tensor_slices,
         "torch": torch.__version__,
     }
 
     def probe(size: int) -> float:
-        return _probe_seconds(model, size, settings.block_size or 0, warm=on_cuda or is_compiled(settings, layout))
+        warm = on_cuda or is_compiled(settings, layout)
+        return _probe_seconds(model, size, settings.block_size or 0, warm=warm, document_mask=settings.document_mask)
 
     tuned = tune_micro_batch(
         plan,
@@ -318,16 +322,20 @@ def _tune_batch(
     return tuned, depends_on
 
 
-def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: bool) -> float:
-    """Time of a forward and backward pass of this rank's share alone, at a micro-batch of `size`."""
+def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: bool, document_mask: bool) -> float:
+    """Time of a forward and backward pass of this rank's share alone, at a micro-batch of `size`.
+
+    With `document_mask` each block is one document: there is no larger one, and none costs more.
+    """
     device = model.layout.device
     tokens = torch.zeros((size, block), dtype=torch.int64, device=device)
+    starts = torch.zeros_like(tokens, dtype=torch.bool) if document_mask else None
     begin = 0.0
     with model.group.collectives_as_identity():
         # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second pass.
         for _ in range(2 if warm else 1):
             begin = time.perf_counter()
-            model(tokens, tokens).backward()
+            model(tokens, tokens, starts).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     model.zero_grad(set_to_none=True)
@@ -566,8 +574,9 @@ def _read_validation(settings: RunSettings) -> Validation | None:
                     break
     except UsageError as error:
         raise UsageError(f"--validation-glob: {error}") from error
-    tokens = np.stack(blocks)
-    return Validation(torch.from_numpy(tokens), unigram_entropy(tokens[:, 1:]))
+    tokens = torch.from_numpy(np.stack(blocks))
+    labels = unpack_blocks(tokens, document_mask=settings.document_mask).labels
+    return Validation(tokens, unigram_entropy(labels[labels != IGNORE_INDEX].numpy()))
 
 
 def _describe(

@@ -18,20 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional as F
 
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.save import save_checkpoint
 from colonnade.config import RunSettings
+from colonnade.data.blocks import PADDING, counted_targets, unpack_blocks
 from colonnade.data.feed import BatchFeed, StepBatch
 from colonnade.data.position import DataPosition
 from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.gradients import sum_over_data_parallel
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.schedule import CosineSchedule
-from colonnade.optim.step import optimizer_step
+from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.peers import PeerWatch, is_connection_lost
-from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.telemetry.data_ledger import data_metrics, data_summary, write_data_ledger
 from colonnade.telemetry.fingerprint import combined, float32_bits, tensor_fingerprints
 from colonnade.telemetry.metrics import MetricsLog
@@ -56,7 +57,7 @@ class Validation:
     """The held-out blocks, the same on every rank.
 
     Attributes:
-        tokens: [chunks, block_size + 1] int32 on the CPU.
+        tokens: [chunks, block_size + 1] int32 on the CPU, in the wire format (`colonnade/data/blocks.py`).
         unigram_entropy: nats a token of the targets' own frequencies: the loss of knowing them and nothing else.
     """
 
@@ -257,14 +258,18 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> tuple[Tensor
         mean loss is the sum of the parts over the data-parallel ranks.
     """
     set_learning_rate(run.optimizer, learning_rate)
+    mask = run.settings.document_mask
+    # Blocks of documents laid end to end are full, and every one of their targets counts.
+    varies = mask or run.settings.packing != "concat"
     return optimizer_step(
         run.model,
         run.optimizer,
         run.scaler,
         batch.tokens,
         accumulation=run.batch.gradient_accumulation_steps,
-        tokens=run.tokens_per_step,
+        targets=targets_of_step(batch.host_tokens, run.layout, document_mask=mask) if varies else run.tokens_per_step,
         max_grad_norm=run.settings.max_grad_norm,
+        document_mask=mask,
         deterministic=run.settings.deterministic,
         # The device is busy with what was launched; the next batch can be waited for meanwhile.
         after_backward=run.feed.stage if run.step + 1 < run.settings.total_steps else None,
@@ -383,22 +388,18 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
 @torch.no_grad()
 def validate(run: Run, validation: Validation) -> dict[str, float]:
     """Mean loss and perplexity over the held-out blocks. Collective; the same bits at every data-parallel size."""
-    size, layout = run.batch.micro_batch_size, run.layout
+    size, layout, document_mask = run.batch.micro_batch_size, run.layout, run.settings.document_mask
     batches = validation.tokens.split(size)
     totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
     for index in range(layout.dp_rank, len(batches), layout.dp):
         tokens = batches[index].to(layout.device)
-        labels = tokens[:, 1:].long()
-        inputs = tokens[:, :-1].long()
-        if tokens.shape[0] < size:
-            # Compiled segments have one shape: the last batch is filled up with rows that do not count.
-            missing = (size - tokens.shape[0], labels.shape[1])
-            labels = torch.cat([labels, labels.new_full(missing, IGNORE_INDEX)])
-            inputs = torch.cat([inputs, inputs.new_zeros(missing)])
-        totals[index] = run.model(inputs, labels).double()
+        # Compiled segments have one shape: the last batch is filled up with rows that do not count.
+        tokens = F.pad(tokens, (0, 0, 0, size - tokens.shape[0]), value=PADDING)
+        blocks = unpack_blocks(tokens, document_mask=document_mask)
+        totals[index] = run.model(blocks.input_ids, blocks.labels, blocks.document_starts).double()
     # One rank tells a batch's loss and the others add zeros, which is exact in any order.
     dist.all_reduce(totals, group=layout.dp_group)
-    loss = float(totals.sum()) / validation.tokens[:, 1:].numel()
+    loss = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
     return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -146,7 +146,7 @@ def _stepper(precision: str, *, deterministic: bool) -> Callable[[], float]:
             scaler,
             share,
             accumulation=ACCUMULATION,
-            tokens=share[:, 1:].numel(),
+            targets=share[:, 1:].numel(),
             max_grad_norm=1.0,
             deterministic=deterministic,
         )

@@ -12,7 +12,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "colonnade"
 
 # A part may import itself and the parts before it.
-PARTS = ("errors", "files", "config", "flags", "parallel", "data", "optim", "checkpoint", "tuning", "telemetry")
+PARTS = (
+    "errors",
+    "files",
+    "config",
+    "flags",
+    "model_config",
+    "parallel",
+    "data",
+    "optim",
+    "checkpoint",
+    "tuning",
+    "telemetry",
+)
 
 # A root file may import root files of earlier levels. What is not named here is a command, on the last level.
 ROOT_LEVELS = (("data_processing", "model"), ("run_inputs", "training_utils"), ("run_setup",))

@@ -49,13 +49,15 @@ class StepBatch:
     """A share on its device.
 
     Attributes:
-        tokens: [chunks, block_size + 1] int32; inputs are its first block_size columns, labels its last.
+        tokens: [chunks, block_size + 1] int32, in the format of `colonnade/data/blocks.py`.
+        host_tokens: the same on the CPU.
         epoch: the epoch its last chunk belongs to, from 0.
         position: the stream after this step; known to reading ranks only.
         wait_seconds: time this rank spent waiting for it.
     """
 
     tokens: Tensor
+    host_tokens: Tensor
     epoch: int
     position: DataPosition | None
     wait_seconds: float
@@ -156,8 +158,10 @@ class BatchFeed:
             self._fail(failure)
         if int(packet[0]) == FAILED:
             raise PeerError("the reading rank of this tensor-parallel group failed")
+        tokens = packet[_HEADER:].view(rows, width)
         return StepBatch(
-            tokens=self._to_device(packet[_HEADER:].view(rows, width)),
+            tokens=self._to_device(tokens),
+            host_tokens=tokens,
             epoch=int(packet[1]),
             position=None if share is None else share.position,
             wait_seconds=time.perf_counter() - begin,

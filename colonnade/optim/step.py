@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from colonnade.data.blocks import counted_targets, unpack_blocks
 from colonnade.optim.gradients import (
     accumulate_in_tree,
     clip_by_norm,
@@ -30,7 +32,7 @@ class SlicedModel(Protocol):
     @property
     def pieces(self) -> Sequence[tuple[int, int]]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor: ...
+    def __call__(self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
 
 
 def micro_batches_of(share: Tensor, count: int) -> list[Tensor]:
@@ -42,6 +44,17 @@ def micro_batches_of(share: Tensor, count: int) -> list[Tensor]:
     return [share[index::count] for index in range(count)]
 
 
+def targets_of_step(share: Tensor, layout: ParallelLayout, *, document_mask: bool) -> int:
+    """Labels that count in the global batch, from each data-parallel rank's share of it. Collective.
+
+    Args:
+        share: [chunks, block_size + 1] blocks in the wire format, on the CPU (on a device this waits for it).
+    """
+    count = torch.tensor(counted_targets(share, document_mask))
+    dist.all_reduce(count, group=layout.dp_group)
+    return int(count)
+
+
 def optimizer_step(
     model: SlicedModel,
     optimizer: torch.optim.Optimizer,
@@ -49,18 +62,20 @@ def optimizer_step(
     share: Tensor,
     *,
     accumulation: int,
-    tokens: int,
+    targets: int,
     max_grad_norm: float,
+    document_mask: bool = False,
     deterministic: bool = False,
     after_backward: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Train on this rank's share of the global batch. Collective.
 
     Args:
-        share: [chunks, block_size + 1] token ids; labels are its last block_size columns.
+        share: [chunks, block_size + 1] blocks in the wire format (`colonnade/data/blocks.py`).
         accumulation: micro-batches of this rank.
-        tokens: of the global batch, which the loss is a mean over.
+        targets: labels of the global batch that count, which the loss is a mean over (`targets_of_step`).
         max_grad_norm: 0 for no clipping.
+        document_mask: attention and loss stay within documents.
         deterministic: sum in the order that does not depend on the number of ranks; needs a model with fixed slices.
         after_backward: called while a device is still busy with what was launched.
 
@@ -70,7 +85,9 @@ def optimizer_step(
     """
 
     def backward(micro_batch: Tensor) -> Tensor:
-        part = model(micro_batch[:, :-1].long(), micro_batch[:, 1:].long()) / tokens
+        blocks = unpack_blocks(micro_batch, document_mask=document_mask)
+        # A batch without a single target has the loss 0, not 0 / 0.
+        part = model(blocks.input_ids, blocks.labels, blocks.document_starts) / max(targets, 1)
         scaler.scale(part).backward()
         return part.detach()
 

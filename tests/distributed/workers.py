@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
 from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
 from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
-from colonnade.optim.step import optimizer_step
+from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
+from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import float32_bits, tensor_fingerprints
-from model import Attention, ModelConfig, TensorParallelModel, local_part
+from model import Attention, ModelConfig, TensorParallelModel
 
 
 def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,18 @@ def loss_and_gradients(config: ModelConfig, tp: int | None, **options: Any) -> d
     return result if layout.is_main else {"loss": loss.detach(), "norm": norm}
 
 
+def packed_step(config: ModelConfig, tp: int | None, wire: Tensor, **options: Any) -> dict[str, Any]:
+    """One forward and backward pass over packed documents; merged results from rank 0, the loss from every rank."""
+    layout, model = build(config, tp, **options)
+    blocks = unpack_blocks(wire, document_mask=True)
+    loss = model(blocks.input_ids, blocks.labels, blocks.document_starts)
+    loss.backward()
+    result: dict[str, Any] = {"loss": loss.detach(), "parameters": whole(model)}
+    result["gradients"] = whole(model, gradients=True)
+    result["logits"] = model.logits(blocks.input_ids, blocks.document_starts)
+    return result if layout.is_main else {"loss": loss.detach()}
+
+
 def train(config: ModelConfig, tp: int | None, steps: int, batch: int = 4, **options: Any) -> dict[str, Any]:
     """AdamW steps on one fixed global batch, shared out over the data-parallel ranks, clipped at 0.5."""
     layout, model = build(config, tp, **options)
@@ -83,8 +98,13 @@ def train(config: ModelConfig, tp: int | None, steps: int, batch: int = 4, **opt
     return {"losses": losses, "replicated": replicated, "parameters": merged if layout.is_main else None}
 
 
-def captured_graphs(config: ModelConfig, tp: int | None, **options: Any) -> list[list[str]]:
-    """The operations of every graph that compilation captures in a forward and backward pass, and in a second one."""
+def captured_graphs(
+    config: ModelConfig, tp: int | None, packed: Sequence[Tensor] = (), **options: Any
+) -> list[list[str]]:
+    """The operations of every graph that compilation captures in a forward and backward pass, and in a second one.
+
+    `packed`: blocks of documents, one batch a pass, instead of the same unpacked batch twice.
+    """
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -102,7 +122,10 @@ def captured_graphs(config: ModelConfig, tp: int | None, **options: Any) -> list
     finally:
         torch.compile = compile_for_real
     ids, labels = tokens_for(config, 2)
-    for _ in range(2):
+    for wire in packed:
+        blocks = unpack_blocks(wire, document_mask=True)
+        model(blocks.input_ids, blocks.labels, blocks.document_starts).backward()
+    for _ in range(0 if packed else 2):
         model(ids, labels).backward()
     return graphs
 
@@ -194,7 +217,9 @@ def overflowing_step(config: ModelConfig, tp: int) -> tuple[float, bool, float]:
     return scaler.get_scale(), unchanged, steps
 
 
-def deterministic_steps(config: ModelConfig, tp: int | None, steps: int, **options: Any) -> dict[str, Any]:
+def deterministic_steps(
+    config: ModelConfig, tp: int | None, steps: int, packed: Tensor | None = None, **options: Any
+) -> dict[str, Any]:
     """Steps in the deterministic mode on a global batch of 8 sequences in micro-batches of 2, clipped at 0.5.
 
     The bits of the mean loss and of the norm of each step; from rank 0 merged parameters and moments as well, by name.
@@ -206,7 +231,7 @@ def deterministic_steps(config: ModelConfig, tp: int | None, steps: int, **optio
     # The first step overflows at this scale and is skipped.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=fp16)
     tokens = torch.randint(0, config.vocab_size, (8, 17), generator=torch.Generator().manual_seed(7))
-    share = tokens[layout.dp_rank :: layout.dp]
+    share = (tokens if packed is None else packed)[layout.dp_rank :: layout.dp]
     bits = []
     for _ in range(steps):
         loss, norm = optimizer_step(
@@ -215,8 +240,9 @@ def deterministic_steps(config: ModelConfig, tp: int | None, steps: int, **optio
             scaler,
             share,
             accumulation=share.shape[0] // 2,
-            tokens=tokens[:, 1:].numel(),
+            targets=targets_of_step(share, layout, document_mask=packed is not None),
             max_grad_norm=0.5,
+            document_mask=packed is not None,
             deterministic=True,
         )
         sum_over_data_parallel([loss], layout.dp_group, fixed_order=True)
