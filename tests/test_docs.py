@@ -23,6 +23,8 @@ COMMANDS = (
     ["audit_run.py"],
     ["check_bits.py"],
     ["benchmarks/step.py"],
+    ["benchmarks/packing.py"],
+    ["benchmarks/document_mask.py"],
     ["-m", "colonnade.data.sample_corpus"],
 )
 

@@ -59,10 +59,10 @@ def document_kernel(device: torch.device, head_dim: int, dtype: torch.dtype, *, 
     """
     if device.type == "cuda" and has_triton() and head_dim >= FLEX_SMALLEST_HEAD and dtype != torch.float64:
         return "flex"
-    # One document after the other does no work outside of documents and needs no mask in memory: on one thread, at 2048
-    # tokens in float32, 0.2 to 0.4 of the time of causal attention over the block for documents of 32 to 512 tokens on
-    # average, where the masked call takes 1.8 times as long; at 256 tokens they are even. But the lengths would be
-    # constants of a graph, one compilation for each batch; a mask is an input like any other.
+    # One document after the other does no work outside of documents and needs no mask in memory. At blocks of 1024 and
+    # 2048 it has 1.5 to 4.6 times the speed of causal attention over the block, the masked call 0.5 to 0.7 times
+    # (benchmarks/document_mask.py). But the lengths would be constants of a graph, one compilation for each batch; a
+    # mask is an input like any other.
     return "documents" if device.type == "cpu" and not compiled else "masked"
 
 
