@@ -41,7 +41,6 @@ from colonnade.data.text_filter import FILTER_VERSION, KEPT, count_reasons, judg
 from colonnade.data.tokenization import (
     BoundaryTokens,
     EncodedRows,
-    Encoder,
     EncoderPool,
     RowBatch,
     batch_rows_setting,
@@ -49,6 +48,7 @@ from colonnade.data.tokenization import (
     load_tokenizer,
     workers_setting,
 )
+from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_GLOBS",
+    "Backend",
     "BoundaryTokens",
     "DataPosition",
     "Prefetcher",
@@ -135,6 +136,7 @@ def streaming_token_generator(
     seed: int = 0,
     batch_rows: int | None = None,
     workers: int | None = None,
+    backend: str | Backend = "auto",
 ) -> TokenStream:
     """Stream a corpus as packed blocks of token ids.
 
@@ -151,6 +153,7 @@ def streaming_token_generator(
         seed: recorded in the position, so that a run cannot go on with another one.
         batch_rows: rows encoded in one call; default RESUME_TOKENIZER_BATCH_ROWS, else 64.
         workers: encoding threads; default RESUME_TOKENIZER_WORKERS, else this rank's share of the cores.
+        backend: the library that encodes, as `open_encoder` takes it; the ids are the same with each.
 
     Raises:
         UsageError: for settings out of range, for shards that cannot be used, for a position made with other data or
@@ -163,7 +166,7 @@ def streaming_token_generator(
     paths = discover_shards(shards) if isinstance(shards, str) else [Path(shard) for shard in shards]
     units = Units(open_shards(paths, text_column))
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
-    encoder = Encoder(tokenizer)
+    encoder, _ = open_encoder(tokenizer, backend, read_first_rows(units, text_column))
     head = StreamHead.create(
         Manifest.of(units.shards),
         tokenizer=encoder.digest,

@@ -34,6 +34,8 @@ from colonnade.config import (
 )
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
+from colonnade.data.shards import Units, open_shards
+from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
 from colonnade.optim.schedule import CosineSchedule
@@ -45,6 +47,7 @@ from colonnade.tuning.memory import trial_runner
 from data_processing import (
     TokenChunk,
     TokenStream,
+    discover_shards,
     load_tokenizer,
     streaming_token_generator,
 )
@@ -75,6 +78,8 @@ from run_inputs import (
 from training_utils import Run, Validation, device_peak_flops, restore_rng
 
 SETTINGS_NAME = "run.yaml"
+TEXT_COLUMN = "text"
+_SAMPLED_SHARDS = 4  # their first rows decide on the tokenizer backend; opening all shards twice would take long
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -350,10 +355,12 @@ def _assemble(
             global_batch = micro_batch * settings.gradient_accumulation_steps * layout.dp
         if global_batch is not None and micro_batch is not None:
             check_micro_batches(global_batch, micro_batch, layout.dp)
-        # Before the model, whose building and tuning take minutes where it is large.
+    # Before the model, whose building and tuning take minutes where it is large.
+    backend = on_first_rank(lambda: _settle_backend(settings, record, notes))
+    with vote():
         position = DataPosition.from_dict(record["data_position"]) if record else None
-        stream, chunks = _open_stream(settings, position) if layout.tp_rank == 0 else (None, None)
-    validation = on_first_rank(lambda: _read_validation(settings))
+        stream, chunks = _open_stream(settings, backend, position) if layout.tp_rank == 0 else (None, None)
+    validation = on_first_rank(lambda: _read_validation(settings, backend))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
         config,
@@ -407,6 +414,7 @@ def _assemble(
         batch=batch,
         batch_depends_on=depends_on,
         global_batch=global_batch,
+        tokenizer_backend=backend,
         peak_flops=device_peak_flops(layout.device, settings.precision),
         arithmetic=arithmetic,
         began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
@@ -472,7 +480,22 @@ def _schedule(settings: RunSettings, origin: _Origin, step: int) -> CosineSchedu
     )
 
 
-def _open_stream(settings: RunSettings, position: DataPosition | None) -> tuple[TokenStream, Iterator[TokenChunk]]:
+def _settle_backend(settings: RunSettings, record: Mapping[str, Any], notes: list[str]) -> Backend:
+    """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
+    assert settings.tokenizer_path is not None
+    assert settings.data_glob is not None
+    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+    first_shards = Units(open_shards(discover_shards(settings.data_glob)[:_SAMPLED_SHARDS], TEXT_COLUMN))
+    rows = read_first_rows(first_shards, TEXT_COLUMN)
+    _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
+    before = record.get("tokenizer_backend", backend.label)
+    notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
+    return backend
+
+
+def _open_stream(
+    settings: RunSettings, backend: Backend, position: DataPosition | None
+) -> tuple[TokenStream, Iterator[TokenChunk]]:
     """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
     assert settings.tokenizer_path is not None
     assert settings.data_glob is not None
@@ -483,11 +506,12 @@ def _open_stream(settings: RunSettings, position: DataPosition | None) -> tuple[
         add_document_boundary_tokens=settings.add_document_boundary_tokens,
         position=position,
         strict=settings.strict_data,
+        backend=backend,
     )
     return stream, chain([next(stream)], stream)
 
 
-def _read_validation(settings: RunSettings) -> Validation | None:
+def _read_validation(settings: RunSettings, backend: Backend) -> Validation | None:
     """The first held-out blocks, all in memory: 16 kB each at a block of 4096."""
     if settings.validation_glob is None:
         return None
@@ -506,6 +530,7 @@ def _read_validation(settings: RunSettings) -> Validation | None:
             add_document_boundary_tokens=settings.add_document_boundary_tokens,
             epochs=1,
             strict=settings.strict_data,
+            backend=backend,
         ) as stream:
             for chunk in stream:
                 blocks.append(chunk.tokens)

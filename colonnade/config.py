@@ -21,6 +21,7 @@ from colonnade.errors import UsageError
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 MAX_STEPS = 10**9
 MAX_MICRO_BATCH = 2**16
 # Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
@@ -57,6 +58,13 @@ class RunSettings:
         None, "data", "Parquet or Arrow shards to train on, comma-separated patterns (default those in data/)"
     )
     tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
+    tokenizer_backend: str = _setting(
+        "auto",
+        "data",
+        "library that encodes: hf (tokenizers) or fastokens, which is faster; auto is fastokens where it is installed "
+        "and has given the same ids",
+        choices=TOKENIZER_BACKENDS,
+    )
     trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
     add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")
     strict_data: bool = _setting(False, "data", "stop at a damaged row group instead of skipping and recording it")
