@@ -157,7 +157,8 @@ def _prove(encoder: Encoder, fast: _Encode, version: str, first_rows: Iterable[s
     if difference is not None:
         raise BackendUnavailableError(f"{version} gives other ids: {difference}")
     how = "found before" if known["compared"] else f"found in {time.perf_counter() - started:.1f} s"
-    return f"ids identical on every code point and the first {len(sample)} rows, {how}"
+    rows = f" and the first {len(sample)} rows" if sample else ""
+    return f"ids identical on every code point{rows}, {how}"
 
 
 def _sample(rows: Iterable[str]) -> list[str]:
