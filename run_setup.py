@@ -356,7 +356,7 @@ def _assemble(
         if global_batch is not None and micro_batch is not None:
             check_micro_batches(global_batch, micro_batch, layout.dp)
     # Before the model, whose building and tuning take minutes where it is large.
-    backend = on_first_rank(lambda: _settle_backend(settings, record, notes))
+    backend = on_first_rank(lambda: settle_backend(settings, record, notes))
     with vote():
         position = DataPosition.from_dict(record["data_position"]) if record else None
         stream, chunks = _open_stream(settings, backend, position) if layout.tp_rank == 0 else (None, None)
@@ -480,7 +480,7 @@ def _schedule(settings: RunSettings, origin: _Origin, step: int) -> CosineSchedu
     )
 
 
-def _settle_backend(settings: RunSettings, record: Mapping[str, Any], notes: list[str]) -> Backend:
+def settle_backend(settings: RunSettings, record: Mapping[str, Any], notes: list[str]) -> Backend:
     """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
     assert settings.tokenizer_path is not None
     assert settings.data_glob is not None

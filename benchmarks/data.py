@@ -14,7 +14,7 @@ The contenders:
     datasets     `datasets` streaming, with the tokenizer and then `group_texts` mapped over batches
 
 CPU seconds are those of all threads. The clock starts after imports and loading a tokenizer; ours then makes its own
-encoder of it inside the measured time, once a run. Every contender may use all cores this process may use (--cores takes fewer).
+encoder of it inside the measured time, once a run. Every contender may use all cores this process may (--cores: fewer).
 """
 
 from __future__ import annotations

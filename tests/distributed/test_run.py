@@ -99,6 +99,9 @@ def test_the_run_leaves_what_it_says(finished):
     assert "knowing the token frequencies alone" in output
     assert str(directory / "streaming_checkpoint_step_12") in output
     assert yaml.safe_load((directory / "run.yaml").read_text())["total_steps"] == 12
+    manifest = json.loads((directory / "streaming_checkpoint_step_12" / "MANIFEST.json").read_text())
+    assert manifest["run"]["tokenizer_backend"].split()[0] in ("hf", "fastokens")
+    assert f"tokenizer backend: {manifest['run']['tokenizer_backend']}" in output
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
