@@ -38,13 +38,13 @@ from colonnade.data.stream import Corpus, TokenChunk, TokenStream
 from colonnade.data.text_filter import FILTER_VERSION
 from colonnade.data.tokenization import (
     BoundaryTokens,
-    Encoder,
     EncoderPool,
     batch_rows_setting,
     boundary_tokens,
     load_tokenizer,
     workers_setting,
 )
+from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_GLOBS",
+    "Backend",
     "BoundaryTokens",
     "DataPosition",
     "Prefetcher",
@@ -90,6 +91,7 @@ def streaming_token_generator(
     readers: int = 1,
     batch_rows: int | None = None,
     workers: int | None = None,
+    backend: str | Backend = "auto",
 ) -> TokenStream:
     """Stream a corpus, or a mixture of them, as packed blocks of token ids.
 
@@ -101,8 +103,8 @@ def streaming_token_generator(
         text_column: name of the column of text.
         shuffle: units of a lane, and the rows of each window of a unit, in a seeded order, another one every epoch.
         seed: of all orders.
-        lanes: V, independent streams that chunks are dealt from; by default as many as the data is good for
-            (`default_lanes`), or those of `position`.
+        lanes: V, independent streams that chunks are dealt from; by default those of `position`, else 1 for a limited
+            number of epochs and as many as the data is good for (`default_lanes`) for an endless stream.
         packing: one of `PACKINGS`.
         mark_documents: mark where documents begin in the chunks.
         position: go on from here instead of from the beginning.
@@ -115,6 +117,7 @@ def streaming_token_generator(
             serves the chunks with (g - first) mod readers == reader.
         batch_rows: rows encoded in one call; default RESUME_TOKENIZER_BATCH_ROWS, else 64.
         workers: encoding threads; default RESUME_TOKENIZER_WORKERS, else this rank's share of the cores.
+        backend: the library that encodes, as `open_encoder` takes it; the ids are the same with each.
 
     Raises:
         UsageError: for settings out of range, for shards that cannot be used, for a position made with other data or
@@ -129,9 +132,10 @@ def streaming_token_generator(
     corpora = _open_corpora(shards, text_column)
     _require_documents(corpora, packing, mark_documents)
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
-    encoder = Encoder(tokenizer)
-    if lanes is None and position is not None:
-        lanes = position.head.lanes
+    first_rows = read_first_rows(corpora[0].units, text_column)
+    encoder, _ = open_encoder(tokenizer, backend, first_rows)
+    if lanes is None:
+        lanes = position.head.lanes if position is not None else 1 if epochs is not None else None
     head = StreamHead(
         corpora=tuple(CorpusHead.of(corpus.name, Manifest.of(corpus.units.shards)) for corpus in corpora),
         tokenizer=encoder.digest,

@@ -17,20 +17,17 @@ import torch
 from colonnade.checkpoint.discover import CheckpointInfo, latest_checkpoint, resolve_checkpoint
 from colonnade.checkpoint.run_record import run_record
 from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings, load_preset
-from colonnade.data.mixture import normalized, parse_data_glob
-from colonnade.data.position import DataPosition
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
-from colonnade.parallel.vote import one_line
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
-from data_processing import DEFAULT_GLOBS, discover_shards, find_default_shards, load_tokenizer
+from data_processing import load_tokenizer
+from run_data import require_vocabulary, weight_changes
 
-SAMPLE_FOLDER = Path("data/sample")
 FINGERPRINT_INTERVAL = 100
 
 
@@ -138,43 +135,6 @@ def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
     return settings.compile or (layout.device.type != "cpu" and not settings.disable_compile)
 
 
-def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
-    """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
-    if settings.data_glob is not None:
-        _require_shards("--data-glob", settings.data_glob)
-    elif shards := find_default_shards():
-        settings = settings.replace(data_glob=",".join(map(str, shards)))
-        notes.append(f"no --data-glob: using the {len(shards)} shards of {Path(shards[0]).parent}")
-    else:
-        from colonnade.data.sample_corpus import build_sample_corpus
-
-        print(f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}: using the sample corpus", flush=True)
-        try:
-            corpus = build_sample_corpus(SAMPLE_FOLDER)
-        except (OSError, RunError) as error:
-            raise UsageError(
-                f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
-            ) from error
-        settings = settings.replace(
-            data_glob=corpus.train_glob,
-            validation_glob=settings.validation_glob or corpus.validation_glob,
-            tokenizer_path=settings.tokenizer_path or corpus.tokenizer_path,
-        )
-    if settings.tokenizer_path is None:
-        raise UsageError("--tokenizer-path is missing: give a tokenizer's folder or hub name")
-    if settings.validation_glob is not None:
-        _require_shards("--validation-glob", settings.validation_glob)
-    return settings
-
-
-def _require_shards(flag: str, pattern: str) -> None:
-    try:
-        for corpus in parse_data_glob(pattern):
-            discover_shards(corpus.pattern)
-    except UsageError as error:
-        raise UsageError(f"{flag}: {error}") from error
-
-
 def resolve_model(settings: RunSettings) -> ModelConfig:
     """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
     assert settings.tokenizer_path is not None
@@ -194,15 +154,6 @@ def resolve_model(settings: RunSettings) -> ModelConfig:
         config = ModelConfig.from_dict(sizes, vocab_size=entries)
     require_vocabulary(settings, entries, config)
     return config
-
-
-def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig) -> None:
-    """Refuse a tokenizer whose ids, those below `entries`, the model does not have."""
-    if entries > config.vocab_size:
-        raise UsageError(
-            f"the tokenizer {settings.tokenizer_path} has ids up to {entries - 1}, the model's vocabulary "
-            f"{config.vocab_size} entries; use the model's own tokenizer or a larger vocab_size"
-        )
 
 
 def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
@@ -289,17 +240,6 @@ def require_same_run(
             "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
         )
     return record
-
-
-def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str]:
-    """The corpora's weights, where they are not the checkpoint's. Other corpora are the data position's business."""
-    corpora = parse_data_glob(settings.data_glob or "")
-    position = DataPosition.from_dict(record["data_position"])
-    weights = normalized([corpus.weight for corpus in corpora])
-    if weights == position.weights or [corpus.name for corpus in position.head.corpora] != [c.name for c in corpora]:
-        return []
-    shown = (", ".join(f"{share:.4g}" for share in shares) for shares in (position.weights, weights))
-    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {' -> '.join(shown)}"]
 
 
 def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout) -> list[str]:

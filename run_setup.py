@@ -11,9 +11,8 @@ runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from colonnade.config import (
     override,
     write_settings,
 )
-from colonnade.data.blocks import unpack_blocks
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
@@ -40,17 +38,11 @@ from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
-from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.parallel.vote import on_first_rank, one_line, vote
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
-from data_processing import (
-    TokenChunk,
-    TokenStream,
-    load_tokenizer,
-    streaming_token_generator,
-)
 from model import ModelConfig, TensorParallelModel
+from run_data import open_stream, read_validation, resolve_data, settle_backend, stream_notes, weight_changes
 from run_inputs import (
     arithmetic_changes,
     batch_of_resumed,
@@ -68,15 +60,12 @@ from run_inputs import (
     require_own_model,
     require_same_run,
     require_steps_left,
-    require_vocabulary,
-    resolve_data,
     resolve_device_settings,
     resolve_model,
     resolve_model_settings,
-    weight_changes,
     with_preset,
 )
-from training_utils import Run, Validation, device_peak_flops, restore_rng
+from training_utils import Run, device_peak_flops, restore_rng
 
 SETTINGS_NAME = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -364,14 +353,18 @@ def _assemble(
             global_batch = micro_batch * settings.gradient_accumulation_steps * layout.dp
         if global_batch is not None and micro_batch is not None:
             check_micro_batches(global_batch, micro_batch, layout.dp)
-        # Before the model, whose building and tuning take minutes where it is large.
+    # Before the model, whose building and tuning take minutes where it is large.
+    backend = on_first_rank(lambda: settle_backend(settings, record, notes))
+    with vote():
         position = DataPosition.from_dict(record["data_position"]) if record else None
         stream, chunks = None, None
         if layout.tp_rank == 0:
-            stream, chunks = _open_stream(settings, config, layout, position, allow_change=origin.allow_data_change)
+            stream, chunks = open_stream(
+                settings, backend, config, layout, position, allow_change=origin.allow_data_change
+            )
             if layout.is_main:
-                notes += _stream_notes(stream, position)
-    validation = on_first_rank(lambda: _read_validation(settings))
+                notes += stream_notes(stream, position)
+    validation = on_first_rank(lambda: read_validation(settings, backend))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
         config,
@@ -432,6 +425,7 @@ def _assemble(
         batch=batch,
         batch_depends_on=depends_on,
         global_batch=global_batch,
+        tokenizer_backend=backend,
         peak_flops=device_peak_flops(layout.device, settings.precision),
         arithmetic=arithmetic,
         began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
@@ -495,88 +489,6 @@ def _schedule(settings: RunSettings, origin: _Origin, step: int) -> CosineSchedu
         rewarmup_start=rewarmup_start,
         rewarmup_steps=rewarmup_steps,
     )
-
-
-def _open_stream(
-    settings: RunSettings,
-    config: ModelConfig,
-    layout: ParallelLayout,
-    position: DataPosition | None,
-    *,
-    allow_change: bool,
-) -> tuple[TokenStream, Iterator[TokenChunk]]:
-    """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
-    assert settings.tokenizer_path is not None
-    assert settings.data_glob is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    require_vocabulary(settings, max(tokenizer.get_vocab().values(), default=0) + 1, config)
-    stream = streaming_token_generator(
-        settings.data_glob,
-        tokenizer,
-        block_size=settings.block_size or 0,
-        add_document_boundary_tokens=settings.add_document_boundary_tokens,
-        shuffle=settings.shuffle,
-        seed=settings.seed,
-        lanes=settings.data_lanes,
-        packing=settings.packing,
-        mark_documents=settings.document_mask,
-        position=position,
-        allow_data_change=allow_change,
-        strict=settings.strict_data,
-        reader=layout.dp_rank,
-        readers=layout.dp,
-    )
-    return stream, chain([next(stream)], stream)
-
-
-def _stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
-    """What the start of a run says of its data."""
-    start = stream.start
-    corpora = ", ".join(
-        f"{corpus.name} {corpus.files} files{f' ({weight:.1%})' if len(start.weights) > 1 else ''}"
-        for corpus, weight in zip(start.head.corpora, start.weights, strict=True)
-    )
-    lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
-    notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
-    if position is not None and len(start.changes) > len(position.changes):
-        notes.append(f"the data is not the checkpoint's: {start.changes[-1].what}")
-    elif position is not None and start.weights != position.weights:
-        notes.append(f"weights of the corpora from chunk {start.chunk} on: {corpora}")
-    return notes
-
-
-def _read_validation(settings: RunSettings) -> Validation | None:
-    """The first held-out blocks, all in memory: 16 kB each at a block of 4096."""
-    if settings.validation_glob is None:
-        return None
-    import numpy as np
-
-    from colonnade.telemetry.metrics import unigram_entropy
-
-    assert settings.tokenizer_path is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    blocks = []
-    try:
-        with streaming_token_generator(
-            settings.validation_glob,
-            tokenizer,
-            block_size=settings.block_size or 0,
-            add_document_boundary_tokens=settings.add_document_boundary_tokens,
-            lanes=1,
-            packing=settings.packing,
-            mark_documents=settings.document_mask,
-            epochs=1,
-            strict=settings.strict_data,
-        ) as stream:
-            for chunk in stream:
-                blocks.append(chunk.tokens)
-                if len(blocks) == settings.validation_chunks:
-                    break
-    except UsageError as error:
-        raise UsageError(f"--validation-glob: {error}") from error
-    tokens = torch.from_numpy(np.stack(blocks))
-    labels = unpack_blocks(tokens, document_mask=settings.document_mask).labels
-    return Validation(tokens, unigram_entropy(labels[labels != IGNORE_INDEX].numpy()))
 
 
 def _describe(

@@ -26,6 +26,7 @@ from colonnade.config import RunSettings
 from colonnade.data.blocks import PADDING, counted_targets, unpack_blocks
 from colonnade.data.feed import BatchFeed, StepBatch
 from colonnade.data.position import DataPosition
+from colonnade.data.tokenizer_backend import Backend
 from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.gradients import sum_over_data_parallel
 from colonnade.optim.optimizer import set_learning_rate
@@ -74,6 +75,7 @@ class Run:
         batch: micro-batch and accumulation on this many ranks; `global_batch` chunks a step follow on any number.
         batch_depends_on: what the micro-batch depends on, the key of its record.
         stream: the chunk stream, on reading ranks.
+        tokenizer_backend: the library that encodes, as settled on the first rank.
         arithmetic: what the bits depend on besides the settings, in the deterministic mode; else None.
         began_at: the step at which the run was made from a checkpoint with changes; 0 where it was not.
         step: optimizer steps taken.
@@ -98,6 +100,7 @@ class Run:
     batch: TunedMicroBatch
     batch_depends_on: Mapping[str, Any]
     global_batch: int
+    tokenizer_backend: Backend
     peak_flops: float | None
     arithmetic: Mapping[str, Any] | None = None
     began_at: int = 0
@@ -447,6 +450,7 @@ def manifest_of(run: Run, position: DataPosition | None) -> dict[str, Any]:
         "global_batch": run.global_batch,
         "arithmetic": run.arithmetic,
         "began_at": run.began_at,
+        "tokenizer_backend": run.tokenizer_backend.label,
         "model_config": run.config.to_dict(),
         "settings": run.settings.to_dict(),
     }

@@ -21,6 +21,7 @@ from colonnade.files import replace_text
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 MAX_STEPS = 10**9
 MAX_MICRO_BATCH = 2**16
 # Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
@@ -59,8 +60,16 @@ class RunSettings:
         "shards to train on: comma-separated patterns, or name=glob:weight,... for a mixture (default those in data/)",
     )
     tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
+    tokenizer_backend: str = _setting(
+        "auto",
+        "data",
+        "library that encodes: hf (tokenizers) or fastokens, which is faster; auto is fastokens where it is installed "
+        "and has given the same ids",
+        choices=TOKENIZER_BACKENDS,
+    )
     trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
     add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")
+    text_column: str = _identity("text", "data", "column, or JSON key, that holds the text", unit="NAME")
     shuffle: bool = _identity(
         True, "data", "read row groups, and the rows of each, in an order of the seed, another one every epoch"
     )

@@ -57,6 +57,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "adam_beta2": (".99", 0.99),
     "max_grad_norm": ("0", 0.0),
     "seed": ("0", 0),
+    "text_column": ("body", "body"),
     "data_lanes": ("12", 12),
     "packing": ("best-fit", "best-fit"),
     "precision": ("bf16", "bf16"),

@@ -75,11 +75,11 @@ def test_units_are_dealt_evenly() -> None:
     sizes = np.random.default_rng(0).integers(1, 1000, 480).tolist()
     for shuffled in (False, True):
         loads = [sum(sizes[unit] for unit in lane) for lane in deal_units(sizes, 24, 1, shuffled=shuffled)]
-        assert max(loads) - min(loads) <= 1000
+        assert max(loads) - min(loads) <= 20  # of about 10,000 each
 
 
 @pytest.mark.parametrize(
-    ("units", "size", "expected"), [(1, 10**9, 1), (7, 10**9, 1), (8, 10**9, 2), (200, 10**9, 48), (200, 4096, 2)]
+    ("units", "size", "expected"), [(1, 10**9, 1), (31, 10**9, 1), (32, 10**9, 2), (768, 10**9, 48), (768, 1024, 2)]
 )
 def test_default_lanes_follow_from_the_data(units: int, size: int, expected: int) -> None:
     assert default_lanes([[size] * units], 1024) == expected

@@ -22,6 +22,7 @@ COMMANDS = (
     ["generate.py"],
     ["audit_run.py"],
     ["check_bits.py"],
+    ["benchmarks/data.py"],
     ["benchmarks/step.py"],
     ["benchmarks/packing.py"],
     ["benchmarks/document_mask.py"],

@@ -23,6 +23,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "data_position": (dict,),
     "arithmetic": (dict, type(None)),
     "began_at": (int,),
+    "tokenizer_backend": (str,),
 }
 _SCHEDULE = ("rewarmup_start", "rewarmup_steps")
 
@@ -36,6 +37,7 @@ def run_record(info: CheckpointInfo) -> dict[str, Any]:
     if info.manifest is None:
         return {}
     record, source = dict(info.manifest.run), f"{info.path / MANIFEST_NAME}"
+    record.setdefault("tokenizer_backend", "hf")  # the only one there was before it was recorded
     for name, kinds in _KINDS.items():
         if name not in record or type(record[name]) not in kinds:
             raise _unusable(source, name, record.get(name))

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 # The most lanes a run gets unless told otherwise: every dp up to 4, and 6, 8, 12, 16, 24 and 48, divides it.
 _LANE_CHOICES = (48, 24, 12, 8, 4, 2, 1)
-# Fewer units than this a lane, and the lanes' shares of the text differ too much.
-_UNITS_A_LANE = 4
+# Lanes end an epoch up to a unit apart: with fewer units a lane than this, too far apart.
+_UNITS_A_LANE = 16
 # Fewer blocks than this a lane, and the tails that its epochs drop are too much of it. A token is about four bytes.
 _BLOCKS_A_LANE = 64
 _BYTES_A_TOKEN = 4
@@ -31,14 +31,16 @@ def keyed_permutation(count: int, *key: int | str) -> npt.NDArray[np.int64]:
 
 
 def deal_units(unit_bytes: Sequence[int], lanes: int, *key: int | str, shuffled: bool) -> list[npt.NDArray[np.int64]]:
-    """The units of each lane, ascending. Units are dealt once for the whole run, in a seeded order or their own, each
-    to the lane that holds the least text so far: lanes are read at one pace, so they should end together."""
-    order = keyed_permutation(len(unit_bytes), "deal", *key) if shuffled else range(len(unit_bytes))
+    """The units of each lane, ascending. Units are dealt once for the whole run, the largest first, each to the lane
+    that holds the least text so far (Graham's LPT rule): lanes are read at one pace, so they should end together. With
+    `shuffled`, units of one size are dealt in a seeded order, else in their own."""
+    order = keyed_permutation(len(unit_bytes), "deal", *key) if shuffled else np.arange(len(unit_bytes))
+    largest_first = order[np.argsort(-np.asarray(unit_bytes, np.int64)[order], kind="stable")]
     dealt: list[list[int]] = [[] for _ in range(lanes)]
     loads = [(0, lane) for lane in range(lanes)]
-    for unit in order:
+    for unit in largest_first.tolist():
         load, lane = heapq.heappop(loads)
-        dealt[lane].append(int(unit))
+        dealt[lane].append(unit)
         heapq.heappush(loads, (load + max(1, unit_bytes[unit]), lane))
     return [np.array(sorted(units), np.int64) for units in dealt]
 

@@ -15,7 +15,7 @@ from colonnade.data.lane import Lane
 from colonnade.data.lane_reader import LaneReader
 from colonnade.data.mixture import Mixture
 from colonnade.data.order import deal_units
-from colonnade.data.position import DataPosition, StreamHead
+from colonnade.data.position import DataPosition, LaneState, StreamHead
 from colonnade.data.shards import Units
 from colonnade.data.tokenization import EncoderPool
 from colonnade.errors import RunError, UsageError
@@ -96,6 +96,7 @@ class TokenStream:
             dealt = deal_units(corpus.units.unit_bytes, head.lanes, head.seed, corpus.name, shuffled=head.shuffle)
             self._lanes.append({})
             for lane in self.lanes:
+                _require_place(position.states[index][lane], len(dealt[lane]))
                 lane_reader = LaneReader(
                     index,
                     corpus.name,
@@ -180,6 +181,11 @@ class TokenStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_place(state: LaneState, units: int) -> None:
+    if state.cursor.unit >= units:
+        raise UsageError(f"data position is damaged (unit {state.cursor.unit} of {units}); use another checkpoint")
 
 
 def _title(head: StreamHead, corpus: str, lane: int) -> str:

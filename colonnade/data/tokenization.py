@@ -10,16 +10,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.data.fast_tokenization import BackendUnavailableError, FastEncoder, shared_encoder
+from colonnade.data.flat_ids import FlatIds, flatten, to_flat, to_lists
 from colonnade.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", 
 # What transformers raises for a folder without a tokenizer depends on what else lies in it.
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+_Encode = Callable[[list[str]], FlatIds]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -204,36 +207,74 @@ class Encoder:
     """Encodes texts with a private copy of a tokenizer's Rust backend, so that nobody else's settings reach it.
 
     Attributes:
-        digest: identifies the tokenizer in a data position.
+        digest: identifies the tokenizer in a data position, whichever library encodes.
+        control_tokens: spellings of the special tokens but the unknown one.
+        fast: the encoder of `fastokens` where that is used, else None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UsageError where text that spells a special token could not be kept apart from the token itself."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: str = "hf") -> None:
+        """`backend`: "hf" for the tokenizer's own library, or "fastokens" without any check that its ids are the same
+        (see `colonnade.data.tokenizer_backend`).
+
+        Raises:
+            UsageError: text that spells a special token could not be kept apart from the token itself.
+            BackendUnavailableError: with "fastokens".
+        """
         # Each call encodes on the thread that makes it: the number of threads is then exactly what was set for this
         # rank, where the library's own pool would take every core of the machine in each rank. A user's setting wins.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._encode: Callable[[list[str]], list[list[int]]]
-        if backend is not None:
-            self._encode, self.digest = _rust_encoder(backend)
+        rust = getattr(tokenizer, "backend_tokenizer", None)
+        self._rust = None if rust is None else _private_copy(rust)
+        self._encode: _Encode
+        if self._rust is not None:
+            self.digest = hashlib.blake2b(self._rust.to_str().encode(), digest_size=16).hexdigest()
+            self._encode = _rust_encoder(self._rust)
         else:
             self._encode, self.digest = _python_encoder(tokenizer)
+        self.control_tokens = [*_control_tokens(tokenizer)]
+        self.fast: FastEncoder | None = None
         self._leaking = _leaking_tokens(tokenizer, self._encode)
         if self._leaking:
             self._require_split_works(tokenizer)
+        if backend != "hf":
+            self.fast = self.load_fast()
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        if self._leaking is None or not any(map(self._leaking.search, texts)):
-            return self._encode(texts)
-        return [self._encode_split(text) if self._leaking.search(text) else self._encode([text])[0] for text in texts]
+        return to_lists(self.flat(texts))
 
-    def _encode_split(self, text: str) -> list[int]:
-        """Encode in pieces cut after the first character of each special token's spelling."""
-        assert self._leaking is not None
-        cuts = [match.start() + 1 for match in self._leaking.finditer(text)]
-        pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        return list(chain.from_iterable(self._encode(pieces)))
+    def flat(self, texts: list[str]) -> FlatIds:
+        """Token ids of the texts end to end, without special tokens."""
+        if self._leaking is None or not any(map(self._leaking.search, texts)):
+            return self._encode_whole(texts)
+        # In pieces cut after the first character of each special token's spelling.
+        pieces: list[str] = []
+        first_pieces = []
+        for text in texts:
+            first_pieces.append(len(pieces))
+            cuts = [match.start() + 1 for match in self._leaking.finditer(text)]
+            pieces += [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        ids, lengths = self._encode_whole(pieces)
+        return FlatIds(ids, np.add.reduceat(lengths, first_pieces))
+
+    def load_fast(self) -> FastEncoder:
+        """The fast encoder for this tokenizer. Raises BackendUnavailableError."""
+        if self._rust is None:
+            raise BackendUnavailableError("cannot use this tokenizer: it is written in Python")
+        return shared_encoder(self.digest, self._rust.to_str)
+
+    def added_tokens(self) -> list[str]:
+        """Spellings of all tokens added to the vocabulary, special or not."""
+        return [] if self._rust is None else [str(token) for token in self._rust.get_added_tokens_decoder().values()]
+
+    def _encode_whole(self, texts: list[str]) -> FlatIds:
+        if self.fast is None:
+            return self._encode(texts)
+        try:
+            return self.fast(texts)
+        except (ValueError, RuntimeError):
+            # Its regular expressions have limits that theirs has not; the ids are the same.
+            return self._encode(texts)
 
     def _require_split_works(self, tokenizer: PreTrainedTokenizerBase) -> None:
         for token, index in _control_tokens(tokenizer).items():
@@ -244,7 +285,7 @@ class Encoder:
                 )
 
 
-def _rust_encoder(backend: Any) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+def _private_copy(backend: Any) -> Any:
     from tokenizers import Tokenizer
 
     copy = Tokenizer.from_str(backend.to_str())
@@ -253,22 +294,25 @@ def _rust_encoder(backend: Any) -> tuple[Callable[[list[str]], list[list[int]]],
     copy.no_padding()
     copy.post_processor = None
     copy.decoder = None
-    digest = hashlib.blake2b(copy.to_str().encode(), digest_size=16).hexdigest()
-    copy.encode_special_tokens = True
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return encode, digest
+    return copy
 
 
-def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+def _rust_encoder(copy: Any) -> _Encode:
+    copy.encode_special_tokens = True  # not part of what `to_str` tells
+
+    def encode(texts: list[str]) -> FlatIds:
+        return to_flat([encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)])
+
+    return encode
+
+
+def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[_Encode, str]:
     """For tokenizers written in Python. They hold Python's lock, so more threads neither help nor harm."""
     described = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+    def encode(texts: list[str]) -> FlatIds:
+        return to_flat([tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts])
 
     return encode, digest
 
@@ -279,16 +323,14 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: index for token, index in special.items() if token and index != tokenizer.unk_token_id}
 
 
-def _leaking_tokens(
-    tokenizer: PreTrainedTokenizerBase, encode: Callable[[list[str]], list[list[int]]]
-) -> re.Pattern[str] | None:
+def _leaking_tokens(tokenizer: PreTrainedTokenizerBase, encode: _Encode) -> re.Pattern[str] | None:
     """A pattern for the special tokens whose spelling is encoded as the token even as plain text, None where there are
     none. It happens where they are entries of the ordinary vocabulary too (Unigram and word-level models)."""
     tokens = _control_tokens(tokenizer)
     encoded = (
-        encode([f"a {token} b" for token in tokens]),
-        encode([f"a{token}b" for token in tokens]),
-        encode([*tokens]),
+        to_lists(encode([f"a {token} b" for token in tokens])),
+        to_lists(encode([f"a{token}b" for token in tokens])),
+        to_lists(encode([*tokens])),
     )
     leaking = [
         token
@@ -297,19 +339,6 @@ def _leaking_tokens(
     ]
     longest_first = sorted(leaking, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if leaking else None
-
-
-def flatten(
-    ids: Sequence[list[int]], boundaries: BoundaryTokens | None
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Concatenate documents with their boundary tokens: tokens (int32 [T]) and where each document ends (int64 [N])."""
-    before = [] if boundaries is None or boundaries.bos is None else [boundaries.bos]
-    after = [] if boundaries is None or boundaries.eos is None else [boundaries.eos]
-    lengths = np.fromiter(map(len, ids), np.int64, count=len(ids)) + len(before) + len(after)
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    pieces = chain.from_iterable((before, document, after) for document in ids) if before or after else ids
-    return np.fromiter(chain.from_iterable(pieces), np.int32, count=total), ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,5 +382,5 @@ class EncoderPool:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _encode(self, batch: RowBatch) -> EncodedRows:
-        tokens, ends = flatten(self._encoder(batch.texts.to_pylist()), self._boundaries)
+        tokens, ends = flatten(self._encoder.flat(batch.texts.to_pylist()), self._boundaries)
         return EncodedRows(batch.epoch, batch.unit, batch.rows, tokens, ends)

@@ -18,6 +18,7 @@ from model import ModelConfig
 ROW_KEYS = {
     *("step", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second"),
     *("model_flops_utilization", "memory_gib", "data_wait_fraction", "epoch"),
+    *("data_tokens_read", "data_tokens_repeated", "data_rows_read", "data_rows_filtered"),
 }
 
 
@@ -61,13 +62,14 @@ def test_metrics_rows_have_their_keys(finished):
         assert row["tokens_seen"] == row["step"] * 2 * 4 * 64
         assert row["tokens_per_second"] > 0
         assert 0 <= row["data_wait_fraction"] <= 1
+        assert row["data_tokens_read"] == row["tokens_seen"]
     assert [row["step"] for row in rows if "validation_loss" in row] == [6, 12]
 
 
 def test_validation_loss_is_the_dense_models(flags, finished):
     directory, _ = finished
     tokenizer = load_tokenizer(flag(flags, "--tokenizer-path"))
-    with streaming_token_generator(flag(flags, "--data-glob"), tokenizer, block_size=64) as stream:
+    with streaming_token_generator(flag(flags, "--data-glob"), tokenizer, block_size=64, lanes=1) as stream:
         blocks = torch.stack([torch.from_numpy(next(stream).tokens).long() for _ in range(10)])
     weights = load_weights(directory / "streaming_checkpoint_step_12")
     config = ModelConfig.from_dict(MODEL, vocab_size=len(tokenizer))
@@ -99,6 +101,9 @@ def test_the_run_leaves_what_it_says(finished):
     assert "knowing the token frequencies alone" in output
     assert str(directory / "streaming_checkpoint_step_12") in output
     assert yaml.safe_load((directory / "run.yaml").read_text())["total_steps"] == 12
+    manifest = json.loads((directory / "streaming_checkpoint_step_12" / "MANIFEST.json").read_text())
+    assert manifest["run"]["tokenizer_backend"].split()[0] in ("hf", "fastokens")
+    assert f"tokenizer backend: {manifest['run']['tokenizer_backend']}" in output
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,0 +1,202 @@
+"""What a run reads: its corpora and its tokenizer settled, the training stream opened, the held-out blocks read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colonnade.config import RunSettings
+from colonnade.data.blocks import unpack_blocks
+from colonnade.data.mixture import normalized, parse_data_glob
+from colonnade.data.position import DataPosition
+from colonnade.data.shards import Units, open_shards
+from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
+from colonnade.errors import RunError, UsageError
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.vocabulary import IGNORE_INDEX
+from colonnade.parallel.vote import one_line
+from data_processing import (
+    DEFAULT_GLOBS,
+    TokenChunk,
+    TokenStream,
+    discover_shards,
+    find_default_shards,
+    load_tokenizer,
+    streaming_token_generator,
+)
+from model import ModelConfig
+from training_utils import Validation
+
+SAMPLE_FOLDER = Path("data/sample")
+# The first rows of this many shards decide on the tokenizer backend: opening all of them twice would take long.
+_SAMPLED_SHARDS = 4
+
+
+# ------------------------------------------------------------------------------------------------------- the inputs
+
+
+def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
+    """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
+    if settings.data_glob is not None:
+        _require_shards("--data-glob", settings.data_glob)
+    elif shards := find_default_shards():
+        settings = settings.replace(data_glob=",".join(map(str, shards)))
+        notes.append(f"no --data-glob: using the {len(shards)} shards of {Path(shards[0]).parent}")
+    else:
+        from colonnade.data.sample_corpus import build_sample_corpus
+
+        print(f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}: using the sample corpus", flush=True)
+        try:
+            corpus = build_sample_corpus(SAMPLE_FOLDER)
+        except (OSError, RunError) as error:
+            raise UsageError(
+                f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
+            ) from error
+        settings = settings.replace(
+            data_glob=corpus.train_glob,
+            validation_glob=settings.validation_glob or corpus.validation_glob,
+            tokenizer_path=settings.tokenizer_path or corpus.tokenizer_path,
+        )
+    if settings.tokenizer_path is None:
+        raise UsageError("--tokenizer-path is missing: give a tokenizer's folder or hub name")
+    if settings.validation_glob is not None:
+        _require_shards("--validation-glob", settings.validation_glob)
+    return settings
+
+
+def _require_shards(flag: str, pattern: str) -> None:
+    try:
+        for corpus in parse_data_glob(pattern):
+            discover_shards(corpus.pattern)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str]:
+    """The corpora's weights, where they are not the checkpoint's. Other corpora are the data position's business."""
+    corpora = parse_data_glob(settings.data_glob or "")
+    position = DataPosition.from_dict(record["data_position"])
+    weights = normalized([corpus.weight for corpus in corpora])
+    if weights == position.weights or [corpus.name for corpus in position.head.corpora] != [c.name for c in corpora]:
+        return []
+    shown = (", ".join(f"{share:.4g}" for share in shares) for shares in (position.weights, weights))
+    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {' -> '.join(shown)}"]
+
+
+def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig) -> None:
+    """Refuse a tokenizer whose ids, those below `entries`, the model does not have."""
+    if entries > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer {settings.tokenizer_path} has ids up to {entries - 1}, the model's vocabulary "
+            f"{config.vocab_size} entries; use the model's own tokenizer or a larger vocab_size"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- the stream
+
+
+def settle_backend(settings: RunSettings, record: Mapping[str, Any], notes: list[str]) -> Backend:
+    """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
+    assert settings.tokenizer_path is not None
+    assert settings.data_glob is not None
+    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+    shards = [shard for corpus in parse_data_glob(settings.data_glob) for shard in discover_shards(corpus.pattern)[:2]]
+    rows = read_first_rows(Units(open_shards(shards[:_SAMPLED_SHARDS], settings.text_column)), settings.text_column)
+    _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
+    before = record.get("tokenizer_backend", backend.label)
+    notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
+    return backend
+
+
+def open_stream(
+    settings: RunSettings,
+    backend: Backend,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    position: DataPosition | None,
+    *,
+    allow_change: bool,
+) -> tuple[TokenStream, Iterator[TokenChunk]]:
+    """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
+    assert settings.tokenizer_path is not None
+    assert settings.data_glob is not None
+    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+    require_vocabulary(settings, max(tokenizer.get_vocab().values(), default=0) + 1, config)
+    stream = streaming_token_generator(
+        settings.data_glob,
+        tokenizer,
+        block_size=settings.block_size or 0,
+        add_document_boundary_tokens=settings.add_document_boundary_tokens,
+        text_column=settings.text_column,
+        shuffle=settings.shuffle,
+        seed=settings.seed,
+        lanes=settings.data_lanes,
+        packing=settings.packing,
+        mark_documents=settings.document_mask,
+        position=position,
+        allow_data_change=allow_change,
+        strict=settings.strict_data,
+        reader=layout.dp_rank,
+        readers=layout.dp,
+        backend=backend,
+    )
+    return stream, chain([next(stream)], stream)
+
+
+def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
+    """What the start of a run says of its data, which goes on from `position`."""
+    start = stream.start
+    corpora = ", ".join(
+        f"{corpus.name} {corpus.files} files{f' ({weight:.1%})' if len(start.weights) > 1 else ''}"
+        for corpus, weight in zip(start.head.corpora, start.weights, strict=True)
+    )
+    lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
+    notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
+    if position is not None and len(start.changes) > len(position.changes):
+        notes.append(f"the data is not the checkpoint's: {start.changes[-1].what}")
+    elif position is not None and start.weights != position.weights:
+        notes.append(f"weights of the corpora from chunk {start.chunk} on: {corpora}")
+    return notes
+
+
+def read_validation(settings: RunSettings, backend: Backend) -> Validation | None:
+    """The first held-out blocks, all in memory: 16 kB each at a block of 4096."""
+    if settings.validation_glob is None:
+        return None
+    import numpy as np
+
+    from colonnade.telemetry.metrics import unigram_entropy
+
+    assert settings.tokenizer_path is not None
+    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+    blocks = []
+    try:
+        with streaming_token_generator(
+            settings.validation_glob,
+            tokenizer,
+            block_size=settings.block_size or 0,
+            add_document_boundary_tokens=settings.add_document_boundary_tokens,
+            text_column=settings.text_column,
+            lanes=1,
+            packing=settings.packing,
+            mark_documents=settings.document_mask,
+            epochs=1,
+            strict=settings.strict_data,
+            backend=backend,
+        ) as stream:
+            for chunk in stream:
+                blocks.append(chunk.tokens)
+                if len(blocks) == settings.validation_chunks:
+                    break
+    except UsageError as error:
+        raise UsageError(f"--validation-glob: {error}") from error
+    tokens = torch.from_numpy(np.stack(blocks))
+    labels = unpack_blocks(tokens, document_mask=settings.document_mask).labels
+    counted = labels[labels != IGNORE_INDEX]
+    if not len(counted):
+        raise UsageError(f"--validation-glob {settings.validation_glob}: no document has two tokens; give other text")
+    return Validation(tokens, unigram_entropy(counted.numpy()))
