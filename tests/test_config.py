@@ -61,6 +61,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "data_lanes": ("12", 12),
     "packing": ("best-fit", "best-fit"),
     "precision": ("bf16", "bf16"),
+    "tokenizer_backend": ("hf", "hf"),
     "tensor_parallel_size": ("2", 2),
     "tensor_slices": ("8", 8),
     "checkpoint_dir": ("runs/a b", "runs/a b"),
@@ -142,6 +143,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("max_grad_norm", ["-1"], ["0"]),
     ("seed", ["-1", str(2**63)], ["0", str(2**63 - 1)]),
     ("precision", ["fp8", "FP32", "float32"], ["auto", "fp32", "bf16", "fp16"]),
+    ("tokenizer_backend", ["rust", "HF", "fast"], ["auto", "hf", "fastokens"]),
     ("tensor_parallel_size", ["0", "-2"], ["1"]),
     ("tensor_slices", ["0", "-2"], ["1"]),
     ("validation_interval", ["-1"], ["0"]),
@@ -479,7 +481,8 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
 def test_identity_holds_what_shapes_the_loss_curve() -> None:
     quiet = {name for name in SPECS if name not in RunSettings().identity()}
     assert quiet == {
-        *("preset", "model_config", "data_glob", "tokenizer_path", "trust_remote_code", "strict_data", "data_lanes"),
+        *("preset", "model_config", "data_glob", "tokenizer_path", "strict_data", "data_lanes"),
+        *("tokenizer_backend", "trust_remote_code"),
         *("validation_glob", "validation_interval", "validation_chunks"),
         *("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step", "memory_limit_gib"),
         *("tensor_parallel_size", "replicate_embeddings", "disable_gradient_checkpointing"),
