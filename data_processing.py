@@ -160,8 +160,11 @@ def streaming_token_generator(
         if value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
     settings = batch_rows_setting(batch_rows), workers_setting(workers)
-    paths = discover_shards(shards) if isinstance(shards, str) else [Path(shard) for shard in shards]
+    paths = discover_shards(shards) if isinstance(shards, str) else [str(shard) for shard in shards]
     units = Units(open_shards(paths, text_column))
+    for shard in units.shards:
+        if shard.layout == "tokens":
+            raise UsageError(f"data shard {shard.path} holds token ids, and this stream encodes text; give text")
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
     encoder = Encoder(tokenizer)
     head = StreamHead.create(
@@ -350,16 +353,22 @@ class TokenStream:
             yield _UnitSkipped(known[unit], 0, is_new=False)
             return
         shard, number = self._units.locate(unit)
-        try:
-            # All of it before its first token leaves: a row group that is bad near its end must not be half delivered.
-            columns = self._reader.read(shard, number)
-        except DamagedUnit as damage:
-            known[unit] = SkippedUnit(unit, str(damage))
-            yield _UnitSkipped(known[unit], damage.rows, is_new=True)
-            return
+        if unit + 1 < len(self._units):
+            self._reader.expect(*self._units.locate(unit + 1))
         stretch = self._batch_rows * -(-_FILTER_ROWS // self._batch_rows)
         row = 0
-        for column in columns:
+        windows = self._reader.windows(shard, number)
+        while True:
+            try:
+                # Damage shows before the first window: a unit that is bad near its end is not half delivered.
+                column = next(windows, None)
+            except DamagedUnit as damage:
+                known[unit] = SkippedUnit(unit, str(damage))
+                yield _UnitSkipped(known[unit], damage.rows, is_new=True)
+                return
+            if column is None:
+                return
+            assert not isinstance(column, np.ndarray)  # token shards were refused
             for start in range(max(0, first_row - row), len(column), stretch):
                 yield from self._batches(epoch, unit, row + start, column.slice(start, stretch))
             row += len(column)
