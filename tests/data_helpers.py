@@ -18,6 +18,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from colonnade.data.shards import Shard, UnitReader
+
 EOS = "<|endoftext|>"
 BOS = "<|startoftext|>"
 
@@ -84,6 +86,11 @@ def write_shard(
     with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, **options) as writer:
         writer.write_table(table, max_chunksize=group)
     return path
+
+
+def rows_of(reader: UnitReader, shard: Shard, number: int) -> list[str | None]:
+    """All rows of one unit."""
+    return [text for window in reader.windows(shard, number) for text in window.to_pylist()]
 
 
 def write_corpus(folder: Path, texts: Sequence[str], *, shards: int = 3, group: int = 10) -> list[Path]:

@@ -140,7 +140,7 @@ def test_a_truncated_shard_is_refused_by_name_before_the_run(tmp_path: Path, lay
     [
         ("empty.parquet", b"", "cannot be read"),
         ("empty.arrow", b"", "cannot be read"),
-        ("notes.txt", b"hello, I am a text file", "neither Parquet nor Arrow"),
+        ("notes.md", b"hello, I am a text file", "neither Parquet nor Arrow"),
         ("renamed.parquet", b"hello, I am a text file", "cannot be read"),
     ],
 )

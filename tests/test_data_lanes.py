@@ -75,7 +75,7 @@ def test_units_are_dealt_evenly() -> None:
     sizes = np.random.default_rng(0).integers(1, 1000, 480).tolist()
     for shuffled in (False, True):
         loads = [sum(sizes[unit] for unit in lane) for lane in deal_units(sizes, 24, 1, shuffled=shuffled)]
-        assert max(loads) - min(loads) <= 20  # of about 10,000 each
+        assert max(loads) - min(loads) <= 50  # of about 10,000 each
 
 
 @pytest.mark.parametrize(

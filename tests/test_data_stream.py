@@ -200,12 +200,14 @@ def test_a_position_of_something_else_is_refused_naming_old_and_new(corpus: list
 
 
 def test_other_rows_under_the_same_manifest_are_noticed_where_the_cursor_stands(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "a.arrow", stdlib_texts(), layout="arrow-stream")
+    """Rows that lie before the end of the file that is digested, in a file of the same size."""
+    filler = ["filler " * 1000] * 20
+    shard = write_shard(tmp_path / "a.arrow", [*stdlib_texts(), *filler], layout="arrow-stream")
     with open_stream([shard]) as stream:
         position = list(islice(stream, 5))[-1].position
     size = shard.stat().st_size
     texts = ["1" * len(text.encode()) for text in stdlib_texts()]
-    write_shard(shard, texts, layout="arrow-stream")
+    write_shard(shard, [*texts, *filler], layout="arrow-stream")
     assert shard.stat().st_size == size, "the test needs a file of the same size"
     with open_stream([shard], position=position) as stream, pytest.raises(UsageError, match="data changed"):
         next(stream)

@@ -122,13 +122,14 @@ def read_first_rows(units: Units, text_column: str) -> Iterator[str]:
     with closing(UnitReader(text_column)) as reader:
         for unit in range(len(units)):
             try:
-                columns = reader.read(*units.locate(unit))
+                for window in reader.windows(*units.locate(unit)):
+                    if isinstance(window, np.ndarray):
+                        return  # a token shard has no documents to encode
+                    for start in range(0, len(window), SAMPLE_ROWS):
+                        texts, verdicts = judge(window.slice(start, SAMPLE_ROWS))
+                        yield from texts.filter(verdicts == KEPT).to_pylist()
             except DamagedUnit:
                 continue
-            for column in columns:
-                for start in range(0, len(column), SAMPLE_ROWS):
-                    texts, verdicts = judge(column.slice(start, SAMPLE_ROWS))
-                    yield from texts.filter(verdicts == KEPT).to_pylist()
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------

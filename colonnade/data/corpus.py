@@ -1,0 +1,145 @@
+"""What a corpus consists of: shards (files), their units, and the manifest that identifies all of it.
+
+A *unit* is what is read, shuffled and skipped as one: a row group (Parquet), a record batch (Arrow), a range of bytes
+(JSON lines, text), a whole file (compressed JSON lines) or a range of tokens (token shards). It is what a damaged page
+costs, and the most that a resume reads again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+from urllib.parse import urlsplit
+
+Layout = Literal["parquet", "arrow-file", "arrow-stream", "jsonl", "jsonl-zst", "jsonl-gz", "text", "tokens"]
+
+# How much text is handed out at once; a unit that is no larger is one window.
+WINDOW_BYTES = 16 << 20
+
+_NOUNS: dict[Layout, str] = {
+    "parquet": "row group",
+    "arrow-file": "record batch",
+    "arrow-stream": "record batch",
+    "jsonl": "8 MiB range",
+    "jsonl-zst": "part",
+    "jsonl-gz": "part",
+    "text": "8 MiB range",
+    "tokens": "token range",
+}
+
+
+class DamagedUnit(Exception):
+    """One unit cannot be decoded. `rows` is how many it was said to hold (0 where that cannot be told)."""
+
+    def __init__(self, reason: str, rows: int = 0) -> None:
+        super().__init__(reason)
+        self.rows = rows
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file, as its footer, its header or its size describes it.
+
+    Attributes:
+        path: local path or URL, as messages show it.
+        size: bytes of the file.
+        rows: rows in all; 0 where only reading would tell (JSON lines, text). A unit of tokens is one row.
+        unit_bytes: for each unit the bytes of text in it, decompressed, as near as the file tells without being read:
+            uncompressed size of the column chunk (Parquet), bytes of the batch or range (Arrow, JSON lines, text), of
+            the compressed file (compressed JSON lines), 4 a token (token shards).
+        fingerprint: digest over the size and the last 64 KiB, of Parquet the footer in them, which changes with any
+            content.
+        prologue, batches: byte ranges of an Arrow file's messages: the schema and its dictionaries; for each record
+            batch its range and the number of prologue messages that stand before it.
+        dtype, data_start: of a token shard, the numpy type of a token and the byte at which the tokens begin.
+    """
+
+    path: str
+    layout: Layout
+    size: int
+    rows: int
+    unit_bytes: tuple[int, ...]
+    fingerprint: str
+    prologue: tuple[tuple[int, int], ...] = ()
+    batches: tuple[tuple[int, int, int], ...] = ()
+    dtype: str = ""
+    data_start: int = 0
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return len(self.unit_bytes)
+
+    @property
+    def name(self) -> str:
+        """File name without folder, and without the query of a URL (a signature that changes)."""
+        return file_name(self.path)
+
+
+def file_name(path: str) -> str:
+    """Last part of a path or URL, without a URL's query."""
+    if path.startswith(("http://", "https://")):
+        path = urlsplit(path).path
+    return posixpath.basename(path.rstrip("/"))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What identifies a corpus: names, sizes, rows, fingerprints and units in their order, but not the folder.
+
+    Attributes:
+        digest: over all of it.
+        shard_digests: eight digits a file, to tell which files changed.
+    """
+
+    digest: str
+    files: int
+    rows: int
+    shard_digests: tuple[str, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> Manifest:
+        """Manifest of `shards` in their order."""
+        described = [
+            json.dumps([shard.name, shard.size, shard.rows, shard.fingerprint, shard.units]).encode()
+            for shard in shards
+        ]
+        return cls(
+            digest=hashlib.blake2b(b"\n".join(described), digest_size=16).hexdigest(),
+            files=len(shards),
+            rows=sum(shard.rows for shard in shards),
+            shard_digests=tuple(hashlib.blake2b(one, digest_size=4).hexdigest() for one in described),
+        )
+
+
+class Units:
+    """All units of a corpus in stream order, addressed by one ordinal."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = tuple(shards)
+        self._ends = list(accumulate(shard.units for shard in shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, ordinal: int) -> tuple[Shard, int]:
+        """The shard that holds unit `ordinal`, and the unit's number inside it."""
+        index = bisect_right(self._ends, ordinal)
+        shard = self.shards[index]
+        return shard, ordinal - (self._ends[index] - shard.units)
+
+    def describe(self, ordinal: int) -> str:
+        """`row group 3 of /data/shard_2.parquet`, for messages."""
+        shard, number = self.locate(ordinal)
+        return f"{_NOUNS[shard.layout]} {number} of {shard.path}"
+
+    @property
+    def unit_bytes(self) -> list[int]:
+        """Bytes of text in each unit, as near as the files tell (`Shard.unit_bytes`)."""
+        return [size for shard in self.shards for size in shard.unit_bytes]

@@ -1,0 +1,60 @@
+"""Finding shards: globs on local paths and on remote file systems that can list, in natural order."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from colonnade.data.filesystems import expand_url, is_remote, local_path
+from colonnade.errors import UsageError
+
+DEFAULT_GLOBS = ("data/*.parquet", "data/*.arrow", "../data/*.parquet")
+
+
+def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
+    """Sort key under which `shard_2` comes before `shard_10`; equal numbers written differently keep a fixed order."""
+    parts = re.split(r"([0-9]+)", str(path))
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def discover_shards(pattern: str) -> list[str]:
+    """Files that `pattern` matches: globs (`**` allowed) of local paths or URLs, separated by commas.
+
+    Each glob's files come in natural order, globs in the order given, and a file matched twice comes once. A URL
+    without a wildcard is taken as it is; whether it is there shows when it is opened.
+
+    Raises:
+        UsageError: a glob matches no file, or a file system cannot be asked.
+    """
+    found: dict[str, None] = {}
+    globs = [part.strip() for part in pattern.split(",") if part.strip()]
+    if not globs:
+        raise UsageError(f"data pattern {pattern!r} is empty; give a glob such as 'data/*.parquet'")
+    for one in globs:
+        files = expand_url(one) if is_remote(one) else _local_files(local_path(one))
+        if not files:
+            raise UsageError(f"data pattern {one!r} matches no file; check the path")
+        found.update(dict.fromkeys(sorted(files, key=natural_key)))
+    return list(found)
+
+
+def _local_files(pattern: str) -> list[str]:
+    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    files = [match for match in matches if os.path.isfile(match)]
+    folder = next((match for match in matches if os.path.isdir(match)), None)
+    if folder and not files:
+        raise UsageError(
+            f"data pattern {pattern!r} matches no file; {folder!r} is a folder: "
+            f"write {os.path.join(folder, '*.parquet')!r}"
+        )
+    return files
+
+
+def find_default_shards() -> list[str]:
+    """Shards in the usual places (`DEFAULT_GLOBS`): those of the first place that holds any, else an empty list."""
+    for pattern in DEFAULT_GLOBS:
+        if any(os.path.isfile(match) for match in glob.glob(pattern)):
+            return discover_shards(pattern)
+    return []

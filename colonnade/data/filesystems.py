@@ -1,0 +1,372 @@
+"""Bytes of a shard, wherever it lives: a local file, or a URL that fsspec can open.
+
+Both kinds of `Source` read by position. A remote one fetches exactly the ranges it is asked for, tries again after
+network errors (`colonnade/data/retries.py`), and can be told which range comes next (`focus`), which it then holds in
+memory whole if it is small, or reads in blocks one ahead. It holds about 8 MiB at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+from colonnade.data.retries import POLICY, UnreachableError, with_retries
+from colonnade.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
+
+# The end of a file that is fingerprinted. pyarrow asks for as much at once when it looks for a Parquet footer.
+TAIL_BYTES = 64 << 10
+# A range up to this is fetched whole; the next unit's and the current one's may be in memory together.
+HELD_BYTES = (8 << 20) + (256 << 10)
+# Blocks of a longer range: the one being read and the one after it are in memory.
+_BLOCK_BYTES = 4 << 20
+
+_EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
+_memory_lock = threading.Lock()
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL that is not `file://`."""
+    return _URL.match(path) is not None and not path.startswith("file://")
+
+
+def local_path(path: str) -> str:
+    """A local path, without `file://`."""
+    return path.removeprefix("file://")
+
+
+def expand_url(pattern: str) -> list[str]:
+    """The files that a URL with wildcards matches; a URL without is returned as it is.
+
+    Raises:
+        UsageError: the package for its scheme is missing, the file system cannot list or cannot be reached.
+    """
+    over_http = pattern.startswith(("http://", "https://"))
+    if not re.search(r"[*\[]" if over_http else r"[*?\[]", pattern):
+        return [pattern]
+    if over_http:
+        raise UsageError(
+            f"data pattern {pattern!r}: a web server cannot list its files; give each URL, separated by commas"
+        )
+    filesystem, path = _filesystem(pattern)
+    try:
+        names = with_retries(f"data pattern {pattern!r}", lambda: filesystem.glob(path, detail=True))
+    except UnreachableError as error:
+        raise UsageError(str(error)) from error
+    return [filesystem.unstrip_protocol(name) for name, facts in names.items() if facts["type"] == "file"]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Raises UsageError."""
+    from fsspec.core import url_to_fs
+
+    scheme = url.partition("://")[0].lower()
+    options: dict[str, Any] = {}
+    try:
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, connect=POLICY.connect_timeout, sock_read=POLICY.read_timeout)
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+            # A compressed answer to a range request would be a range of something else.
+            options["headers"] = {"Accept-Encoding": "identity"}
+        filesystem, path = url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        remedy = f"install it: pip install 'colonnade[{extra}]'" if extra else "install that package"
+        raise UsageError(f"{url}: a package for {scheme}:// is missing ({_one_line(error)}); {remedy}") from error
+    except ValueError as error:
+        raise UsageError(f"{url}: {_one_line(error)}; give a local path or a URL that fsspec can read") from error
+    return filesystem, path
+
+
+def open_source(path: str, size: int | None = None) -> LocalSource | RemoteSource:
+    """The bytes at `path`. `size` spares a remote file the question how large it is.
+
+    Raises:
+        OSError: a local file cannot be opened.
+        UnreachableError: a remote one.
+        UsageError: the package for its scheme is missing.
+    """
+    return RemoteSource(path, size) if is_remote(path) else LocalSource(local_path(path))
+
+
+class LocalSource:
+    """A local file. Read, never memory-mapped: a file cut short under a running job must be an error, not a signal."""
+
+    failure = None
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        if stat.S_ISDIR(status.st_mode):
+            self.close()
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+
+    def read_at(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start`; fewer only at the end of the file."""
+        parts = []
+        # One call reads at most 2 GiB, and less where a signal comes.
+        while size > 0 and (data := os.pread(self._descriptor, size, start)):
+            parts.append(data)
+            start, size = start + len(data), size - len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def arrow(self) -> pa.NativeFile:
+        """The file for pyarrow, opened anew; the caller closes it."""
+        import pyarrow as pa
+
+        return pa.OSFile(self.path)
+
+    def focus(self, start: int, stop: int) -> None:
+        """Nothing to do: the system reads ahead."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class RemoteSource:
+    """A file behind a URL.
+
+    Attributes:
+        failure: the first error that ended its tries. Libraries between may turn it into another one.
+    """
+
+    def __init__(self, url: str, size: int | None = None) -> None:
+        self.path = url
+        self.failure: UnreachableError | None = None
+        self._stopped = threading.Event()
+        self._held: list[tuple[int, bytes]] = []
+        self._span: tuple[int, int] | None = None  # a range that is read in blocks
+        self._block: tuple[int, bytes] = (0, b"")
+        self._next_block: tuple[int, Background[bytes]] | None = None
+        filesystem, path = _filesystem(url)
+        # fsspec's memory file system hands every reader the same file object.
+        self._lock = _memory_lock if "memory" in _protocols(filesystem) else threading.Lock()
+        if size is None:
+            size = self._size(filesystem, path)
+        self.size = size
+        options: dict[str, Any] = {"size": size} if "http" in _protocols(filesystem) else {}
+        self._handle = self._try(lambda: filesystem.open(path, "rb", cache_type="none", **options))
+
+    def _size(self, filesystem: Any, path: str) -> int:
+        facts = self._try(lambda: filesystem.info(path))
+        if facts.get("type") == "directory":
+            self._fail(UnreachableError(f"{self._name} is a folder; add a pattern such as '/*.parquet'"))
+        if facts.get("size") is None or facts.get("partial") is False:
+            self._fail(
+                UnreachableError(
+                    f"{self._name} cannot be read in parts: its server does not answer range requests; "
+                    "download the file, or use another server"
+                )
+            )
+        return int(facts["size"])
+
+    @property
+    def _name(self) -> str:
+        return f"data shard {self.path}"
+
+    def read_at(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start`; fewer only at the end of the file. Raises UnreachableError."""
+        stop = min(start + size, self.size)
+        if stop <= start:
+            return b""
+        for begin, data in self._held:
+            if begin <= start and stop <= begin + len(data):
+                return data[start - begin : stop - begin]
+        if self._span is not None and self._span[0] <= start and stop <= self._span[1]:
+            return self._from_blocks(self._span, start, stop)
+        return self._fetch(start, stop)
+
+    def hold_tail(self) -> None:
+        """Fetch the end of the file, where a footer is, and keep it."""
+        start = max(0, self.size - TAIL_BYTES)
+        self._held = [(start, self._fetch(start, self.size))]
+
+    def focus(self, start: int, stop: int) -> None:
+        """From here on `[start, stop)` is read: fetch it now if it is small, else its beginning; forget the rest."""
+        stop = min(stop, self.size)
+        if self._span == (start, stop) or any(b <= start and stop <= b + len(data) for b, data in self._held):
+            return
+        self.release()
+        if stop - start <= HELD_BYTES:
+            self._held = [(start, self._fetch(start, stop))]
+        else:
+            self._span = (start, stop)
+            self._from_blocks(self._span, start, start + 1)
+
+    def release(self) -> None:
+        """Forget what is held."""
+        self._held, self._span, self._block, self._next_block = [], None, (0, b""), None
+
+    def arrow(self) -> pa.NativeFile:
+        """The file for pyarrow, with a position of its own; the caller closes it."""
+        import pyarrow as pa
+
+        return pa.PythonFile(_PositionedFile(self), mode="r")
+
+    def close(self) -> None:
+        """Stop further tries and forget what is held."""
+        self._stopped.set()
+        self.release()
+        self._handle.close()
+
+    def _from_blocks(self, span: tuple[int, int], start: int, stop: int) -> bytes:
+        parts = []
+        while start < stop:
+            begin = span[0] + (start - span[0]) // _BLOCK_BYTES * _BLOCK_BYTES
+            if self._block[0] != begin or not self._block[1]:
+                self._block = (0, b"")
+                self._block = (begin, self._take_block(span, begin))
+            data = self._block[1][start - begin : stop - begin]
+            parts.append(data)
+            start += len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _take_block(self, span: tuple[int, int], begin: int) -> bytes:
+        expected, self._next_block = self._next_block, None
+        if expected is not None and expected[0] == begin:
+            data = expected[1].result()
+        else:
+            data = self._fetch(begin, min(begin + _BLOCK_BYTES, span[1]))
+        following = begin + _BLOCK_BYTES
+        if following < span[1]:
+            fetch = Background(lambda: self._fetch(following, min(following + _BLOCK_BYTES, span[1])))
+            self._next_block = (following, fetch)
+        return data
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        def request() -> bytes:
+            with self._lock:
+                self._handle.seek(start)
+                data: bytes = self._handle.read(stop - start)
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} bytes came for the {stop - start} from byte {start} on")
+            return data
+
+        return self._try(request)
+
+    def _try(self, request: Callable[[], T]) -> T:
+        try:
+            return with_retries(self._name, request, self._stopped)
+        except UnreachableError as error:
+            self._fail(error)
+
+    def _fail(self, error: UnreachableError) -> NoReturn:
+        self.failure = self.failure or error
+        raise error
+
+
+Source = LocalSource | RemoteSource
+
+
+def fingerprint(source: Source, footer_only: bool = False) -> str:
+    """Digest over a file's size and its last 64 KiB. A remote file's end is kept for the footer that stands there.
+
+    With `footer_only`, what stands before a Parquet footer is left out: a small file whose damaged row group was
+    repaired is still the same file.
+    """
+    if isinstance(source, RemoteSource):
+        source.hold_tail()
+    tail = source.read_at(max(0, source.size - TAIL_BYTES), TAIL_BYTES)
+    if footer_only and tail.endswith(b"PAR1"):
+        tail = tail[-8 - int.from_bytes(tail[-8:-4], "little") :]
+    return hashlib.blake2b(source.size.to_bytes(8, "little") + tail, digest_size=16).hexdigest()
+
+
+class Background(Generic[T]):
+    """A call on a thread of its own. The thread is a daemon: a server that stalls must not keep a process alive."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._value: list[T] = []
+        self._error: BaseException | None = None
+        self._use: Callable[[T], None] | None = None
+        self._handover = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            value = self._call()
+        except BaseException as error:  # noqa: BLE001
+            self._error = error  # raised again where the result is asked for
+            return
+        with self._handover:
+            use = self._use
+            if use is None:
+                self._value.append(value)
+        if use is not None:
+            use(value)
+
+    def result(self) -> T:
+        """Wait for the call; what it raised is raised here."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value.pop()
+
+    def then(self, use: Callable[[T], None]) -> None:
+        """Hand the result to `use`, now or when it is there, instead of to `result`; an error is forgotten."""
+        with self._handover:
+            self._use = use
+            value = self._value.pop() if self._value else None
+        if value is not None:
+            use(value)
+
+
+class _PositionedFile(io.RawIOBase):
+    """A source as a file object with a position, which is what pyarrow takes."""
+
+    def __init__(self, source: RemoteSource) -> None:
+        super().__init__()
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = self._source.size - self._position if size is None or size < 0 else size
+        data = self._source.read_at(self._position, wanted)
+        self._position += len(data)
+        return data
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    names = filesystem.protocol
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

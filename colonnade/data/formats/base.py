@@ -1,0 +1,93 @@
+"""What the formats have in common: an open shard, and the checks of a text column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from colonnade.data.corpus import Shard
+from colonnade.data.filesystems import Source
+from colonnade.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class ShardFile:
+    """An open shard. Subclasses read one format.
+
+    Attributes:
+        source: its bytes.
+        shard: what `describe` found.
+    """
+
+    def __init__(self, source: Source, shard: Shard, text_column: str) -> None:
+        self.source = source
+        self.shard = shard
+        self._text_column = text_column
+
+    def byte_range(self, number: int) -> tuple[int, int]:
+        """The bytes of the file that `pieces` reads for unit `number`."""
+        raise NotImplementedError
+
+    def pieces(self, number: int) -> Iterator[pa.Array | npt.NDArray[np.unsignedinteger]]:
+        """The rows of unit `number` in pieces small against a window, checked; a token shard's unit as one array.
+
+        Raises:
+            DamagedUnit, pyarrow.ArrowException, OSError without errno, EOFError: the bytes are wrong.
+            OSError with errno, RunError: the bytes cannot be had.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def ranges(size: int, step: int) -> int:
+    """Number of ranges of `step` that cover `size`."""
+    return -(-size // step)
+
+
+def check_text_column(path: str, schema: pa.Schema, text_column: str) -> None:
+    """Raises UsageError where a schema has no such column of text."""
+    if schema.get_field_index(text_column) < 0:
+        raise UsageError(
+            f"data shard {path} has no column {text_column!r} (it has {', '.join(schema.names) or 'none'}); "
+            "every shard needs a column of text: name it with --text-column"
+        )
+    kind = schema.field(text_column).type
+    if not _holds_text(kind):
+        raise UsageError(
+            f"column {text_column!r} of data shard {path} is of type {kind}, not text; convert it to string"
+        )
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Strings, and bytes too (writers that leave out the string annotation are common); `null` is all rows missing."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(check(kind) for check in (*checks, types.is_binary_view, types.is_null))
+
+
+def checked(column: pa.Array) -> pa.Array:
+    """The array, after a check that its offsets stay inside its data. Arrow IPC carries no checksums, and a wrong
+    offset would be read as an address. UTF-8 is not judged here: one bad row is the filter's business."""
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    kind = column.type
+    if types.is_string(kind):
+        column.view(pa.binary()).validate(full=True)
+    elif types.is_large_string(kind):
+        column.view(pa.large_binary()).validate(full=True)
+    elif types.is_string_view(kind):
+        column.view(pa.binary_view()).validate(full=True)
+    else:
+        column.validate(full=True)
+    return column

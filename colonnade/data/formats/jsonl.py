@@ -1,0 +1,219 @@
+"""JSON lines: one object a line, the text under the key of the text column.
+
+A unit of a plain file is a range of 8 MiB and holds the lines that begin in it, so that nothing has to be scanned when
+the file is opened. A compressed file is one unit, read from its beginning.
+
+Lines are parsed one by one with Python's parser: pyarrow 26's JSON reader ends the process (segmentation fault) on the
+line `null`. A line that is no JSON object, or whose text is not a string, is a row that is missing; the text filter
+counts it. Blank lines are no rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from colonnade.data.corpus import DamagedUnit, Layout, Shard
+from colonnade.data.filesystems import Source, fingerprint
+from colonnade.data.formats.base import ShardFile
+from colonnade.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+UNIT_BYTES = 8 << 20
+# Read at a time, and rows handed on at a time.
+_CHUNK_BYTES = 1 << 20
+_PIECE_ROWS = 1024
+# A longer line is no document: the file has no line ends, or is something else.
+MAX_LINE_BYTES = 256 << 20
+# How much of a file is looked at before the run: bytes, and lines.
+_FIRST_LINES_BYTES = 1 << 20
+_FIRST_LINES = 100
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
+    """Ranges of the file; one of its first lines has to be an object with the text column. Raises UsageError."""
+    digest = fingerprint(source)
+    start = source.read_at(0, _FIRST_LINES_BYTES)
+    _check_first_lines(path, start, text_column)
+    edges = range(0, source.size, UNIT_BYTES)
+    sizes = tuple(min(UNIT_BYTES, source.size - edge) for edge in edges)
+    return Shard(path, layout, source.size, 0, sizes, digest)
+
+
+def describe_compressed(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
+    """One unit; one of its first lines has to be an object with the text column. Raises UsageError or OSError."""
+    digest = fingerprint(source)
+    with _decompressed(source, layout) as stream:
+        _check_first_lines(path, stream.read(_FIRST_LINES_BYTES), text_column)
+    return Shard(path, layout, source.size, 0, (source.size,), digest)
+
+
+def _decompressed(source: Source, layout: Layout) -> Any:
+    import pyarrow as pa
+
+    # Closing it closes the file below.
+    return pa.CompressedInputStream(source.arrow(), {"jsonl-zst": "zstd", "jsonl-gz": "gzip"}[layout])
+
+
+def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
+    """Refuse a file that is no JSON lines, or whose objects have other keys. Later lines are judged as they come."""
+    lines = [line for line in start.split(b"\n") if line.strip()]
+    if not lines:
+        raise UsageError(f"data shard {path} has 0 rows; remove it from the data pattern")
+    if len(start) >= _FIRST_LINES_BYTES:
+        lines = lines[:-1]  # the last one is cut
+    if not lines:
+        return  # one line longer than what was read
+    values = [value for line in lines[:_FIRST_LINES] if (value := _parse(line)) is not None]
+    objects = [value for value in values if isinstance(value, dict)]
+    if not objects:
+        found = "a JSON array" if values and isinstance(values[0], list) else "not JSON lines"
+        raise UsageError(f"data shard {path} is {found}; write one JSON object a line, or remove it")
+    if not any(text_column in value for value in objects):
+        raise UsageError(
+            f"data shard {path} has no key {text_column!r} (its first line has "
+            f"{', '.join(map(str, objects[0])) or 'none'}); name the key of the text with --text-column"
+        )
+
+
+def _parse(line: bytes) -> Any:
+    """The value of a line; None where it is no JSON. Bytes that are not UTF-8 become half surrogates."""
+    try:
+        return json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
+    """Whether a line is a JSON object, and its text as UTF-8; None where that is missing or not a string.
+
+    Bytes that are not UTF-8 inside the text are kept as they are: the text filter drops the row and counts it.
+    """
+    value = _parse(line)
+    if not isinstance(value, dict):
+        return False, None
+    text = value.get(text_column)
+    if not isinstance(text, str):
+        return True, None
+    try:
+        return True, text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # Half of an escaped surrogate pair: not text either.
+        return True, text.encode("utf-8", "surrogatepass")
+
+
+def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
+    """Lines as binary arrays. Raises DamagedUnit where there are lines and none of them is a JSON object."""
+    import pyarrow as pa
+
+    texts: list[bytes | None] = []
+    count, size, valid = 0, 0, False
+    for line in lines:
+        if not line.strip():
+            continue
+        is_object, text = parse_line(line, text_column)
+        valid = valid or is_object
+        count += 1
+        texts.append(text)
+        size += len(text or b"")
+        if len(texts) == _PIECE_ROWS or size >= _CHUNK_BYTES:
+            yield pa.array(texts, pa.large_binary())
+            texts, size = [], 0
+    if count and not valid:
+        raise DamagedUnit(f"none of its {count} lines is a JSON object", count)
+    if texts:
+        yield pa.array(texts, pa.large_binary())
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their ends. Raises DamagedUnit for one longer than `MAX_LINE_BYTES`."""
+    open_parts: list[bytes] = []
+    open_bytes = 0
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        open_parts.append(first)
+        open_bytes += len(first)
+        if open_bytes > MAX_LINE_BYTES:
+            raise DamagedUnit(f"a line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        if rest:
+            yield b"".join(open_parts)
+            yield from rest[:-1]
+            open_parts, open_bytes = [rest[-1]], len(rest[-1])
+    if open_bytes:
+        yield b"".join(open_parts)
+
+
+class JsonLinesFile(ShardFile):
+    """An open file of JSON lines."""
+
+    def byte_range(self, number: int) -> tuple[int, int]:
+        # One byte before, which tells whether a line begins here, and most of the time all of the last line.
+        return max(0, number * UNIT_BYTES - 1), min(self.shard.size, (number + 1) * UNIT_BYTES + (64 << 10))
+
+    def pieces(self, number: int) -> Iterator[pa.Array]:
+        return _rows(_lines(self._chunks(number)), self._text_column)
+
+    def _chunks(self, number: int) -> Iterator[bytes]:
+        """The bytes of the lines that begin in the unit."""
+        start, stop = number * UNIT_BYTES, min(self.shard.size, (number + 1) * UNIT_BYTES)
+        at = self._line_begin(start, stop)
+        while at is not None and at < stop:
+            chunk = self._read(at, min(_CHUNK_BYTES, stop - at))
+            at += len(chunk)
+            if at < stop:
+                yield chunk
+                continue
+            # The last line ends where the next unit's first one begins.
+            yield chunk
+            if not chunk.endswith(b"\n"):
+                yield from self._rest_of_line(at)
+
+    def _line_begin(self, start: int, stop: int) -> int | None:
+        """Where the first line begins that begins in `[start, stop)`."""
+        if start == 0:
+            return 0
+        at = start - 1
+        while at < stop:
+            chunk = self._read(at, min(_CHUNK_BYTES, stop - at))
+            found = chunk.find(b"\n")
+            if found >= 0:
+                return at + found + 1
+            at += len(chunk)
+        return None
+
+    def _rest_of_line(self, at: int) -> Iterator[bytes]:
+        size = 64 << 10
+        while at < self.shard.size:
+            chunk = self._read(at, min(size, self.shard.size - at))
+            found = chunk.find(b"\n")
+            if found >= 0:
+                yield chunk[:found]
+                return
+            yield chunk
+            at += len(chunk)
+            size = _CHUNK_BYTES
+
+    def _read(self, start: int, size: int) -> bytes:
+        data = self.source.read_at(start, size)
+        if len(data) < size:
+            raise DamagedUnit(f"the file ends at byte {start + len(data)} and had {self.shard.size}")
+        return data
+
+
+class CompressedJsonLinesFile(ShardFile):
+    """An open file of compressed JSON lines."""
+
+    def byte_range(self, number: int) -> tuple[int, int]:
+        return 0, self.shard.size
+
+    def pieces(self, number: int) -> Iterator[pa.Array]:
+        return _rows(_lines(self._chunks()), self._text_column)
+
+    def _chunks(self) -> Iterator[bytes]:
+        with _decompressed(self.source, self.shard.layout) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk

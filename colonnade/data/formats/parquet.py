@@ -1,0 +1,135 @@
+"""Parquet: a unit is a row group, of which one column chunk is read, in small batches.
+
+Page checksums are verified where present. Pages are decoded one at a time, so that a row group of several GB costs no
+more memory than a small one; a single page, or a document, larger than a window is held whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from colonnade.data.corpus import DamagedUnit, Layout, Shard
+from colonnade.data.filesystems import RemoteSource, Source, fingerprint
+from colonnade.data.formats.base import ShardFile, check_text_column, checked
+from colonnade.data.windows import PIECE_ROWS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Text decoded at a time. The allocations behind it are a few times that.
+_PIECE_BYTES = 1 << 20
+# How much of the file is read at a time, where a page is not larger.
+_BUFFER_BYTES = 256 << 10
+
+
+class _Footers:
+    """Footers of remote files, which cost requests: a lane in a shuffled corpus comes back to a file again and again.
+
+    Shared by all readers of the process; parsed footers are only read from. Bounded by their serialised size.
+    """
+
+    _LIMIT = 16 << 20
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
+
+    def get(self, shard: Shard) -> Any:
+        with self._lock:
+            key = (shard.path, shard.fingerprint)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def keep(self, shard: Shard, footer: Any) -> None:
+        with self._lock:
+            self._kept[shard.path, shard.fingerprint] = footer
+            while len(self._kept) > 1 and sum(each.serialized_size for each in self._kept.values()) > self._LIMIT:
+                self._kept.popitem(last=False)
+
+
+_footers = _Footers()
+
+
+def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
+    """Rows and row groups from the footer. Raises UsageError, or what pyarrow raises for a damaged file."""
+    import pyarrow.parquet as pq
+
+    digest = fingerprint(source, footer_only=True)
+    with source.arrow() as opened, pq.ParquetFile(opened) as file:
+        schema, footer = file.schema_arrow, file.metadata
+    check_text_column(path, schema, text_column)
+    column = _leaf(footer, text_column)
+    sizes = [footer.row_group(index).column(column).total_uncompressed_size for index in range(footer.num_row_groups)]
+    shard = Shard(path, layout, source.size, footer.num_rows, tuple(sizes), digest)
+    if isinstance(source, RemoteSource):
+        _footers.keep(shard, footer)
+    return shard
+
+
+def _leaf(footer: Any, text_column: str) -> int:
+    """Number of the text column among the file's columns, nested ones counted."""
+    paths = [footer.schema.column(index).path for index in range(footer.num_columns)]
+    return paths.index(text_column)
+
+
+class ParquetFile(ShardFile):
+    """An open Parquet file."""
+
+    def __init__(self, source: Source, shard: Shard, text_column: str) -> None:
+        import pyarrow.parquet as pq
+
+        super().__init__(source, shard, text_column)
+        remote = isinstance(source, RemoteSource)
+        footer = _footers.get(shard) if remote else None
+        self._opened = source.arrow()
+        self._file = pq.ParquetFile(
+            self._opened,
+            metadata=footer,
+            buffer_size=_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
+        self._footer = self._file.metadata
+        if remote and footer is None:
+            _footers.keep(shard, self._footer)
+
+    def byte_range(self, number: int) -> tuple[int, int]:
+        group = self._footer.row_group(number)
+        chunk = group.column(_leaf(self._footer, self._text_column))
+        start = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
+        return start, start + chunk.total_compressed_size
+
+    def pieces(self, number: int) -> Iterator[pa.Array]:
+        if number >= self._footer.num_row_groups:
+            raise DamagedUnit(f"the file has {self._footer.num_row_groups} row groups now")
+        expected = self._footer.row_group(number).num_rows
+        rows = 0
+        try:
+            # One column: pyarrow's threads would have nothing to share.
+            for batch in self._file.iter_batches(
+                batch_size=self._batch_rows(number, expected),
+                row_groups=[number],
+                columns=[self._text_column],
+                use_threads=False,
+            ):
+                rows += batch.num_rows
+                yield checked(batch.column(0))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise DamagedUnit(" ".join(str(error).split()), expected) from error
+        if rows != expected:
+            raise DamagedUnit(f"{rows} rows where the footer promises {expected}", expected)
+
+    def _batch_rows(self, number: int, rows: int) -> int:
+        size = max(self.shard.unit_bytes[number] if number < self.shard.units else 0, 1)
+        return max(1, min(PIECE_ROWS, rows * _PIECE_BYTES // size))
+
+    def close(self) -> None:
+        self._file.close()
+        self._opened.close()
+        super().close()
