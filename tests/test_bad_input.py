@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -291,10 +290,11 @@ def test_what_only_looks_bad_is_accepted(inputs: Path, tmp_path: Path) -> None:
     """A row group of nulls, a name with blanks and accents, numbers that YAML takes for text."""
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nwarmup_steps: 0\n")
     folder = tmp_path / "Läufe mit 'Namen'" / "日本"
-    changed = base(inputs, folder, data_glob=inputs / "some_nulls.parquet", warmup_steps=None, total_steps=9)
+    changed = base(inputs, folder, data_glob=inputs / "some_nulls.parquet", warmup_steps=None, total_steps=1)
+    changed["shuffle"] = False
     (outcome,) = start(TRAINING, [*flags_of(changed), "--config", str(tmp_path / "c.yaml")])
     assert outcome.code == 0, outcome
-    assert re.search(r"filtered: [1-9]\d* missing", outcome.output)
+    assert "filtered: 10 missing" in outcome.output
     assert yaml.safe_load((folder / "run.yaml").read_text())["learning_rate"] == 1e-3
     assert list(losses(folder)) == [1]
 
