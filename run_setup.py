@@ -481,6 +481,7 @@ def _open_stream(settings: RunSettings, position: DataPosition | None) -> tuple[
         load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code),
         block_size=settings.block_size or 0,
         add_document_boundary_tokens=settings.add_document_boundary_tokens,
+        text_column=settings.text_column,
         position=position,
         strict=settings.strict_data,
     )
@@ -504,6 +505,7 @@ def _read_validation(settings: RunSettings) -> Validation | None:
             tokenizer,
             block_size=settings.block_size or 0,
             add_document_boundary_tokens=settings.add_document_boundary_tokens,
+            text_column=settings.text_column,
             epochs=1,
             strict=settings.strict_data,
         ) as stream:

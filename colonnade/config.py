@@ -54,8 +54,9 @@ class RunSettings:
 
     # Data
     data_glob: str | None = _setting(
-        None, "data", "Parquet or Arrow shards to train on, comma-separated patterns (default those in data/)"
+        None, "data", "shards to train on: paths, patterns or URLs, separated by commas (default those in data/)"
     )
+    text_column: str = _identity("text", "data", "column (JSON lines: key) that holds the text", unit="NAME")
     tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
     trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
     add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")

@@ -40,6 +40,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "preset": ("tiny", "tiny"),
     "model_config": ("some/config.json", "some/config.json"),
     "data_glob": ("a/*.parquet, b/*.arrow", "a/*.parquet, b/*.arrow"),
+    "text_column": ("body", "body"),
     "tokenizer_path": ("gpt2", "gpt2"),
     "validation_glob": ("v*.parquet", "v*.parquet"),
     "validation_interval": ("0", 0),

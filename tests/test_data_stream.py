@@ -197,12 +197,13 @@ def test_a_position_of_something_else_is_refused_naming_old_and_new(corpus: list
 
 
 def test_other_rows_under_the_same_manifest_are_noticed_where_the_cursor_stands(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "a.arrow", stdlib_texts(), layout="arrow-stream")
+    rest = stdlib_texts() * 3  # more than the end of the file that the manifest knows
+    shard = write_shard(tmp_path / "a.arrow", [*stdlib_texts(), *rest], layout="arrow-stream")
     with open_stream([shard]) as stream:
         position = list(islice(stream, 5))[-1].position
     size = shard.stat().st_size
     texts = ["1" * len(text.encode()) for text in stdlib_texts()]
-    write_shard(shard, texts, layout="arrow-stream")
+    write_shard(shard, [*texts, *rest], layout="arrow-stream")
     assert shard.stat().st_size == size, "the test needs a file of the same size"
     with open_stream([shard], position=position) as stream, pytest.raises(UsageError, match="data changed"):
         next(stream)

@@ -22,6 +22,7 @@ COMMANDS = (
     ["generate.py"],
     ["audit_run.py"],
     ["check_bits.py"],
+    ["benchmarks/data_memory.py"],
     ["benchmarks/step.py"],
     ["-m", "colonnade.data.sample_corpus"],
 )
