@@ -57,8 +57,10 @@ class RunSettings:
     data_glob: str | None = _setting(
         None,
         "data",
-        "shards to train on: comma-separated patterns, or name=glob:weight,... for a mixture (default those in data/)",
+        "shards to train on: paths, patterns or URLs, separated by commas, or name=glob:weight,... for a mixture "
+        "(default those in data/)",
     )
+    text_column: str = _identity("text", "data", "column (JSON lines: key) that holds the text", unit="NAME")
     tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
     tokenizer_backend: str = _setting(
         "auto",
@@ -69,7 +71,6 @@ class RunSettings:
     )
     trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
     add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")
-    text_column: str = _identity("text", "data", "column, or JSON key, that holds the text", unit="NAME")
     shuffle: bool = _identity(
         True, "data", "read row groups, and the rows of each, in an order of the seed, another one every epoch"
     )

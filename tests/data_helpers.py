@@ -88,9 +88,14 @@ def write_shard(
     return path
 
 
+def windows_of(reader: UnitReader, shard: Shard, number: int) -> list[Any]:
+    """All windows of one unit."""
+    return list(reader.windows(shard, number))
+
+
 def rows_of(reader: UnitReader, shard: Shard, number: int) -> list[str | None]:
     """All rows of one unit."""
-    return [text for window in reader.windows(shard, number) for text in window.to_pylist()]
+    return [text for window in windows_of(reader, shard, number) for text in window.to_pylist()]
 
 
 def write_corpus(folder: Path, texts: Sequence[str], *, shards: int = 3, group: int = 10) -> list[Path]:

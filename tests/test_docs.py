@@ -23,6 +23,7 @@ COMMANDS = (
     ["audit_run.py"],
     ["check_bits.py"],
     ["benchmarks/data.py"],
+    ["benchmarks/data_memory.py"],
     ["benchmarks/step.py"],
     ["benchmarks/packing.py"],
     ["benchmarks/document_mask.py"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -42,6 +43,7 @@ class UnitReader:
     """
 
     def __init__(self, text_column: str) -> None:
+        _use_system_allocator()
         self._text_column = text_column
         self._file: ShardFile | None = None
         self._expected: list[_Expected] = []
@@ -140,6 +142,8 @@ class UnitReader:
     def _open(self, shard: Shard, number: int | None) -> ShardFile:
         source = open_source(shard.path, shard.size)
         try:
+            if source.size != shard.size:
+                raise DamagedUnit(f"the file has {source.size} bytes now and had {shard.size}")
             file = OPEN[shard.layout](source, shard, self._text_column)
             if number is not None:
                 self._focus(file, number)
@@ -173,6 +177,14 @@ class UnitReader:
             if isinstance(error, OSError) and error.errno is not None:
                 raise RunError(f"data shard {shard.path} cannot be reached: {reason}") from error
             raise DamagedUnit(reason) from error
+
+
+def _use_system_allocator() -> None:
+    """pyarrow's own allocators keep what was freed, tens of MiB a process, and a lane's memory could not be bounded."""
+    import pyarrow as pa
+
+    if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ and pa.default_memory_pool().backend_name != "system":
+        pa.set_memory_pool(pa.system_memory_pool())
 
 
 def _close(file: ShardFile) -> None:

@@ -70,14 +70,12 @@ def detect_layout(path: str, start: bytes) -> Layout:
     """
     stem, suffix = posixpath.splitext(file_name(path).lower())
     layout = _SUFFIXES.get(suffix)
-    # Text and bare token ids may begin with any bytes.
-    if layout == "text" or (layout == "tokens" and suffix == ".bin"):
-        return layout
     for magic, found in _MAGIC:
         if start.startswith(magic):
             return found
+    # Bare token ids may begin like a compressed file.
     for magic, found in _COMPRESSION:
-        if start.startswith(magic):
+        if start.startswith(magic) and layout != "tokens":
             inner = stem if suffix in (".zst", ".zstd", ".gz") else stem + suffix
             if _SUFFIXES.get(posixpath.splitext(inner)[1]) == "jsonl":
                 return found

@@ -139,6 +139,8 @@ class ArrowFile(ShardFile):
             begin, end, messages = self.shard.batches[number]
             parts = (*self.shard.prologue[:messages], (begin, end))
             data = b"".join(self.source.read_at(start, stop - start) for start, stop in parts)
+            if len(data) < sum(stop - start for start, stop in parts):
+                raise DamagedUnit("the file was cut short")
             options = self._only_text(pa.ipc.open_stream(data).schema)
             batch = pa.ipc.open_stream(data, options=options).read_next_batch()
             del data

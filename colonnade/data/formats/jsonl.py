@@ -215,5 +215,9 @@ class CompressedJsonLinesFile(ShardFile):
 
     def _chunks(self) -> Iterator[bytes]:
         with _decompressed(self.source, self.shard.layout) as stream:
+            size = 0
             while chunk := stream.read(_CHUNK_BYTES):
+                size += len(chunk)
                 yield chunk
+            if size == 0:
+                raise DamagedUnit("the file is empty")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Text decoded at a time. The allocations behind it are a few times that.
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 256 << 10
 # How much of the file is read at a time, where a page is not larger.
 _BUFFER_BYTES = 256 << 10
 
@@ -106,6 +106,8 @@ class ParquetFile(ShardFile):
     def pieces(self, number: int) -> Iterator[pa.Array]:
         if number >= self._footer.num_row_groups:
             raise DamagedUnit(f"the file has {self._footer.num_row_groups} row groups now")
+        if self._file.schema_arrow.get_field_index(self._text_column) < 0:
+            raise DamagedUnit(f"the file has no column {self._text_column!r} now")
         expected = self._footer.row_group(number).num_rows
         rows = 0
         try:

@@ -1,0 +1,481 @@
+"""Every format a shard may have: what is read from it, how it is cut into units and windows, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from colonnade.data.corpus import WINDOW_BYTES
+from colonnade.data.filesystems import LocalSource
+from colonnade.data.formats import arrow, jsonl, text, tokens
+from colonnade.data.shards import DamagedUnit, Shard, UnitReader, Units, open_shards
+from colonnade.data.windows import cut_windows
+from colonnade.errors import UsageError
+from data_helpers import bad_utf8, rows_of, stdlib_texts, windows_of, write_shard
+
+
+def opened(path: Path, column: str = "text") -> Shard:
+    (shard,) = open_shards([path], column)
+    return shard
+
+
+def units_of(path: Path, column: str = "text") -> list[list[str | None]]:
+    """Rows of each unit; units are read in another order than they stand in."""
+    shard, reader = opened(path, column), UnitReader(column)
+    order = list(range(shard.units))
+    random.Random(0).shuffle(order)
+    read = {number: rows_of(reader, shard, number) for number in order}
+    reader.close()
+    return [read[number] for number in range(shard.units)]
+
+
+def raw_rows(path: Path) -> list[bytes | None]:
+    """All rows as bytes, for rows that are no UTF-8."""
+    shard, reader = opened(path), UnitReader("text")
+    windows = [window for number in range(shard.units) for window in windows_of(reader, shard, number)]
+    return [row for window in windows for row in window.cast(pa.large_binary()).to_pylist()]
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def reference_windows(rows: list[bytes | None], limit: int) -> list[list[bytes | None]]:
+    """The rule, a row at a time."""
+    windows: list[list[bytes | None]] = [[]]
+    filled = 0
+    for row in rows:
+        cost = len(row or b"") + 8
+        if windows[-1] and filled + cost > limit:
+            windows.append([])
+            filled = 0
+        windows[-1].append(row)
+        filled += cost
+    return [window for window in windows if window]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.string_view()])
+def test_windows_do_not_depend_on_the_pieces(kind: pa.DataType) -> None:
+    generator = random.Random(0)
+    rows: list[bytes | None] = [
+        None if generator.random() < 0.1 else b"x" * generator.choice([0, 1, 5, 92, 93, 400]) for _ in range(500)
+    ]
+    column = pa.array([row if row is None else row.decode() for row in rows], pa.string()).cast(kind)
+    expected = reference_windows(rows, 100)
+    for step in (1, 7, 500):
+        pieces = [column.slice(start, step) for start in range(0, len(column), step)]
+        windows = list(cut_windows(pieces, 100))
+        assert [window.cast(pa.large_binary()).to_pylist() for window in windows] == expected
+        for window in windows:
+            assert window.type == pa.large_string()
+            window.validate(full=True)
+
+
+def test_dictionaries_nulls_and_bad_utf8_become_windows() -> None:
+    column = pa.array(["a", None, "b", "a"] * 1000).dictionary_encode()
+    assert pa.chunked_array(list(cut_windows([column]))).to_pylist() == ["a", None, "b", "a"] * 1000
+    assert [window.to_pylist() for window in cut_windows([pa.nulls(3), pa.nulls(0, pa.string())])] == [[None] * 3]
+    (window,) = cut_windows([bad_utf8([b"ok", b"\xff", None])])
+    assert window.cast(pa.large_binary()).to_pylist() == [b"ok", b"\xff", None]
+    assert list(cut_windows([])) == []
+
+
+def test_a_row_group_larger_than_a_window_is_cut_by_size(tmp_path: Path) -> None:
+    size = 3 << 20
+    rows: list[bytes | None] = [f"{index:06d}".encode() + b"x" * size for index in range(13)]
+    rows[7] = b"y" * (WINDOW_BYTES + 1)
+    path = write_shard(tmp_path / "a.parquet", pa.array(rows, pa.binary()).cast(pa.string()), group=100)
+    windows = windows_of(UnitReader("text"), opened(path), 0)
+    found = [window.cast(pa.large_binary()).to_pylist() for window in windows]
+    assert found == reference_windows(rows, WINDOW_BYTES)
+    assert [len(window) for window in windows] == [5, 2, 1, 5]
+
+
+def test_damage_at_the_end_of_a_large_unit_shows_before_its_first_window(tmp_path: Path) -> None:
+    texts = [f"(document {index}) " + "x" * 100_000 for index in range(400)]
+    path = write_shard(tmp_path / "a.parquet", texts, group=400, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"(document 399)")] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DamagedUnit, match="CRC") as caught:
+        next(UnitReader("text").windows(opened(path), 0))
+    assert caught.value.rows == 400
+
+
+# --- units and what is known of them beforehand ----------------------------------------------------------------------
+
+
+def test_bytes_of_units(tmp_path: Path) -> None:
+    parquet = write_shard(tmp_path / "a.parquet", stdlib_texts(), group=25)
+    footer = pq.read_metadata(parquet)
+    sizes = [footer.row_group(group).column(1).total_uncompressed_size for group in range(3)]
+    (tmp_path / "b.jsonl").write_bytes(b'{"text":"word"}\n' * 1_000_000)
+    (tmp_path / "c.bin").write_bytes(bytes(2 * (tokens.UNIT_TOKENS + 10)))
+    units = Units(open_shards([parquet, tmp_path / "b.jsonl", tmp_path / "c.bin"], "text"))
+    found = units.unit_bytes
+    assert found == [*sizes, 8 << 20, 16_000_000 - (8 << 20), 4 * tokens.UNIT_TOKENS, 40]
+    assert [shard.rows for shard in units.shards] == [60, 0, 2]
+    assert units.describe(2) == f"row group 2 of {parquet}"
+    assert units.describe(6) == f"token range 1 of {tmp_path / 'c.bin'}"
+
+
+@pytest.mark.parametrize("layout", ["arrow-file", "arrow-stream"])
+@pytest.mark.parametrize("options", [None, pa.ipc.IpcWriteOptions(compression="zstd")])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_arrow_messages_are_found_as_pyarrow_finds_them(tmp_path: Path, layout: str, options: Any, size: int) -> None:
+    table = pa.table({"kind": pa.array([f"k{i % 3}" for i in range(size)]).dictionary_encode(), "text": ["x"] * size})
+    make = {"arrow-file": pa.ipc.new_file, "arrow-stream": pa.ipc.new_stream}[layout]
+    path = tmp_path / "a"
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=300)
+    found = list(arrow._messages(LocalSource(str(path)), 8 if layout == "arrow-file" else 0))
+    data = path.read_bytes()[8 if layout == "arrow-file" else 0 :]
+    reader, expected = pa.BufferReader(data), []
+    while True:
+        start = reader.tell()
+        try:
+            message = pa.ipc.read_message(reader)
+        except EOFError:
+            break
+        expected.append((start, reader.tell(), message.type))
+        if message.type == "record batch" and len(expected) > 2000:
+            break
+    shift = len(path.read_bytes()) - len(data)
+    assert [(each.start - shift, each.end - shift) for each in found] == [each[:2] for each in expected]
+    assert [each.rows is not None for each in found] == [each[2] == "record batch" for each in expected]
+    assert sum(each.rows or 0 for each in found) == size
+
+
+# --- JSON lines ------------------------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, lines: list[bytes]) -> Path:
+    data = b"\n".join(lines)
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = pa.compress(data, "zstd", asbytes=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.ndjson", "a.json.gz"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    lines: list[tuple[bytes, bytes | None]] = [
+        (b'{"text": "first", "n": [1, {"a": null}]}', b"first"),
+        ('{"text": "zwölf 日本 \\u00e9 \\ud83d\\ude00"}'.encode(), "zwölf 日本 é 😀".encode()),
+        (b'{"n": 1}', None),
+        (b'{"text": 5}', None),
+        (b'{"text": null}', None),
+        (b'{"text": ["a"]}', None),
+        (b"null", None),
+        (b"[1]", None),
+        (b'"text"', None),
+        (b'{"text": "cut', None),
+        (b"garbage \x00\xff", None),
+        (b"[" * 100_000, None),
+        (b'{"text": "bad \xff byte"}', b"bad \xff byte"),
+        (b'{"text": "half \\ud83d pair"}', b"half \xed\xa0\xbd pair"),
+        (b'{"text": ""}', b""),
+        (b'{"text": "a\\nb"}\r', b"a\nb"),
+        (b'{"text": "last"}', b"last"),
+    ]
+    path = write_lines(tmp_path / name, [b"", *(line for line, _ in lines), b"", b"  "])
+    assert raw_rows(path) == [text for _, text in lines]
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"", b"\r\n"])
+def test_lines_belong_to_the_unit_they_begin_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: bytes) -> None:
+    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 7)
+    generator = random.Random(0)
+    texts = [f"{index} " + "x" * generator.choice([0, 3, 30, 300]) for index in range(200)]
+    lines = [json.dumps({"text": each}).encode() for each in texts]
+    newline = ending or b"\n"
+    data = newline.join(lines) + ending
+    (tmp_path / "a.jsonl").write_bytes(data)
+    starts = np.cumsum([0] + [len(line) + len(newline) for line in lines])[:-1]
+    for unit_bytes in (1, 50, int(starts[7]), int(starts[7]) - 1, int(starts[7]) + 1, 5000, len(data), len(data) + 1):
+        monkeypatch.setattr(jsonl, "UNIT_BYTES", unit_bytes)
+        units = units_of(tmp_path / "a.jsonl")
+        expected = [[text for text, start in zip(texts, starts, strict=True) if start // unit_bytes == unit]
+                    for unit in range(len(units))]  # fmt: skip
+        assert units == expected, unit_bytes
+
+
+def test_a_unit_without_any_object_is_damaged_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "UNIT_BYTES", 100)
+    good = b'{"text": "0123456789"}'.ljust(49)
+    path = write_lines(tmp_path / "a.jsonl", [good, good, b"x" * 49, b"y" * 49, good, b"z" * 49])
+    shard, reader = opened(path), UnitReader("text")
+    assert rows_of(reader, shard, 0) == ["0123456789"] * 2
+    with pytest.raises(DamagedUnit, match="none of its 2 lines is a JSON object") as caught:
+        rows_of(reader, shard, 1)
+    assert caught.value.rows == 2
+    assert rows_of(reader, shard, 2) == ["0123456789", None]
+
+
+def test_a_line_without_end_is_damage_not_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": "ok"}', b'{"text": "' + b"x" * (3 << 20)])
+    with pytest.raises(DamagedUnit, match="longer than 1 MiB"):
+        rows_of(UnitReader("text"), opened(path), 0)
+
+
+@pytest.mark.parametrize("suffix", ["zst", "gz"])
+def test_compressed_lines_cut_short_or_flipped_are_damage(tmp_path: Path, suffix: str) -> None:
+    generator = random.Random(0)
+    lines = [json.dumps({"text": f"{generator.random()} " * 20}).encode() for _ in range(3000)]
+    path = write_lines(tmp_path / f"a.jsonl.{suffix}", lines)
+    whole = path.read_bytes()
+    shard, reader = opened(path), UnitReader("text")
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DamagedUnit):
+        rows_of(reader, shard, 0)
+    reader.close()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    path.write_bytes(bytes(flipped))
+    if suffix == "gz":  # zstd has a checksum only where the writer was asked for one
+        with pytest.raises(DamagedUnit):
+            rows_of(UnitReader("text"), shard, 0)
+    path.write_bytes(whole)
+    assert len(rows_of(UnitReader("text"), shard, 0)) == 3000
+
+
+def test_zstd_written_by_the_zstandard_package_in_several_frames(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
+    frames = [compressor.compress(b'{"text": "%d"}\n' % index * 1000) for index in range(3)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert units_of(tmp_path / "a.jsonl.zst") == [[str(index) for index in range(3) for _ in range(1000)]]
+    shard = opened(tmp_path / "a.jsonl.zst")
+    flipped = bytearray(b"".join(frames))
+    flipped[-2] ^= 1
+    (tmp_path / "a.jsonl.zst").write_bytes(bytes(flipped))
+    with pytest.raises(DamagedUnit, match="checksum"):
+        rows_of(UnitReader("text"), shard, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "0 rows"),
+        ("a.jsonl", b"\n \n", "0 rows"),
+        ("a.jsonl", b'[{"text": "a"}]', "JSON array"),
+        ("a.jsonl", b"not json at all\nneither", "not JSON lines"),
+        ("a.jsonl", b'{"body": "a", "id": 1}\n', r"no key 'text' \(its first line has body, id\)"),
+        ("a.jsonl.zst", b'{"text": "a"}\n', "not compressed"),
+        ("a.zst", b"\x28\xb5\x2f\xfd rest", "does not end like .jsonl.zst"),
+        ("a.tar.gz", b"\x1f\x8b rest", "does not end like .jsonl.zst"),
+        ("a.jsonl.gz", b"\x1f\x8b rest", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_json_lines_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"{name} .*{message}"):
+        open_shards([tmp_path / name], "text")
+
+
+def test_another_column(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b'{"body": "b", "text": "t"}'])
+    assert units_of(path, "body") == [["b"]]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def texts_to_cut() -> dict[str, str]:
+    generator = random.Random(0)
+    words = [generator.choice(["alpha", "βeta", "日本", "x" * 50]) for _ in range(60_000)]
+    return {
+        "paragraphs": "".join(word + generator.choice([" ", " ", "\n", "\n\n"]) for word in words),
+        "windows": "".join(word + generator.choice([" ", "\r\n", "\r\n\r\n"]) for word in words),
+        "lines": "".join(word + generator.choice([" ", "\n"]) for word in words),
+        "one line": "日本語é😀" * 30_000,
+        "short": "only this",
+    }
+
+
+@pytest.mark.parametrize("name", list(texts_to_cut()))
+@pytest.mark.parametrize("unit_bytes", [100_000, 8 << 20])
+def test_text_is_cut_at_blank_lines_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, unit_bytes: int
+) -> None:
+    monkeypatch.setattr(text, "UNIT_BYTES", unit_bytes)
+    whole = texts_to_cut()[name]
+    path = tmp_path / "a.txt"
+    path.write_bytes(whole.encode())
+    units = units_of(path)
+    assert len(units) == -(-len(whole.encode()) // unit_bytes)
+    rows = [row or "" for unit in units for row in unit]
+    assert "".join(rows) == whole
+    assert max(len(row.encode()) for row in rows) <= text.ROW_BYTES
+    ending = {"paragraphs": "\n\n", "windows": "\r\n\r\n", "lines": "\n", "one line": "", "short": ""}[name]
+    inner = [row for unit in units for row in unit[:-1]]
+    assert all(row is not None and row.endswith(ending) for row in [*inner, *[unit[-1] for unit in units[:-1]]])
+    if name != "short" and unit_bytes > 100_000:
+        assert min(len((row or "").encode()) for row in inner) > text.ROW_BYTES // 2
+
+
+def test_a_cut_does_not_depend_on_what_comes_long_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "UNIT_BYTES", 100_000)
+    whole = texts_to_cut()["paragraphs"].encode()
+    (tmp_path / "a.txt").write_bytes(whole)
+    changed = bytearray(whole)
+    changed[10:90_000] = b"z" * 89_990
+    (tmp_path / "b.txt").write_bytes(bytes(changed))
+    assert units_of(tmp_path / "a.txt")[2:] == units_of(tmp_path / "b.txt")[2:]
+
+
+def test_text_that_is_no_utf8_keeps_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "UNIT_BYTES", 70_001)
+    data = np.random.default_rng(0).integers(128, 256, 400_000, np.uint8).tobytes()
+    (tmp_path / "a.txt").write_bytes(data)
+    assert b"".join(row or b"" for row in raw_rows(tmp_path / "a.txt")) == data
+
+
+@pytest.mark.parametrize("content", ["text".encode("utf-16"), b"\x7fELF\0\0\0", b""])
+def test_files_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.txt (is not UTF-8 text|has 0 rows)"):
+        open_shards([tmp_path / "a.txt"], "text")
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def llm_c(ids: np.ndarray, magic: int, version: int, count: int | None = None) -> bytes:
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids) if count is None else count
+    return header.tobytes() + ids.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.npy", "u2"),
+        ("a.npy", "u4"),
+        ("a.npy", "i4"),
+        ("train.bin", "u2"),
+        ("train.uint32.bin", "u4"),
+        ("train.u32.bin", "u4"),
+        ("gpt2.bin", "header u2"),
+        ("llama3.bin", "header u4"),
+    ],
+)
+def test_token_shards(tmp_path: Path, name: str, kind: str) -> None:
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 50_000, tokens.UNIT_TOKENS + 1000).astype(kind[-2:])
+    path = tmp_path / name
+    if kind.startswith("header"):
+        path.write_bytes(llm_c(ids, *{"u2": (20240520, 1), "u4": (20240801, 7)}[kind[-2:]]))
+    elif name.endswith(".npy"):
+        np.save(path, ids)
+    else:
+        ids.tofile(path)
+    shard, reader = opened(path), UnitReader("text")
+    assert (shard.layout, shard.rows, shard.units) == ("tokens", 2, 2)
+    windows = [list(reader.windows(shard, number)) for number in (1, 0)][::-1]
+    assert [[window.shape for window in unit] for unit in windows] == [[(tokens.UNIT_TOKENS,)], [(1000,)]]
+    read = np.concatenate([unit[0] for unit in windows])
+    assert read.dtype == np.dtype(f"u{ids.dtype.itemsize}")
+    assert np.array_equal(read, ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"", "0 tokens"),
+        ("a.bin", b"abc", "3 bytes are no whole number of 2-byte ids"),
+        ("a.uint32.bin", b"abcdef", "no whole number of 4-byte ids"),
+        ("a.bin", llm_c(np.zeros(5, np.uint16), 20240520, 1, count=6), "1034 bytes where 6 tokens"),
+        ("a.bin", llm_c(np.zeros(5, np.uint16), 20240520, 9), "header of version 9"),
+        ("a.npy", b"no numpy", "no numpy file"),
+        ("a.npy", b"\x93NUMPY\x01\x00\xff", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_token_shards_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"{name} .*{message}"):
+        open_shards([tmp_path / name], "text")
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3), np.uint16), np.zeros(3, np.int64), np.zeros(3, ">u2"), np.zeros(3)])
+def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(UsageError, match="one dimension of uint16, uint32 or int32"):
+        open_shards([tmp_path / "a.npy"], "text")
+
+
+def test_a_truncated_numpy_file_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(1000, np.uint16))
+    os.truncate(tmp_path / "a.npy", 500)
+    with pytest.raises(UsageError, match="500 bytes where 1000 tokens"):
+        open_shards([tmp_path / "a.npy"], "text")
+
+
+def test_token_ids_are_little_endian(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(struct.pack("<3H", 1, 258, 50_256))
+    (window,) = UnitReader("text").windows(opened(tmp_path / "a.bin"), 0)
+    assert window.tolist() == [1, 258, 50_256]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_MEASURE = """
+import sys, threading, time, psutil
+from colonnade.data.shards import UnitReader, open_shards
+reader, process = UnitReader("text"), psutil.Process()
+small, large = open_shards(sys.argv[1:], "text")
+for _ in reader.windows(small, 0):
+    pass
+start, highest, done = process.memory_info().rss, 0, False
+def watch():
+    global highest
+    while not done:
+        highest = max(highest, process.memory_info().rss)
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+size = sum(window.nbytes for number in range(large.units) for window in reader.windows(large, number))
+done = True
+thread.join()
+print(size, highest - start)
+"""
+
+
+@pytest.mark.parametrize("name", ["giant.parquet", "giant.jsonl.zst"])
+def test_a_giant_unit_takes_at_most_64_mib(tmp_path: Path, name: str) -> None:
+    generator = random.Random(0)
+    base = "".join(generator.choices("abcdefgh ", k=4000))
+    texts = [f"{index} {base[index % 100 :]}" for index in range(60_000)]
+    if name.endswith("parquet"):
+        small = write_shard(tmp_path / "small.parquet", texts[:500], group=500)
+        large = write_shard(tmp_path / name, texts, group=len(texts), compression="zstd", use_dictionary=False)
+    else:
+        small = write_lines(tmp_path / "small.jsonl.zst", [json.dumps({"text": each}).encode() for each in texts[:500]])
+        large = write_lines(tmp_path / name, [json.dumps({"text": each}).encode() for each in texts])
+    assert opened(large).units == 1
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(small), str(large)],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    size, above = map(int, done.stdout.split())
+    assert size > 230_000_000
+    assert above < 64 << 20
