@@ -10,13 +10,13 @@ A block without marks and padding is its token ids. Everything here takes leadin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from colonnade.parallel.vocabulary import IGNORE_INDEX
+if TYPE_CHECKING:  # a reader packs blocks without torch
+    from torch import Tensor
 
 PADDING = -1
 BEGIN = 1 << 30
@@ -65,6 +65,10 @@ def unpack_blocks(wire: Tensor, *, document_mask: bool) -> Blocks:
     document is no label either: the token before it, which another document holds, does not predict it. So the loss is
     that of the documents run one by one.
     """
+    import torch
+
+    from colonnade.parallel.vocabulary import IGNORE_INDEX
+
     ids = torch.where(wire < 0, 0, wire & (BEGIN - 1)).long()
     labels = ids[:, 1:].masked_fill(~_counted(wire, document_mask=document_mask), IGNORE_INDEX)
     starts = None
@@ -75,6 +79,8 @@ def unpack_blocks(wire: Tensor, *, document_mask: bool) -> Blocks:
 
 def counted_targets(wire: npt.NDArray[np.int32] | Tensor, document_mask: bool) -> int:
     """How many labels of blocks [..., T + 1] `unpack_blocks` counts. For a tensor on a device this waits for it."""
+    import torch
+
     return int(_counted(torch.as_tensor(wire), document_mask=document_mask).sum())
 
 
