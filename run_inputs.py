@@ -327,12 +327,24 @@ def batch_of_resumed(
 
 
 def fixed_micro_batch(settings: RunSettings, record: Mapping[str, Any]) -> int | None:
-    """The micro-batch of a deterministic run, which nothing may lower: as given, else the run's own, else not known."""
+    """The micro-batch of a deterministic run, which nothing may lower: as given, else the checkpoint's.
+
+    None where the mode is off.
+
+    Raises:
+        UsageError: neither says: the tuner's answer would depend on the ranks and on timing, and the bits on that.
+    """
     if not settings.deterministic:
         return None
     if settings.initial_batch_size != "auto":
         return int(settings.initial_batch_size)
-    return (record.get("arithmetic") or {}).get("micro_batch_size")
+    size = (record.get("arithmetic") or record).get("micro_batch_size")
+    if type(size) is not int or size < 1:
+        raise UsageError(
+            "--deterministic fixes the micro-batch, which --initial-batch-size auto would choose by the ranks at hand: "
+            "give --initial-batch-size N, a number that fits at every rank count you mean to use"
+        )
+    return size
 
 
 def check_shares(global_batch: int | None, dp: int) -> None:

@@ -36,9 +36,10 @@ from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
 from colonnade.optim.schedule import CosineSchedule
-from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
+from colonnade.parallel.determinism import arithmetic_of, check_micro_batches, halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
 from model import ModelConfig, TensorParallelModel
@@ -91,6 +92,8 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
     directory = Path(settings.checkpoint_dir)
     found = on_first_rank(lambda: newest_checkpoint(directory))
+    if found is None:
+        fixed_micro_batch(settings, {})
     settings = on_first_rank(lambda: resolve_data(settings, notes))
     config = on_first_rank(lambda: resolve_model(settings))
     settings = resolve_model_settings(settings, config)
@@ -180,17 +183,25 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     return _assemble(settings, config, layout, notes, origin)
 
 
-def replay_run(directory: Path, first: int, last: int | None, tensor_parallel_size: int | None) -> Run:
+def replay_run(
+    layout: ParallelLayout,
+    directory: Path,
+    first: int,
+    last: int,
+    *,
+    data_glob: str | None = None,
+    tokenizer_path: str | None = None,
+) -> Run:
     """The deterministic run of a folder as it stood at its newest checkpoint up to step `first`, or at its beginning.
 
-    Nothing is written. The settings are those under which the steps up to `last` (None: all there are) were trained, as
-    the next checkpoint says.
+    Nothing is written. The settings are those under which the steps up to `last` were trained, as the next checkpoint
+    says; `data_glob` and `tokenizer_path` say where the run's data are now, if they have moved. What was restored is
+    not compared with its fingerprint.
 
     Raises:
-        UsageError: the run is not deterministic, was changed in this stretch, needs another machine, or has no complete
-            checkpoint.
+        UsageError: the run is not deterministic, was changed in this stretch, needs another machine or other ranks, or
+            has no complete checkpoint; or the data are not those it was trained on.
     """
-    layout = init_parallel(tensor_parallel_size)
     start, told_by = on_first_rank(lambda: _checkpoints_around(directory, first, last))
     begin = 0 if start is None else start.step or 0
     notes: list[str] = []
@@ -200,9 +211,12 @@ def replay_run(directory: Path, first: int, last: int | None, tensor_parallel_si
         settings = RunSettings(**record["settings"]).replace(
             tensor_parallel_size=layout.tp, checkpoint_dir=str(directory), validation_glob=None
         )
+        moved = {"data_glob": data_glob, "tokenizer_path": tokenizer_path}
+        settings = settings.replace(**{name: value for name, value in moved.items() if value is not None})
         if not settings.deterministic:
             raise UsageError(f"--run {directory} was not trained with --deterministic: its bits depend on its ranks")
-        changed = arithmetic_changes(record, settings, layout)
+        _require_workable_ranks(record, settings, layout)
+        changed = arithmetic_changes(record, settings, layout) + weight_changes(record, settings)
         if changed:
             raise UsageError(
                 f"--run {directory} cannot be audited here, where other bits are right: {'; '.join(changed)}"
@@ -218,8 +232,27 @@ def replay_run(directory: Path, first: int, last: int | None, tensor_parallel_si
     with vote():
         check_sizes(settings, config, layout)
     path = None if start is None else start.path
-    origin = _Origin(path, own, begin, keep_optimizer=True, global_batch=record["global_batch"])
-    return _assemble(settings, config, layout, notes, origin, is_replay=True)
+    # Other data are refused here, in an audit's own words, and from the beginning too, where there is no position.
+    origin = _Origin(path, own, begin, keep_optimizer=True, global_batch=record["global_batch"], allow_data_change=True)
+    run = _assemble(settings, config, layout, notes, origin, is_replay=True)
+    with vote():
+        if run.stream is not None:
+            differences = DataPosition.from_dict(record["data_position"]).head.differences(run.stream.start.head)
+            if differences:
+                raise UsageError(f"--data-glob or --tokenizer-path: not the run's data: {'; '.join(differences)}")
+    return run
+
+
+def _require_workable_ranks(record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout) -> None:
+    tensor_sizes = halving_sizes(settings.tensor_slices or 1)
+    data_sizes = halving_sizes(record["global_batch"] // (fixed_micro_batch(settings, record) or 1))
+    if layout.tp not in tensor_sizes or layout.dp not in data_sizes:
+        counts = sorted({tensor * data for tensor in tensor_sizes for data in data_sizes})
+        raise UsageError(
+            f"{layout.tp} tensor-parallel x {layout.dp} data-parallel ranks cannot take this run's steps; numbers of "
+            f"ranks that can: {', '.join(map(str, counts))}, with --tensor-parallel-size one of "
+            f"{', '.join(map(str, tensor_sizes))} and {', '.join(map(str, data_sizes))} times as many ranks"
+        )
 
 
 def _checkpoints_around(directory: Path, first: int, last: int | None) -> tuple[CheckpointInfo | None, CheckpointInfo]:
@@ -386,6 +419,8 @@ def _assemble(
     allocate_state(optimizer)
     scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
     step = _restore(origin, model, optimizer, scaler)
+    if not is_replay:  # an audit compares by itself, and names the tensor
+        _require_fingerprint(origin, model, optimizer)
     with vote():
         require_steps_left(origin.path or Path(settings.checkpoint_dir), step, settings)
     batch, depends_on = _tune_batch(model, settings, layout, global_batch, micro_batch)
@@ -395,8 +430,6 @@ def _assemble(
         check_step_size(size, settings, layout.dp)
     arithmetic = None
     if settings.deterministic:
-        with vote():
-            check_micro_batches(global_batch, size, layout.dp)
         arithmetic = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
     if settings.warmup_steps >= settings.total_steps:
         notes.append(
@@ -472,6 +505,23 @@ def _restore(origin: _Origin, model: TensorParallelModel, optimizer: torch.optim
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"{path}: its loss scale or random state is damaged ({one_line(error)})") from error
     return origin.step
+
+
+def _require_fingerprint(origin: _Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a checkpoint whose tensors, as they were restored, are not those its manifest tells of."""
+    record = origin.record or {}
+    if record.get("fingerprint") is None:
+        return
+    found = fingerprint_of(model, optimizer if origin.keep_optimizer else None)
+    found.require_equal_copies(origin.step)
+    for key, what in zip(FINGERPRINT_KEYS, ("parameters", "optimizer's moments"), strict=True):
+        if key == "moments_fingerprint" and not origin.keep_optimizer:
+            continue
+        if record[key] not in (None, found.columns()[key]):
+            raise UsageError(
+                f"{origin.path} is damaged: its {what} do not have the fingerprint that its manifest records; use "
+                "another checkpoint (move this one away: the newest is taken)"
+            )
 
 
 def _schedule(settings: RunSettings, origin: _Origin, step: int) -> CosineSchedule:

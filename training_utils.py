@@ -35,7 +35,7 @@ from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.peers import PeerWatch, is_connection_lost
 from colonnade.telemetry.data_ledger import data_metrics, data_summary, write_data_ledger
-from colonnade.telemetry.fingerprint import combined, float32_bits, tensor_fingerprints
+from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, Fingerprint, fingerprint_of, float32_bits
 from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.plots import plot_loss
 from colonnade.telemetry.progress import ProgressReport
@@ -139,7 +139,9 @@ def train(run: Run) -> None:
     watch = PeerWatch(enabled=dist.get_world_size() > 1)
     progress = ProgressReport(total, initial_step=run.step, enabled=run.layout.is_main)
     metrics = _open_log(run, METRICS_NAME)
-    fingerprints = _open_log(run, FINGERPRINTS_NAME) if run.settings.fingerprint_interval else None
+    fingerprints = None
+    if settings.fingerprint_interval or settings.deterministic:
+        fingerprints = _open_log(run, FINGERPRINTS_NAME)
     meter = _Meter(run)
     saved_step = run.step if run.resumed_from is not None else -1
     for note in run.notes:
@@ -159,13 +161,18 @@ def train(run: Run) -> None:
 
             # -- log
             is_last = run.step == total
+            is_saved = is_last or _is_due(run.step, settings.checkpoint_interval)
             with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
+            # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
+            with_fingerprint |= is_saved and settings.deterministic
+            fingerprint = None
             is_logged = run.step % settings.log_interval == 0 or is_last or with_fingerprint
             if is_logged:
                 row = meter.row(loss, norm, rate, batch.epoch)
                 run.loss = row["loss"]
                 if with_fingerprint:
-                    row["fingerprint"] = take_fingerprint(run, fingerprints)
+                    fingerprint = take_fingerprint(run, fingerprints)
+                    row |= fingerprint.columns()
                     meter.restart()
                 _report(progress, metrics, row)
             progress.update(run.step, run.loss)
@@ -178,10 +185,10 @@ def train(run: Run) -> None:
                 meter.restart()
 
             # -- save
-            if is_last or _is_due(run.step, settings.checkpoint_interval):
+            if is_saved:
                 if not is_logged:
                     run.loss = float(mean_loss(run, loss))
-                save(run)
+                save(run, fingerprint)
                 saved_step = run.step
                 meter.restart()
     if fingerprints is not None:
@@ -199,12 +206,18 @@ def _open_log(run: Run, name: str) -> MetricsLog | None:
     return log
 
 
-def take_fingerprint(run: Run, log: MetricsLog | None) -> str:
-    """The fingerprint of all parameters after this step; that of each is written to `log`. Collective."""
-    tensors = tensor_fingerprints(run.model)
+def take_fingerprint(run: Run, log: MetricsLog | None) -> Fingerprint:
+    """The fingerprint of parameters and moments after this step; that of each tensor goes to `log`. Collective.
+
+    Raises:
+        RunError: in the deterministic mode, on all ranks, where copies of a tensor differ.
+    """
+    taken = fingerprint_of(run.model, run.optimizer)
+    if run.settings.deterministic:
+        taken.require_equal_copies(run.step)
     if log is not None:
-        log.append({"step": run.step, "fingerprint": combined(tensors), "tensors": tensors})
-    return combined(tensors)
+        log.append({"step": run.step, **taken.columns(), "tensors": taken.tensors, "moments": taken.moments})
+    return taken
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -324,6 +337,7 @@ class _Meter:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._logged = run.step
         config = run.config
         self._flops_per_token = training_flops_per_token(
             run.model.num_parameters(embeddings=False),
@@ -366,6 +380,8 @@ class _Meter:
             row |= data_metrics(position)
         if run.settings.deterministic:
             row |= {"loss_bits": float32_bits(total), "grad_norm_bits": float32_bits(grad_norm)}
+            # A row that is lost shows, whatever the intervals were: a checkpoint's step is logged, so the chain holds.
+            row["logged_after"], self._logged = self._logged, run.step
         self.restart()
         return row
 
@@ -409,14 +425,14 @@ def validate(run: Run, validation: Validation) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save(run: Run) -> None:
-    """Write the run's checkpoint and prune the oldest ones. Collective.
+def save(run: Run, fingerprint: Fingerprint | None) -> None:
+    """Write the run's checkpoint, in the deterministic mode with its fingerprint, and prune the oldest. Collective.
 
     Raises:
         RunError: on all ranks, when it failed on any; older checkpoints are intact.
     """
     position = whole_position(run)
-    manifest = manifest_of(run, position)
+    manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
     path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest)
     if run.layout.is_main and position is not None:
         write_data_ledger(run.directory / LEDGER_NAME, position)
@@ -432,9 +448,10 @@ def whole_position(run: Run) -> DataPosition | None:
     return DataPosition.merged(parts, run.stream.start.chunk)
 
 
-def manifest_of(run: Run, position: DataPosition | None) -> dict[str, Any]:
+def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprint | None = None) -> dict[str, Any]:
     """Everything of a run that is not a tensor, as JSON."""
     layout = run.layout
+    fingerprints = dict.fromkeys(FINGERPRINT_KEYS) if fingerprint is None else fingerprint.columns()
     return {
         "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
         "tokens_seen": run.tokens_seen,
@@ -449,6 +466,7 @@ def manifest_of(run: Run, position: DataPosition | None) -> dict[str, Any]:
         "gradient_accumulation_steps": run.batch.gradient_accumulation_steps,
         "global_batch": run.global_batch,
         "arithmetic": run.arithmetic,
+        **fingerprints,
         "began_at": run.began_at,
         "tokenizer_backend": run.tokenizer_backend.label,
         "model_config": run.config.to_dict(),

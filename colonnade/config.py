@@ -198,7 +198,8 @@ class RunSettings:
     fingerprint_interval: int | None = _steps(
         None,
         "checkpoints and logs",
-        "steps between fingerprints of the parameters; 0 for none (default 100 with --deterministic, else none)",
+        "steps between fingerprints of parameters and moments; 0 for none; with --deterministic (default 100, else "
+        "none) also one at each checkpoint",
         minimum=0,
     )
 

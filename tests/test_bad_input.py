@@ -225,6 +225,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tokens_per_step": 31}, ("nearest: 32",)),
     ({"tokens_per_step": 64, "gradient_accumulation_steps": 2}, ("--tokens-per-step 64", "give one of them")),
     ({"gradient_accumulation_steps": 2**27}, ("tokens a step; at most 268,435,456", "lower one of them")),
+    (
+        {"initial_batch_size": "auto", "deterministic": True},
+        ("--deterministic fixes the micro-batch", "give --initial-batch-size N"),
+    ),
     ({"initial_batch_size": "auto", "gradient_accumulation_steps": 2**27}, ("tokens a step; at most 268,435,456",)),
     ({"tensor_parallel_size": 2}, ("--tensor-parallel-size 2 does not divide the 1 ranks", "sizes that do: 1")),
     ({"tensor_slices": 3}, ("--tensor-slices 3 is not a power of two", "give 1, 2, 4, 8")),
@@ -465,6 +469,13 @@ def test_it_is_gone_on_with_under_other_quiet_settings(changes: dict[str, Any], 
     assert "(step 2), exactly as it stopped" in outcome.output
     assert losses(stopped) == pytest.approx(expected, rel=1e-5)
     assert (stopped / "streaming_checkpoint_step_4").is_dir()
+
+
+def test_going_on_in_the_deterministic_mode_keeps_the_micro_batch(copied: Path) -> None:
+    given = {"checkpoint_path": copied, "total_steps": STEPS + 1, "deterministic": True, "initial_batch_size": "auto"}
+    (outcome,) = start(RESUME, flags_of(given))
+    assert outcome.code == 0, outcome
+    assert "micro-batch 3 x accumulation 1 x dp 1" in outcome.output
 
 
 def test_another_number_of_ranks_that_cannot_share_a_step(inputs: Path, stopped: Path) -> None:

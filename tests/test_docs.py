@@ -159,4 +159,4 @@ def test_the_metrics_keys_are_those_of_a_run() -> None:
     section = text.partition("## Reading metrics.jsonl")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     keys = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
-    assert keys == ROW_KEYS.union(COMPARED, ("validation_loss", "validation_perplexity"))
+    assert keys == ROW_KEYS.union(COMPARED, ("logged_after", "validation_loss", "validation_perplexity"))

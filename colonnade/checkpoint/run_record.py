@@ -25,6 +25,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "began_at": (int,),
     "tokenizer_backend": (str,),
 }
+# What checkpoints of earlier versions lack.
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "fingerprint": (str, type(None)),
+    "moments_fingerprint": (str, type(None)),
+    "micro_batch_size": (int, type(None)),
+}
 _SCHEDULE = ("rewarmup_start", "rewarmup_steps")
 
 
@@ -37,8 +43,8 @@ def run_record(info: CheckpointInfo) -> dict[str, Any]:
     if info.manifest is None:
         return {}
     record, source = dict(info.manifest.run), f"{info.path / MANIFEST_NAME}"
-    record.setdefault("tokenizer_backend", "hf")  # the only one there was before it was recorded
-    for name, kinds in _KINDS.items():
+    record = {**dict.fromkeys(_OPTIONAL), "tokenizer_backend": "hf", **record}
+    for name, kinds in (_KINDS | _OPTIONAL).items():
         if name not in record or type(record[name]) not in kinds:
             raise _unusable(source, name, record.get(name))
     for name in _SCHEDULE:

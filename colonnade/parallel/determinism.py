@@ -45,6 +45,11 @@ def differences(recorded: Mapping[str, Any] | None, present: Mapping[str, Any]) 
     return [f"{key} {recorded.get(key)} -> {value}" for key, value in present.items() if recorded.get(key) != value]
 
 
+def halving_sizes(count: int) -> list[int]:
+    """The data-parallel sizes that cut the tree over `count` micro-batches."""
+    return [1 << power for power in range(count.bit_length()) if count % (1 << power) == 0]
+
+
 def check_micro_batches(global_batch: int, micro_batch_size: int, dp: int) -> None:
     """Refuse a batch that these data-parallel ranks cannot sum as one rank would.
 
@@ -57,7 +62,7 @@ def check_micro_batches(global_batch: int, micro_batch_size: int, dp: int) -> No
             f"--deterministic: the {global_batch} sequences of a step cannot be cut into micro-batches of "
             f"{micro_batch_size}; use a size that divides {global_batch}"
         )
-    workable = [1 << power for power in range(count.bit_length()) if count % (1 << power) == 0]
+    workable = halving_sizes(count)
     if dp not in workable:
         raise UsageError(
             f"--deterministic: {dp} data-parallel ranks cannot halve the {count} micro-batches of {micro_batch_size} "

@@ -1,26 +1,36 @@
-"""Fingerprints of parameters that do not depend on how they are sharded.
+"""Fingerprints of parameters and moments that do not depend on how they are sharded.
 
 Each element contributes a 64-bit mix of its bits and its index in the whole parameter, and the contributions are added
 modulo 2^64: the order does not matter, and neither does who holds what. Two such sums with different mixes make 128
 bits. For one index a mix is a bijection of the value, so a change to a single element changes both sums for certain;
 other changes go unnoticed with a probability of 2^-128. The mix is splitmix64's (Steele, Lea and Flood, OOPSLA 2014).
+
+Every rank takes the sums of what it holds, and all ranks see the sums of all: copies, of a whole tensor over a
+tensor-parallel group or of any over the data-parallel ranks, must agree.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from colonnade.errors import RunError
 
 # Elements mixed at a time: on the CPU what a core's cache holds (five times as fast as blocks of 8 MiB), elsewhere
 # enough to keep a device busy.
 _CPU_BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 22
 _LANES = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)
+FINGERPRINT_KEYS = ("fingerprint", "moments_fingerprint")
 _BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,47 +39,113 @@ def float32_bits(value: float) -> str:
     return struct.pack(">f", float("nan") if value != value else value).hex()
 
 
-def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
-    """128 bits in hexadecimal for each `DTensor` parameter, by name; equal on all ranks of its mesh. Collective."""
+@dataclass(frozen=True)
+class Fingerprint:
+    """What all ranks hold of a model and its optimizer, in hexadecimal; the same on every rank.
+
+    Attributes:
+        tensors: 128 bits for each parameter, by name, from the first rank that holds a copy.
+        moments: the same for each state of the optimizer, by `<parameter>.<state>`.
+        drifted: of both, those whose copies differ, with the ranks that do in words.
+    """
+
+    tensors: dict[str, str]
+    moments: dict[str, str]
+    drifted: dict[str, str]
+
+    def columns(self) -> dict[str, str]:
+        """One value for all parameters and one for all moments, as rows and manifests keep them."""
+        return dict(zip(FINGERPRINT_KEYS, (combined(self.tensors), combined(self.moments)), strict=True))
+
+    def require_equal_copies(self, step: int) -> None:
+        """Raises RunError, on all ranks, where ranks hold different copies of a tensor after `step`."""
+        if self.drifted:
+            (name, ranks), *others = self.drifted.items()
+            more = f" ({len(others)} other tensors differ as well)" if others else ""
+            raise RunError(
+                f"ranks hold different copies of {name} after step {step}: {ranks}{more}; memory or a device fails "
+                "there: go on from the last checkpoint without it"
+            )
+
+
+def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fingerprint:
+    """Fingerprint of a model of `DTensor` parameters, and of its optimizer's state. Collective over all ranks.
+
+    Ranks must lie as `colonnade.parallel.mesh` lays them: those of a tensor-parallel group are neighbours.
+    """
     parameters = dict(model.named_parameters())
-    sums = torch.stack([_local_sums(parameter) for parameter in parameters.values()])
+    states: dict[str, Tensor] = {}
+    if optimizer is not None:
+        for name, parameter in parameters.items():
+            # .get: looking a parameter up with [] would create an empty state.
+            states |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
     first = next(iter(parameters.values()))
     assert isinstance(first, DTensor)
-    mesh = first.device_mesh
-    if mesh.size() > 1:
-        dist.all_reduce(sums, group=mesh.get_group())
-    return {
-        name: "".join(f"{lane & (2**64 - 1):016x}" for lane in lanes)
-        for name, lanes in zip(parameters, sums.tolist(), strict=True)
-    }
+    tensors = {**parameters, **states}
+    sums = torch.stack([_local_sums(tensor).to(first.device) for tensor in tensors.values()])
+    held = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(held, sums)
+    # [dp, tp, tensors, lanes]
+    by_rank = torch.stack(held).cpu().unflatten(0, (-1, first.device_mesh.size()))
+    values, drifted = {}, {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        sums_of_ranks = by_rank[:, :, index]
+        is_cut = isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
+        total = sums_of_ranks[0].sum(dim=0) if is_cut else sums_of_ranks[0, 0]
+        values[name] = "".join(f"{lane & (2**64 - 1):016x}" for lane in total.tolist())
+        copies_agree = sums_of_ranks == (sums_of_ranks[:1] if is_cut else sums_of_ranks[:1, :1])
+        if not copies_agree.all():
+            drifted[name] = _who_differs(sums_of_ranks, is_cut=is_cut)
+    return Fingerprint({name: values[name] for name in parameters}, {name: values[name] for name in states}, drifted)
 
 
-def combined(fingerprints: dict[str, str]) -> str:
-    """128 bits in hexadecimal for all parameters together, from the fingerprint of each."""
+def _who_differs(sums: Tensor, *, is_cut: bool) -> str:
+    """The ranks whose copies differ from those of the most, in words. `sums`: [dp, tp, lanes]"""
+    dp, tp = sums.shape[:2]
+    groups = [range(rank, dp * tp, tp) for rank in range(tp)] if is_cut else [range(dp * tp)]
+    parts = []
+    for group in groups:
+        copies = {rank: tuple(sums[rank // tp, rank % tp].tolist()) for rank in group}
+        (most, count), *others = Counter(copies.values()).most_common()
+        if not others:
+            continue
+        if count == others[0][1]:
+            parts.append(f"{_ranks(copies)} differ, and no majority tells which is right")
+        else:
+            odd = [rank for rank, copy in copies.items() if copy != most]
+            parts.append(f"{_ranks(odd)} {'differ' if len(odd) > 1 else 'differs'} from the {count} others")
+    return "; ".join(parts)
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    listed = [str(rank) for rank in ranks]
+    return f"rank {listed[0]}" if len(listed) == 1 else f"ranks {', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def combined(fingerprints: Mapping[str, str]) -> str:
+    """128 bits in hexadecimal for all tensors together, from the fingerprint of each."""
     text = "".join(f"{name} {value}\n" for name, value in sorted(fingerprints.items()))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()
-def _local_sums(parameter: nn.Parameter) -> Tensor:
-    """This rank's contribution to both sums of a parameter; zero where the first rank holds the same. [2], int64"""
-    assert isinstance(parameter, DTensor)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    local = parameter.to_local()
+def _local_sums(tensor: Tensor) -> Tensor:
+    """Both sums over what this rank holds of a tensor; one that is no `DTensor` it holds whole. [2], int64"""
+    local, offsets = tensor, (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     sums = torch.zeros(len(_LANES), dtype=torch.int64, device=local.device)
-    if placements[0].is_replicate() and mesh.get_local_rank() > 0:
-        return sums
-    _, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     # A vector is a matrix of one column: row r and column c of the whole have the index r * columns + c.
-    rows = local.reshape(local.shape[0], -1)
-    columns = parameter.numel() // parameter.shape[0]
-    first_column = offsets[1] if len(offsets) > 1 else 0
+    rows = local.reshape(local.shape[0], -1) if local.ndim else local.reshape(1, 1)
+    first_row, first_column, *_ = (*offsets, 0, 0)
+    columns = tensor.numel() // (tensor.shape[0] if tensor.ndim else 1)
     column = torch.arange(first_column, first_column + rows.shape[1], device=local.device)
     step = max(1, (_CPU_BLOCK if local.device.type == "cpu" else _DEVICE_BLOCK) // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step]
         bits = block.contiguous().view(_BITS_OF[block.element_size()]).to(torch.int64)
-        row = torch.arange(offsets[0] + start, offsets[0] + start + block.shape[0], device=local.device)
+        row = torch.arange(first_row + start, first_row + start + block.shape[0], device=local.device)
         index = row.unsqueeze(1) * columns + column
         sums += torch.stack([_mix(bits, index, lane).sum() for lane in _LANES])
     return sums

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from colonnade.errors import UsageError
+from colonnade.errors import RunError, UsageError
 from colonnade.optim.gradients import halves, leaf_order
 from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
 from colonnade.optim.step import micro_batches_of
 from colonnade.parallel.determinism import check_micro_batches
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
-from distributed.workers import deterministic_steps, fingerprints_of_changes, signed_zeros
+from distributed.workers import deterministic_steps, drift_of, fingerprints_of_changes, signed_zeros
 
 BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -133,6 +133,28 @@ def test_a_fingerprint_sees_every_bit_and_its_place(rank_pool: RankPool) -> None
         assert {other for other in before if after[other] != before[other]} == {name}
     assert len({after[name] for after in [before, *flipped]}) == 33
     assert mended == before
+
+
+def test_copies_that_differ_are_told_with_their_ranks(rank_pool: RankPool) -> None:
+    config = MODELS["biases, one key/value head"]  # which at tp 2 both ranks hold whole
+    head, cut, moment = (
+        f"model.layers.0.{name}"
+        for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.up_proj.weight.exp_avg")
+    )
+    flips = [(head, 3), (cut, 1), (moment, 2)]
+    results = rank_pool.run(4, drift_of, config, 2, flips)
+    assert results == results[:1] * 4
+    before, after = results[0]
+    assert before.drifted == {}
+    assert after.drifted == {
+        head: "rank 3 differs from the 3 others",
+        cut: "ranks 1 and 3 differ, and no majority tells which is right",
+        moment: "ranks 0 and 2 differ, and no majority tells which is right",
+    }
+    with pytest.raises(RunError, match=rf"copies of {head} after step 5: rank 3 differs .*\(2 other tensors differ"):
+        after.require_equal_copies(5)
+    # As one rank alone has it.
+    assert rank_pool.run(1, drift_of, config, 1, [])[0][0] == before
 
 
 def test_adamw_is_fused_where_that_keeps_the_bits_of_a_shard() -> None:

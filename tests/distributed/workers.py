@@ -15,12 +15,12 @@ from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
 from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
-from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
+from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
-from colonnade.telemetry.fingerprint import float32_bits, tensor_fingerprints
+from colonnade.telemetry.fingerprint import fingerprint_of, float32_bits
 from model import Attention, ModelConfig, TensorParallelModel
 
 
@@ -247,7 +247,10 @@ def deterministic_steps(
         )
         sum_over_data_parallel([loss], layout.dp_group, fixed_order=True)
         bits.append((float32_bits(float(loss)), float32_bits(float(norm)), scaler.get_scale()))
-    result: dict[str, Any] = {"bits": bits, "fused": fused, "fingerprint": tensor_fingerprints(model)}
+    fingerprint = fingerprint_of(model, optimizer)
+    assert not fingerprint.drifted
+    result: dict[str, Any] = {"bits": bits, "fused": fused}
+    result["fingerprint"] = {**fingerprint.tensors, **fingerprint.moments}
     tensors = whole(model)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -275,11 +278,25 @@ def fingerprints_of_changes(config: ModelConfig, name: str) -> list[dict[str, st
     _, model = build(config, 1)
     values = local_part(model.get_parameter(name)).detach()
     bits = values.view(torch.int32)
-    seen = [tensor_fingerprints(model)]
+    seen = [fingerprint_of(model).tensors]
     for bit in range(32):
         bits[5, 9] ^= -(2**31) if bit == 31 else 1 << bit
-        seen.append(tensor_fingerprints(model))
+        seen.append(fingerprint_of(model).tensors)
     bits[5, 9] ^= -1
-    seen.append(tensor_fingerprints(model))
+    seen.append(fingerprint_of(model).tensors)
     values[[3, 4]] = values[[4, 3]]
-    return [*seen, tensor_fingerprints(model)]
+    return [*seen, fingerprint_of(model).tensors]
+
+
+def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]]) -> Any:
+    """Fingerprints before and after flipping one bit of each (parameter, rank), and what the ranks are told."""
+    from distributed.flipped_training import flip
+
+    layout, model = build(config, tp)
+    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    allocate_state(optimizer)
+    before = fingerprint_of(model, optimizer)
+    for name, rank in flips:
+        if layout.dp_rank * layout.tp + layout.tp_rank == rank:
+            flip(model, optimizer, name)
+    return before, fingerprint_of(model, optimizer)
