@@ -28,7 +28,7 @@ from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
     from colonnade.telemetry.fingerprint import Fingerprint
-    from training_utils import Run
+    from run_state import Run
 
 COMPARED = ("loss_bits", "grad_norm_bits", "fingerprint", "moments_fingerprint")
 

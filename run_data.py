@@ -29,7 +29,7 @@ from data_processing import (
     streaming_token_generator,
 )
 from model import ModelConfig
-from training_utils import Validation
+from run_state import Validation
 
 SAMPLE_FOLDER = Path("data/sample")
 # The first rows of this many shards decide on the tokenizer backend: opening all of them twice would take long.

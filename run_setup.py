@@ -2,7 +2,7 @@
 
 `start_run` serves `training.py`: a fresh run, or exactly where its newest checkpoint stands. `resume_run` serves
 `resume_pretrain_tensor.py`: a checkpoint, with settings changed. `replay_run` serves `audit_run.py`: a deterministic
-run as it once stood. All end in a `training_utils.Run`.
+run as it once stood. All end in a `run_state.Run`.
 
 Bad input is found before the first step, and where it can be before anything is built (`run_inputs.py`). Each check
 runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`), so that all ranks leave together.
@@ -10,53 +10,35 @@ runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.amp.grad_scaler import GradScaler
-
 from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints
-from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.run_record import run_record
-from colonnade.checkpoint.single_file import load_single_file
 from colonnade.config import (
     ResumeSettings,
     RunSettings,
     check_contradictions,
     override,
-    write_settings,
 )
-from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
-from colonnade.errors import RunError, UsageError
-from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
-from colonnade.optim.schedule import CosineSchedule
-from colonnade.parallel.determinism import arithmetic_of, check_micro_batches, halving_sizes
+from colonnade.errors import UsageError
+from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
-from colonnade.parallel.vote import on_first_rank, one_line, vote
-from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
-from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
-from colonnade.tuning.memory import trial_runner
-from model import ModelConfig, TensorParallelModel
-from run_data import open_stream, read_validation, resolve_data, settle_backend, stream_notes, weight_changes
+from colonnade.parallel.vote import on_first_rank, vote
+from run_assembly import Origin, assemble
+from run_data import resolve_data, weight_changes
 from run_inputs import (
     arithmetic_changes,
     batch_of_resumed,
-    check_shares,
     check_sizes,
-    check_step_size,
     describe_changes,
     find_checkpoint,
     fixed_micro_batch,
-    is_compiled,
     model_of_record,
     newest_checkpoint,
-    requested_global_batch,
     require_no_other_run,
     require_own_model,
     require_same_run,
@@ -66,11 +48,7 @@ from run_inputs import (
     resolve_model_settings,
     with_preset,
 )
-from training_utils import Run, device_peak_flops, restore_rng
-
-SETTINGS_NAME = "run.yaml"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+from run_state import Run
 
 # ------------------------------------------------------------------------------------------------ the two ways in
 
@@ -109,14 +87,14 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
         found = on_first_rank(lambda: newest_checkpoint(directory))
         record = check()
     if found is None:
-        return _assemble(settings, config, layout, notes, _Origin())
+        return assemble(settings, config, layout, notes, Origin())
     step = found.step or 0
     if step >= settings.total_steps:
         _say_finished(found, settings, layout)
         return None
     notes.append(f"going on from {found.path} (step {step}), exactly as it stopped")
-    origin = _Origin(found.path, record, step, keep_optimizer=True, global_batch=record["global_batch"])
-    return _assemble(settings, config, layout, notes, origin)
+    origin = Origin(found.path, record, step, keep_optimizer=True, global_batch=record["global_batch"])
+    return assemble(settings, config, layout, notes, origin)
 
 
 def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
@@ -170,7 +148,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         and not weight_changes(record, settings)
         and not resume.allow_data_change
     )
-    origin = _Origin(
+    origin = Origin(
         found.path,
         record,
         found.step or 0,
@@ -180,7 +158,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         began_at=None if exact else found.step or 0,
         allow_data_change=resume.allow_data_change,
     )
-    return _assemble(settings, config, layout, notes, origin)
+    return assemble(settings, config, layout, notes, origin)
 
 
 def replay_run(
@@ -233,8 +211,8 @@ def replay_run(
         check_sizes(settings, config, layout)
     path = None if start is None else start.path
     # Other data are refused here, in an audit's own words, and from the beginning too, where there is no position.
-    origin = _Origin(path, own, begin, keep_optimizer=True, global_batch=record["global_batch"], allow_data_change=True)
-    run = _assemble(settings, config, layout, notes, origin, is_replay=True)
+    origin = Origin(path, own, begin, keep_optimizer=True, global_batch=record["global_batch"], allow_data_change=True)
+    run = assemble(settings, config, layout, notes, origin, is_replay=True)
     with vote():
         if run.stream is not None:
             differences = DataPosition.from_dict(record["data_position"]).head.differences(run.stream.start.head)
@@ -265,293 +243,9 @@ def _checkpoints_around(directory: Path, first: int, last: int | None) -> tuple[
     return start, later[-1] if later else found[0]
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What a run goes on from; everything empty for a fresh one.
-
-    Attributes:
-        global_batch: None: from the settings.
-        began_at: the step at which the run was last changed; None: as the record says.
-    """
-
-    path: Path | None = None
-    record: Mapping[str, Any] | None = None
-    step: int = 0
-    keep_optimizer: bool = False
-    rewarmup_steps: int = 0
-    global_batch: int | None = None
-    began_at: int | None = None
-    allow_data_change: bool = False
-
-
 def _say_finished(found: CheckpointInfo, settings: RunSettings, layout: ParallelLayout) -> None:
     if layout.is_main:
         print(
             f"{found.path} is at the last of {settings.total_steps} steps: the run is finished, nothing was changed; "
             f"resume_pretrain_tensor.py --checkpoint-path {found.path.parent} --total-steps N trains it for longer"
         )
-
-
-# ------------------------------------------------------------------------------------------------------ the batch
-
-
-def _tune_batch(
-    model: TensorParallelModel,
-    settings: RunSettings,
-    layout: ParallelLayout,
-    global_batch: int | None,
-    micro_batch: int | None,
-) -> tuple[TunedMicroBatch, dict[str, Any]]:
-    """The micro-batch for these ranks, and what it depends on. `global_batch` None: it follows from the answer."""
-    if micro_batch is not None and global_batch is not None:
-        plan = plan_search(micro_batch, chunks_per_rank=global_batch // layout.dp)
-        return TunedMicroBatch(micro_batch, global_batch // layout.dp // micro_batch, (), plan), {}
-    initial = None if settings.initial_batch_size == "auto" else int(settings.initial_batch_size)
-    if global_batch is None:
-        plan = plan_search(initial, gradient_accumulation_steps=settings.gradient_accumulation_steps)
-    else:
-        plan = plan_search(initial, chunks_per_rank=global_batch // layout.dp)
-    on_cuda = layout.device.type == "cuda"
-    depends_on = {
-        "device": torch.cuda.get_device_name(layout.device) if on_cuda else "cpu",
-        "device_bytes": torch.cuda.mem_get_info(layout.device)[1] if on_cuda else None,
-        "memory_limit_gib": settings.memory_limit_gib,
-        "model": model.config.to_dict(),
-        "block_size": settings.block_size,
-        "tp": layout.tp,
-        "dp": layout.dp,
-        "precision": settings.precision,
-        "compile": is_compiled(settings, layout),
-        "gradient_checkpointing": not settings.disable_gradient_checkpointing,
-        "replicate_embeddings": settings.replicate_embeddings,
-        "document_mask": settings.document_mask,
-        "tensor_slices": settings.tensor_slices,
-        "torch": torch.__version__,
-    }
-
-    def probe(size: int) -> float:
-        warm = on_cuda or is_compiled(settings, layout)
-        return _probe_seconds(model, size, settings.block_size or 0, warm=warm, document_mask=settings.document_mask)
-
-    tuned = tune_micro_batch(
-        plan,
-        trial_runner(layout.device, probe, settings.memory_limit_gib),
-        agree_over_group(None, "cpu"),
-        directory=Path(settings.checkpoint_dir),
-        depends_on=depends_on,
-        is_writer=layout.is_main,
-    )
-    return tuned, depends_on
-
-
-def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: bool, document_mask: bool) -> float:
-    """Time of a forward and backward pass of this rank's share alone, at a micro-batch of `size`.
-
-    With `document_mask` each block is one document: there is no larger one, and none costs more.
-    """
-    device = model.layout.device
-    tokens = torch.zeros((size, block), dtype=torch.int64, device=device)
-    starts = torch.zeros_like(tokens, dtype=torch.bool) if document_mask else None
-    begin = 0.0
-    with model.group.collectives_as_identity():
-        # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second pass.
-        for _ in range(2 if warm else 1):
-            begin = time.perf_counter()
-            model(tokens, tokens, starts).backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    model.zero_grad(set_to_none=True)
-    return time.perf_counter() - begin
-
-
-# --------------------------------------------------------------------------------------------------- putting together
-
-
-def _assemble(
-    settings: RunSettings,
-    config: ModelConfig,
-    layout: ParallelLayout,
-    notes: list[str],
-    origin: _Origin,
-    *,
-    is_replay: bool = False,
-) -> Run:
-    """Open the data, build model and optimizer, settle the batch, restore the origin. A replay writes nothing."""
-    record = origin.record or {}
-    with vote():
-        global_batch = origin.global_batch or requested_global_batch(settings, layout.dp)
-        check_shares(global_batch, layout.dp)
-        micro_batch = fixed_micro_batch(settings, record)
-        if global_batch is None and micro_batch is not None:
-            global_batch = micro_batch * settings.gradient_accumulation_steps * layout.dp
-        if global_batch is not None and micro_batch is not None:
-            check_micro_batches(global_batch, micro_batch, layout.dp)
-    # Before the model, whose building and tuning take minutes where it is large.
-    backend = on_first_rank(lambda: settle_backend(settings, record, notes))
-    with vote():
-        position = DataPosition.from_dict(record["data_position"]) if record else None
-        stream, chunks = None, None
-        if layout.tp_rank == 0:
-            stream, chunks = open_stream(
-                settings, backend, config, layout, position, allow_change=origin.allow_data_change
-            )
-            if layout.is_main:
-                notes += stream_notes(stream, position)
-    validation = on_first_rank(lambda: read_validation(settings, backend))
-    torch.manual_seed(settings.seed)
-    model = TensorParallelModel(
-        config,
-        layout,
-        seed=settings.seed,
-        slices=settings.tensor_slices,
-        replicate_embeddings=settings.replicate_embeddings,
-        compute_dtype=DTYPES[settings.precision],
-        gradient_checkpointing=not settings.disable_gradient_checkpointing,
-        compiled=is_compiled(settings, layout),
-    )
-    optimizer = create_adamw(
-        model,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.weight_decay,
-        fused=not settings.deterministic or fused_keeps_bits(model.parameters(), [count for _, count in model.pieces]),
-    )
-    allocate_state(optimizer)
-    scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
-    step = _restore(origin, model, optimizer, scaler)
-    if not is_replay:  # an audit compares by itself, and names the tensor
-        _require_fingerprint(origin, model, optimizer)
-    with vote():
-        require_steps_left(origin.path or Path(settings.checkpoint_dir), step, settings)
-    batch, depends_on = _tune_batch(model, settings, layout, global_batch, micro_batch)
-    size = batch.micro_batch_size
-    if global_batch is None:
-        global_batch = size * batch.gradient_accumulation_steps * layout.dp
-        check_step_size(size, settings, layout.dp)
-    arithmetic = None
-    if settings.deterministic:
-        arithmetic = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
-    if settings.warmup_steps >= settings.total_steps:
-        notes.append(
-            f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "
-            "comes down"
-        )
-    _describe(notes, model, batch, global_batch, settings)
-    run = Run(
-        settings=settings,
-        layout=layout,
-        config=config,
-        model=model,
-        optimizer=optimizer,
-        scaler=scaler,
-        schedule=_schedule(settings, origin, step),
-        feed=BatchFeed(
-            chunks,
-            layout,
-            global_batch,
-            settings.block_size or 0,
-            first=stream.start.chunk if stream is not None else 0,
-            apart=stream.apart if stream is not None else 1,
-        ),
-        stream=stream,
-        validation=validation,
-        batch=batch,
-        batch_depends_on=depends_on,
-        global_batch=global_batch,
-        tokenizer_backend=backend,
-        peak_flops=device_peak_flops(layout.device, settings.precision),
-        arithmetic=arithmetic,
-        began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
-        step=step,
-        tokens_seen=record.get("tokens_seen", 0),
-        position=stream.start if stream is not None else None,
-        loss=record.get("loss"),
-        resumed_from=origin.path,
-        notes=notes,
-    )
-    if not is_replay:
-        on_first_rank(lambda: _record_settings(run))
-    return run
-
-
-def _record_settings(run: Run) -> None:
-    try:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        write_settings(run.settings, run.directory / SETTINGS_NAME)
-    except OSError as error:
-        raise RunError(f"{run.directory / SETTINGS_NAME} cannot be written: {error.strerror or error}") from error
-
-
-def _restore(origin: _Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> int:
-    """Load what the origin holds; returns the optimizer steps taken so far."""
-    if origin.path is None:
-        return 0
-    record, path = origin.record, origin.path
-    if not record:
-        with vote():
-            info = load_single_file(path, model=model, vocabulary_size=model.config.vocab_size)
-            if info.step is not None and info.step < 0:
-                raise UsageError(f"{path} says it is at step {info.step}; a step is at least 0")
-        return info.step or origin.step
-    try:
-        load_model_and_optimizer(path, model=model, optimizer=optimizer if origin.keep_optimizer else None)
-    except RunError as error:  # on all ranks
-        raise UsageError(f"{error}; use another checkpoint") from error
-    with vote():
-        try:
-            if origin.keep_optimizer and record.get("scaler") and scaler.is_enabled():
-                scaler.load_state_dict(record["scaler"])
-            restore_rng(record["rng"], model.layout.device)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UsageError(f"{path}: its loss scale or random state is damaged ({one_line(error)})") from error
-    return origin.step
-
-
-def _require_fingerprint(origin: _Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a checkpoint whose tensors, as they were restored, are not those its manifest tells of."""
-    record = origin.record or {}
-    if record.get("fingerprint") is None:
-        return
-    found = fingerprint_of(model, optimizer if origin.keep_optimizer else None)
-    found.require_equal_copies(origin.step)
-    for key, what in zip(FINGERPRINT_KEYS, ("parameters", "optimizer's moments"), strict=True):
-        if key == "moments_fingerprint" and not origin.keep_optimizer:
-            continue
-        if record[key] not in (None, found.columns()[key]):
-            raise UsageError(
-                f"{origin.path} is damaged: its {what} do not have the fingerprint that its manifest records; use "
-                "another checkpoint (move this one away: the newest is taken)"
-            )
-
-
-def _schedule(settings: RunSettings, origin: _Origin, step: int) -> CosineSchedule:
-    """The run's schedule. A second warm-up under way in the checkpoint goes on where the optimizer is kept."""
-    rewarmup_start, rewarmup_steps = step, origin.rewarmup_steps
-    if origin.keep_optimizer and origin.record:
-        stored = origin.record["schedule"]
-        rewarmup_start, rewarmup_steps = stored["rewarmup_start"], stored["rewarmup_steps"]
-    assert settings.min_learning_rate is not None
-    return CosineSchedule(
-        peak=settings.learning_rate,
-        minimum=settings.min_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        total_steps=settings.total_steps,
-        rewarmup_start=rewarmup_start,
-        rewarmup_steps=rewarmup_steps,
-    )
-
-
-def _describe(
-    notes: list[str], model: TensorParallelModel, batch: TunedMicroBatch, global_batch: int, settings: RunSettings
-) -> None:
-    layout = model.layout
-    notes.append(
-        f"{model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without embeddings), "
-        f"{settings.precision}, tp {layout.tp} x dp {layout.dp} on {layout.device.type}, "
-        f"{model.group.slices} tensor slice{'s' if model.group.slices > 1 else ''}"
-    )
-    tuned = f"; tuned in {len(batch.trials)} trials" if len(batch.trials) > 1 else ""
-    notes.append(
-        f"{global_batch} sequences of {settings.block_size} tokens a step: micro-batch {batch.micro_batch_size} x "
-        f"accumulation {batch.gradient_accumulation_steps} x dp {layout.dp}{tuned}"
-    )

@@ -34,7 +34,7 @@ from data_helpers import (
     write_corpus,
 )
 from data_processing import load_tokenizer, streaming_token_generator
-from run_setup import settle_backend
+from run_data import settle_backend
 
 fastokens = pytest.importorskip("fastokens")
 

@@ -27,7 +27,14 @@ PARTS = (
 )
 
 # A root file may import root files of earlier levels. What is not named here is a command, on the last level.
-ROOT_LEVELS = (("data_processing", "model"), ("training_utils",), ("run_data",), ("run_inputs",), ("run_setup",))
+ROOT_LEVELS = (
+    ("data_processing", "model"),
+    ("run_state",),
+    ("run_data", "training_utils"),
+    ("run_inputs",),
+    ("run_assembly",),
+    ("run_setup",),
+)
 
 
 def violations(root: Path) -> list[str]:

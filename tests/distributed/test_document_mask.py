@@ -18,8 +18,9 @@ from distributed.test_bits import STEPS, differing
 from distributed.test_parity import CONFIG, is_vocabulary, relative_error
 from distributed.workers import captured_graphs, deterministic_steps, packed_step
 from model import TensorParallelModel
-from run_setup import _probe_seconds
-from training_utils import Validation, validate
+from run_assembly import _probe_seconds
+from run_state import Validation
+from training_utils import validate
 
 BLOCK = 48
 # Lengths of the documents of each row of BLOCK + 1 tokens; what they do not fill is padding.
@@ -173,15 +174,16 @@ def test_validation_and_the_probe_keep_to_documents(single_rank, monkeypatch):
     loss, _, _ = dense_one_by_one(CONFIG, dict(model.full_parameters()), documents)
     targets = sum(len(document) - 1 for row in documents for document in row)
     # Batches of 3: the last of the 8 rows is filled up.
-    run = SimpleNamespace(model=model, layout=layout, batch=SimpleNamespace(micro_batch_size=3))
-    found = validate(run, Validation(wire, 0.0), document_mask=True)
+    settings = SimpleNamespace(document_mask=True)
+    run = SimpleNamespace(model=model, layout=layout, batch=SimpleNamespace(micro_batch_size=3), settings=settings)
+    found = validate(run, Validation(wire, 0.0))
     assert found["validation_loss"] == pytest.approx(float(loss) / targets, rel=1e-6)
 
     seen = []
     forward = TensorParallelModel.forward
     monkeypatch.setattr(TensorParallelModel, "forward", lambda *args: seen.append(args[3]) or forward(*args))
     assert _probe_seconds(model, 2, BLOCK, warm=False, document_mask=True) > 0
-    assert _probe_seconds(model, 2, BLOCK, warm=False) > 0
+    assert _probe_seconds(model, 2, BLOCK, warm=False, document_mask=False) > 0
     assert seen[0].shape == (2, BLOCK)
     assert seen[1] is None
 

@@ -1,0 +1,174 @@
+"""A run as it stands between two steps, and what of it goes into a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from colonnade.checkpoint.prune import prune_checkpoints
+from colonnade.checkpoint.save import save_checkpoint
+from colonnade.config import RunSettings
+from colonnade.data.feed import BatchFeed
+from colonnade.data.position import DataPosition
+from colonnade.data.tokenizer_backend import Backend
+from colonnade.optim.schedule import CosineSchedule
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.telemetry.data_ledger import write_data_ledger
+from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, Fingerprint
+from colonnade.tuning.autotuner import TunedMicroBatch
+from data_processing import TokenStream
+from model import ModelConfig, TensorParallelModel
+
+LEDGER_NAME = "data_ledger.json"
+
+
+@dataclass
+class Validation:
+    """The held-out blocks, the same on every rank.
+
+    Attributes:
+        tokens: [chunks, block_size + 1] int32 on the CPU, in the wire format (`colonnade/data/blocks.py`).
+        unigram_entropy: nats a token of the targets' own frequencies: the loss of knowing them and nothing else.
+    """
+
+    tokens: Tensor
+    unigram_entropy: float
+
+
+@dataclass
+class Run:
+    """A run as it stands between two steps.
+
+    Attributes:
+        settings: as resolved: what `--config` takes back.
+        batch: micro-batch and accumulation on this many ranks; `global_batch` chunks a step follow on any number.
+        batch_depends_on: what the micro-batch depends on, the key of its record.
+        stream: the chunk stream, on reading ranks.
+        tokenizer_backend: the library that encodes, as settled on the first rank.
+        arithmetic: what the bits depend on besides the settings, in the deterministic mode; else None.
+        began_at: the step at which the run was made from a checkpoint with changes; 0 where it was not.
+        step: optimizer steps taken.
+        tokens_seen: tokens trained on, over all ranks.
+        position: the data position after `step`, as far as this rank's reader knows it (`whole_position`); None on
+            ranks that do not read.
+        loss: mean loss of the last step that was logged or saved.
+        validation_loss: of the last validation.
+        resumed_from: the checkpoint this start went on from.
+    """
+
+    settings: RunSettings
+    layout: ParallelLayout
+    config: ModelConfig
+    model: TensorParallelModel
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    schedule: CosineSchedule
+    feed: BatchFeed
+    stream: TokenStream | None
+    validation: Validation | None
+    batch: TunedMicroBatch
+    batch_depends_on: Mapping[str, Any]
+    global_batch: int
+    tokenizer_backend: Backend
+    peak_flops: float | None
+    arithmetic: Mapping[str, Any] | None = None
+    began_at: int = 0
+    step: int = 0
+    tokens_seen: int = 0
+    position: DataPosition | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    resumed_from: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.checkpoint_dir)
+
+    @property
+    def block_size(self) -> int:
+        assert self.settings.block_size is not None  # resolved before a run is made
+        return self.settings.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.block_size
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save(run: Run, fingerprint: Fingerprint | None) -> None:
+    """Write the run's checkpoint, in the deterministic mode with its fingerprint, and prune the oldest. Collective.
+
+    Raises:
+        RunError: on all ranks, when it failed on any; older checkpoints are intact.
+    """
+    position = whole_position(run)
+    manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
+    path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest)
+    if run.layout.is_main and position is not None:
+        write_data_ledger(run.directory / LEDGER_NAME, position)
+        prune_checkpoints(run.directory, run.settings.keep_checkpoints, protect=(path,))
+
+
+def whole_position(run: Run) -> DataPosition | None:
+    """The data position over all readers, on the ranks that read; None on the others. Collective over those."""
+    if run.position is None or run.stream is None or run.stream.apart == 1:
+        return run.position
+    parts: list[Any] = [None] * run.layout.dp
+    dist.all_gather_object(parts, run.position, group=run.layout.dp_group)
+    return DataPosition.merged(parts, run.stream.start.chunk)
+
+
+def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprint | None = None) -> dict[str, Any]:
+    """Everything of a run that is not a tensor, as JSON."""
+    layout = run.layout
+    fingerprints = dict.fromkeys(FINGERPRINT_KEYS) if fingerprint is None else fingerprint.columns()
+    return {
+        "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
+        "tokens_seen": run.tokens_seen,
+        "data_position": position.to_dict() if position is not None else None,
+        "schedule": run.schedule.to_dict(),
+        "scaler": run.scaler.state_dict() or None,
+        "rng": rng_state(layout.device),
+        "world_size": dist.get_world_size(),
+        "tp": layout.tp,
+        "dp": layout.dp,
+        "micro_batch_size": run.batch.micro_batch_size,
+        "gradient_accumulation_steps": run.batch.gradient_accumulation_steps,
+        "global_batch": run.global_batch,
+        "arithmetic": run.arithmetic,
+        **fingerprints,
+        "began_at": run.began_at,
+        "tokenizer_backend": run.tokenizer_backend.label,
+        "model_config": run.config.to_dict(),
+        "settings": run.settings.to_dict(),
+    }
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """torch's generator states as text. Nothing in a step draws from them today; a dropout would."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+
+def restore_rng(states: Mapping[str, str], device: torch.device) -> None:
+    """Set the generators back to `rng_state`; one the checkpoint does not know is left as it is."""
+    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
+    if device.type == "cuda":
+        setters["cuda"] = lambda state: torch.cuda.set_rng_state(state, device)
+    for kind, setter in setters.items():
+        if kind in states:
+            setter(torch.frombuffer(bytearray(base64.b64decode(states[kind])), dtype=torch.uint8))
