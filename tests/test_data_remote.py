@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -352,80 +350,3 @@ def test_closing_a_reader_ends_the_tries(tmp_path: Path, monkeypatch: pytest.Mon
         source.close()
         with pytest.raises(RunError, match="stopped"):
             fetch.result()
-
-
-# --- URLs ------------------------------------------------------------------------------------------------------------
-
-
-def test_urls_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for url, message in (
-        ("https://host/x/*.parquet", "a web server cannot list its files; give each URL"),
-        ("nope://x/*.parquet", "Protocol not known: nope"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            discover_shards(url)
-    with pytest.raises(UsageError, match="Protocol not known: nope"):
-        open_shards(["nope://x/a.parquet"], "text")
-
-
-@pytest.mark.parametrize(
-    ("url", "package", "extra"),
-    [
-        ("s3://b/*.parquet", "s3fs", "s3"),
-        ("gs://b/a.parquet", "gcsfs", "gs"),
-        ("https://b/a.parquet", "aiohttp", "http"),
-        ("hf://datasets/a/b/*.parquet", "huggingface_hub", "hf"),
-    ],
-)
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, url: str, package: str, extra: str) -> None:
-    registry = importlib.import_module("fsspec.registry")
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(registry._registry, url.partition("://")[0], raising=False)
-    with pytest.raises(UsageError, match=rf"pip install 'colonnade\[{extra}\]'"):
-        open_shards(discover_shards(url), "text")
-
-
-def test_hf_urls_reach_the_hub_file_system() -> None:
-    from huggingface_hub import HfFileSystem
-
-    filesystem, path = filesystems._filesystem("hf://datasets/owner/name@main/data/a.parquet")
-    assert isinstance(filesystem, HfFileSystem)
-    assert path == "datasets/owner/name@main/data/a.parquet"
-
-
-def test_the_hub_offline_is_an_answer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    begin = time.monotonic()
-    with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
-        discover_shards("hf://datasets/owner/name/*.parquet")
-    assert time.monotonic() - begin < 20
-
-
-def test_each_kind_of_client_error_is_sorted() -> None:
-    class NoCredentialsError(OSError):
-        pass
-
-    class Botocore(OSError):
-        response = {"ResponseMetadata": {"HTTPStatusCode": 503}}  # noqa: RUF012
-
-    assert retries.status_of(Botocore()) == 503
-    for error, tries, message in (
-        (Botocore("slow down"), 6, "after 6 tries"),
-        (ConnectionResetError(104, "reset"), 6, "after 6 tries"),
-        (TimeoutError(), 6, "TimeoutError"),
-        (NoCredentialsError("no credentials"), 1, "check the credentials"),
-        (PermissionError("denied"), 1, "check the credentials"),
-        (FileNotFoundError("x"), 1, "check the path"),
-        (IsADirectoryError("x"), 1, "is a folder"),
-    ):
-        calls: list[int] = []
-
-        def request(error: OSError = error, calls: list[int] = calls) -> None:
-            calls.append(1)
-            raise error
-
-        with pytest.raises(retries.UnreachableError, match=message):
-            retries.with_retries("it", request)
-        assert len(calls) == tries, error
