@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -150,11 +152,19 @@ def serve(pattern: str, position: DataPosition | None, dp: int, steps: int, **ch
     shuffle=st.booleans(),
     mixed=st.booleans(),
     packing=st.sampled_from(["concat", "best-fit"]),
+    in_pieces=st.booleans(),
 )
 def test_any_chain_of_readers_serves_the_uninterrupted_stream(
-    corpus: str, mixture: str, chain: list[Any], lanes: int, shuffle: bool, mixed: bool, packing: str
+    corpus: str, mixture: str, chain: list[Any], lanes: int, shuffle: bool, mixed: bool, packing: str, in_pieces: bool
 ) -> None:
-    pattern = mixture if mixed else corpus
+    with ExitStack() as stack:
+        if in_pieces:  # row groups of several windows and portions, as large ones are
+            stack.enter_context(patch("colonnade.data.unit_reader.WINDOW_BYTES", 900))
+            stack.enter_context(patch("colonnade.data.lane_reader.PORTION_BYTES", 400))
+        check_chain(mixture if mixed else corpus, chain, lanes, shuffle, mixed, packing)
+
+
+def check_chain(pattern: str, chain: list[Any], lanes: int, shuffle: bool, mixed: bool, packing: str) -> None:
     lanes = min(lanes, 4) if mixed else lanes  # a lane has to hold a block
     stream = {"lanes": lanes, "shuffle": shuffle, "packing": packing, "seed": 3}
     position, served = None, Blocks()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,14 @@ from colonnade.data.tokenization import EncodedRows, RowBatch
 from colonnade.errors import UsageError
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import pyarrow as pa
 
+    Window: TypeAlias = pa.Array | npt.NDArray[np.unsignedinteger]
+
+# Best-fit packing takes this much text together: it holds about as many bytes of tokens again.
+PORTION_BYTES = 2 << 20
 # One batch is at most this much text, whatever its rows: an encoding in flight takes about 100 bytes a token.
 _BATCH_BYTES = 1 << 20
 # Rows judged by the filter at a time, at least: bounds its memory, and spreads its fixed cost.
@@ -48,7 +55,7 @@ class UnitSkipped:
 
 @dataclass(frozen=True, slots=True)
 class WindowEnded:
-    """All documents of a window have been yielded; `key` is what its seeded orders depend on."""
+    """All documents that are packed together have been yielded; `key` is what the order of their blocks depends on."""
 
     epoch: int
     unit: int
@@ -74,7 +81,7 @@ class LaneReader:
         members: ordinals of the lane's units, ascending.
         batch_rows: rows encoded in one call.
         vocabulary_size: ids of token shards must be below it.
-        by_window: cursors count windows instead of rows (best-fit packing).
+        by_window: cursors count portions of a unit that are packed together (best-fit), instead of rows.
     """
 
     def __init__(
@@ -161,51 +168,65 @@ class LaneReader:
             return
         if following is not None and following not in skipped:
             self._reader.expect(*self.units.locate(following))
-        row = number = 0
+        row = number = portion = 0
         while window is not None:
-            first = row if self._by_window else max(0, first_row - row)
-            is_wanted = number >= first_row if self._by_window else first < _rows_in(window)
-            if is_wanted:
-                begin = 0 if self._by_window else first
-                key = (self._seed, self.name, epoch, ordinal, number)
-                yield from self._read_window(epoch, unit, row, begin, window, key)
-                yield WindowEnded(epoch, unit, number, key)
+            key = (self._seed, self.name, epoch, ordinal, number)
+            order = keyed_permutation(len(window), "rows", *key) if self._shuffle else None
+            for begin, end in self._portions(window, order):
+                first = begin if self._by_window else max(begin, first_row - row)
+                if portion >= first_row if self._by_window else first < end:
+                    place = (epoch, unit, portion)
+                    yield from self._read_rows(place, window, order, range(first, end), row)
+                    yield WindowEnded(*place, key=(self._seed, self.name, epoch, ordinal, portion))
+                portion += 1
             row, number = row + _rows_in(window), number + 1
+            window = None  # or it would be in memory beside the next one
             window = next(windows, None)
 
-    def _read_window(
+    def _portions(self, window: Window, order: npt.NDArray[np.int64] | None) -> list[tuple[int, int]]:
+        """Ranges of a window's rows, in their order, that are packed for themselves. Without best-fit packing, which
+        holds their tokens, it is one."""
+        rows = _rows_in(window)
+        if not self._by_window or isinstance(window, np.ndarray):
+            return [(0, rows)]
+        import pyarrow.compute as pc
+
+        sizes = pc.fill_null(pc.binary_length(window), 0).to_numpy()
+        ends = np.cumsum(sizes if order is None else sizes[order])
+        # A row belongs to the portion that its first byte lies in.
+        numbers = (ends - (sizes if order is None else sizes[order])) // PORTION_BYTES
+        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), rows]
+        return [*pairwise(cuts)]
+
+    def _read_rows(
         self,
-        epoch: int,
-        unit: int,
-        row: int,
-        begin: int,
-        window: pa.Array | npt.NDArray[np.uint16] | npt.NDArray[np.uint32],
-        key: tuple[int | str, ...],
+        place: tuple[int, int, int],
+        window: Window,
+        order: npt.NDArray[np.int64] | None,
+        rows: range,
+        first_row: int,
     ) -> Iterator[RowBatch | EncodedRows | Event]:
-        """Documents of a window, from its row `begin` on; `row` is the number of its first one. The last part of `key`
-        is the window's number."""
-        number = int(key[-1])
+        """Documents of a window's `rows`, in `order`; `first_row` is the number of the window's first one."""
+        epoch, unit, portion = place
         if isinstance(window, np.ndarray):
-            yield RowsJudged(epoch, unit, number, row, np.full(1, KEPT, np.uint8))
-            yield self._token_row(epoch, unit, row, window)
+            yield RowsJudged(epoch, unit, portion, first_row, np.full(1, KEPT, np.uint8))
+            yield self._token_row(epoch, unit, first_row, window)
             return
-        order = keyed_permutation(len(window), "rows", *key) if self._shuffle else None
         stretch = self._batch_rows * -(-_FILTER_ROWS // self._batch_rows)
-        for start in range(begin, len(window), stretch):
-            rows = window.slice(start, stretch) if order is None else window.take(order[start : start + stretch])
-            texts, verdicts = judge(rows)
-            yield RowsJudged(epoch, unit, number, row + start, verdicts)
+        for start in range(rows.start, rows.stop, stretch):
+            stop = min(start + stretch, rows.stop)
+            taken = window.slice(start, stop - start) if order is None else window.take(order[start:stop])
+            texts, verdicts = judge(taken)
+            yield RowsJudged(epoch, unit, portion, first_row + start, verdicts)
             kept = verdicts == KEPT
-            numbers = row + start + np.flatnonzero(kept)
+            numbers = first_row + start + np.flatnonzero(kept)
             texts = texts.filter(kept)
             done = 0
-            for stop in batch_ends(texts, self._batch_rows):
-                yield RowBatch(epoch, unit, numbers[done:stop], texts.slice(done, stop - done))
-                done = stop
+            for end in batch_ends(texts, self._batch_rows):
+                yield RowBatch(epoch, unit, numbers[done:end], texts.slice(done, end - done))
+                done = end
 
-    def _token_row(
-        self, epoch: int, unit: int, row: int, window: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-    ) -> EncodedRows:
+    def _token_row(self, epoch: int, unit: int, row: int, window: npt.NDArray[np.unsignedinteger]) -> EncodedRows:
         highest = int(window.max(initial=0))
         if highest >= self._vocabulary_size:
             raise UsageError(
@@ -216,7 +237,7 @@ class LaneReader:
         return EncodedRows(epoch, unit, np.array([row], np.int64), window.astype(np.int32), ends)
 
 
-def _rows_in(window: pa.Array | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]) -> int:
+def _rows_in(window: Window) -> int:
     return 1 if isinstance(window, np.ndarray) else len(window)
 
 

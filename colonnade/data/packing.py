@@ -48,7 +48,7 @@ class Packer(Protocol):
         """Append documents; the first `begin` tokens are left out (only sensible where nothing is held)."""
 
     def end_window(self, event: WindowEnded) -> None:
-        """All documents of a window have been added."""
+        """All documents that are packed together have been added."""
 
     def cut(self) -> Block:
         """The next block. Only when `ready`."""
@@ -124,50 +124,59 @@ def _mark_starts(starts: npt.NDArray[np.bool_], ends: npt.NDArray[np.int64], beg
 
 
 class BestFitPacker:
-    """Packs the documents of each window (`UnitReader.windows`) for itself, and shuffles the blocks by seed."""
+    """Packs the documents of each portion of about 2 MiB of text for itself, and shuffles the blocks by seed.
+
+    It holds a portion's tokens once; a block is put together when it is cut.
+    """
 
     def __init__(self, block_size: int, cursor: LaneCursor) -> None:
         self._width = block_size + 1
         self._held: list[EncodedRows] = []
-        self._blocks: deque[Block] = deque()
-        self._resume = cursor if cursor.token else None
+        self._resume = cursor.token
+        # Of the portion being delivered:
+        self._batch_of = self._start_of = np.zeros(0, np.int64)  # where each document lies: its batch, its first token
+        self._bins: list[npt.NDArray[np.int64]] = []
+        self._order = np.zeros(0, np.int64)
+        self._next = 0
+        self._place = LaneCursor(0, 0, 0, 0)
 
     @property
     def ready(self) -> bool:
-        return bool(self._blocks)
+        return self._next < len(self._order)
 
     def add(self, encoded: EncodedRows, begin: int = 0) -> None:
+        if not self.ready and self._next:
+            self._held, self._bins, self._order, self._next = [], [], np.zeros(0, np.int64), 0
         self._held.append(encoded)
 
     def end_window(self, event: WindowEnded) -> None:
-        held, self._held = self._held, []
-        if not held:
+        lengths = [np.diff(encoded.ends, prepend=0) for encoded in self._held]
+        if not lengths:
             return
-        tokens = np.concatenate([encoded.tokens for encoded in held])
-        lengths = np.concatenate([np.diff(encoded.ends, prepend=0) for encoded in held])
-        starts = np.cumsum(lengths) - lengths
-        bins = best_fit_bins(lengths, self._width)
-        order = keyed_permutation(len(bins), "blocks", *event.key)
-        delivered, self._resume = (self._resume.token if self._resume else 0), None
-        for number in range(delivered, len(bins)):
-            last = number + 1 == len(bins)
-            cursor = (event.window + 1, 0) if last else (event.window, number + 1)
-            document, begin, end = bins[order[number]].T
-            stretches = np.stack([starts[document] + begin, starts[document] + end], axis=1)
-            self._blocks.append(self._block(tokens, stretches, LaneCursor(event.epoch, event.unit, *cursor)))
-
-    def _block(self, tokens: npt.NDArray[np.int32], stretches: npt.NDArray[np.int64], cursor: LaneCursor) -> Block:
-        """One block from stretches [N, 2] of a window's tokens."""
-        block, starts = np.zeros(self._width, np.int32), np.zeros(self._width, np.bool_)
-        filled = 0
-        for begin, end in stretches.tolist():
-            starts[filled] = True
-            block[filled : filled + end - begin] = tokens[begin:end]
-            filled += end - begin
-        return Block(block, starts, filled, filled, cursor, cursor.epoch)
+        self._batch_of = np.repeat(np.arange(len(lengths)), [len(batch) for batch in lengths])
+        self._start_of = np.concatenate(
+            [encoded.ends - batch for encoded, batch in zip(self._held, lengths, strict=True)]
+        )
+        self._bins = best_fit_bins(np.concatenate(lengths), self._width)
+        self._order = keyed_permutation(len(self._bins), "blocks", *event.key)
+        self._next, self._resume = self._resume, 0
+        self._place = LaneCursor(event.epoch, event.unit, event.window, 0)
+        if not len(self._order):
+            self._held = []
 
     def cut(self) -> Block:
-        return self._blocks.popleft()
+        tokens, starts = np.zeros(self._width, np.int32), np.zeros(self._width, np.bool_)
+        filled = 0
+        for document, begin, end in self._bins[self._order[self._next]].tolist():
+            first = int(self._start_of[document])
+            starts[filled] = True
+            stretch = self._held[self._batch_of[document]].tokens[first + begin : first + end]
+            tokens[filled : filled + end - begin] = stretch
+            filled += end - begin
+        self._next += 1
+        epoch, unit, window, _ = self._place
+        cursor = LaneCursor(epoch, unit, window, self._next) if self.ready else LaneCursor(epoch, unit, window + 1, 0)
+        return Block(tokens, starts, filled, filled, cursor, epoch)
 
     def drop_tail(self) -> int:
-        return 0  # a window's blocks are complete when it ends
+        return 0  # a portion's blocks are complete when it ends

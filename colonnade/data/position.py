@@ -22,7 +22,7 @@ POSITION_FORMAT = 2
 class LaneCursor(NamedTuple):
     """First token of a lane's next block, all numbers from 0: in epoch `epoch`, in the `unit`-th unit of the lane's
     order of that epoch, token `token` of the encoded row `row` (in the order rows are read in, counted before
-    filtering, boundary tokens included). With best-fit packing `row` is a window of the unit and `token` one of the
+    filtering, boundary tokens included). With best-fit packing `row` is a portion of the unit and `token` one of the
     blocks packed from it."""
 
     epoch: int
