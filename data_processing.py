@@ -17,9 +17,11 @@ that hold its chunks, and no others where their number divides that of the lanes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from colonnade.data.corpus import file_name
 from colonnade.data.lane import filtered_rows
 from colonnade.data.mixture import ONLY_CORPUS, normalized, parse_data_glob
 from colonnade.data.order import default_lanes
@@ -28,11 +30,11 @@ from colonnade.data.position import CorpusHead, DataPosition, StreamHead
 from colonnade.data.prefetch import Prefetcher
 from colonnade.data.shards import (
     DEFAULT_GLOBS,
-    Manifest,
     Units,
     discover_shards,
     find_default_shards,
     open_shards,
+    open_usable_shards,
 )
 from colonnade.data.stream import Corpus, TokenChunk, TokenStream
 from colonnade.data.text_filter import FILTER_VERSION
@@ -69,6 +71,8 @@ __all__ = [
 ]
 
 MAX_LANES = 4096
+
+logger = logging.getLogger(__name__)
 
 
 def streaming_token_generator(
@@ -110,7 +114,8 @@ def streaming_token_generator(
         position: go on from here instead of from the beginning.
         allow_data_change: go on from `position` even where the data or these settings are others; the change is
             recorded in the positions that follow.
-        strict: a damaged unit ends the run (RunError) instead of being skipped and recorded.
+        strict: a file that cannot be used is refused and a damaged unit ends the run (RunError), instead of being
+            skipped and recorded.
         epochs: passes over the data, counted from the beginning of the run; None is endless. At the end of each the
             tail of a lane, less than a block, is dropped. The stream ends with the first lane that does.
         reader, readers: yield only the chunks of the lanes that reader number `reader` of `readers` needs, which
@@ -129,7 +134,7 @@ def streaming_token_generator(
     if packing not in PACKINGS:
         raise UsageError(f"packing is {packing!r}; it must be one of {', '.join(PACKINGS)}")
     settings = batch_rows_setting(batch_rows), workers_setting(workers)
-    corpora = _open_corpora(shards, text_column)
+    corpora = _open_corpora(shards, text_column, strict=strict)
     _require_documents(corpora, packing, mark_documents)
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
     first_rows = read_first_rows(corpora[0].units, text_column)
@@ -137,7 +142,7 @@ def streaming_token_generator(
     if lanes is None:
         lanes = position.head.lanes if position is not None else 1 if epochs is not None else None
     head = StreamHead(
-        corpora=tuple(CorpusHead.of(corpus.name, Manifest.of(corpus.units.shards)) for corpus in corpora),
+        corpora=tuple(CorpusHead.of(corpus.name, corpus.units, corpus.skipped_files) for corpus in corpora),
         tokenizer=encoder.digest,
         bos=boundaries.bos if boundaries else None,
         eos=boundaries.eos if boundaries else None,
@@ -167,13 +172,22 @@ def streaming_token_generator(
     )
 
 
-def _open_corpora(shards: Sequence[str | Path] | str, text_column: str) -> list[Corpus]:
+def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, strict: bool) -> list[Corpus]:
     if not isinstance(shards, str):
-        return [Corpus(ONLY_CORPUS, 1.0, Units(open_shards([str(shard) for shard in shards], text_column)))]
+        return [_open_corpus(ONLY_CORPUS, 1.0, [str(shard) for shard in shards], text_column, strict)]
     return [
-        Corpus(corpus.name, corpus.weight, Units(open_shards(discover_shards(corpus.pattern), text_column)))
+        _open_corpus(corpus.name, corpus.weight, discover_shards(corpus.pattern), text_column, strict)
         for corpus in parse_data_glob(shards)
     ]
+
+
+def _open_corpus(name: str, weight: float, paths: Sequence[str], text_column: str, strict: bool) -> Corpus:
+    if strict:
+        return Corpus(name, weight, Units(open_shards(paths, text_column)))
+    usable, bad = open_usable_shards(paths, text_column)
+    for error in bad:
+        logger.warning("skipping a file: %s; recorded in the data position", error)
+    return Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad))
 
 
 def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: bool) -> None:

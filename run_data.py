@@ -13,7 +13,7 @@ from colonnade.config import RunSettings
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.mixture import normalized, parse_data_glob
 from colonnade.data.position import DataPosition
-from colonnade.data.shards import Units, open_shards
+from colonnade.data.shards import Units, open_usable_shards
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.mesh import ParallelLayout
@@ -105,7 +105,8 @@ def settle_backend(settings: RunSettings, record: Mapping[str, Any], notes: list
     assert settings.data_glob is not None
     tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
     shards = [shard for corpus in parse_data_glob(settings.data_glob) for shard in discover_shards(corpus.pattern)[:2]]
-    rows = read_first_rows(Units(open_shards(shards[:_SAMPLED_SHARDS], settings.text_column)), settings.text_column)
+    usable, _ = open_usable_shards(shards[:_SAMPLED_SHARDS], settings.text_column)
+    rows = read_first_rows(Units(usable), settings.text_column)
     _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))

@@ -92,7 +92,9 @@ class RunSettings:
     document_mask: bool = _identity(
         False, "data", "attention stays within a document, positions restart with each, and no target crosses over"
     )
-    strict_data: bool = _setting(False, "data", "stop at a damaged row group instead of skipping and recording it")
+    strict_data: bool = _setting(
+        False, "data", "stop at a damaged file or row group instead of skipping and recording it"
+    )
     validation_glob: str | None = _setting(None, "data", "shards to validate on; without it there is no validation")
     validation_interval: int = _steps(250, "data", "steps between validations; 0 for only one at the end", minimum=0)
     validation_chunks: int = _setting(

@@ -16,6 +16,7 @@ import pytest
 
 from colonnade.data.text_filter import REASONS, judge
 from colonnade.errors import RunError, UsageError
+from colonnade.telemetry.data_ledger import data_ledger
 from data_helpers import (
     assert_same_blocks,
     bad_utf8,
@@ -131,8 +132,33 @@ def test_a_truncated_shard_is_refused_by_name_before_the_run(tmp_path: Path, lay
     bad = write_shard(tmp_path / "bad.data", stdlib_texts(), layout=layout)
     os.truncate(bad, bad.stat().st_size // 2)
     with pytest.raises(UsageError, match=r"bad\.data cannot be read") as caught:
-        open_stream([good, bad])
+        open_stream([good, bad], strict=True)
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_used_are_skipped_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Truncated, empty, foreign, and of another schema, beside a good one; alone they are an error."""
+    good = write_shard(tmp_path / "good.parquet", stdlib_texts(), group=GROUP)
+    cut = write_shard(tmp_path / "cut.parquet", stdlib_texts())
+    os.truncate(cut, cut.stat().st_size // 2)
+    (tmp_path / "empty.parquet").touch()
+    (tmp_path / "foreign.parquet").write_bytes(b"hello, I am a text file")
+    other = write_shard(tmp_path / "other.parquet", stdlib_texts(), column="body")
+    bad = [cut, tmp_path / "empty.parquet", tmp_path / "foreign.parquet", other]
+    with caplog.at_level(logging.WARNING), open_stream([bad[0], good, *bad[1:]], epochs=1) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(plain_tokens(stdlib_texts()), BLOCK))
+        position = stream.position
+    assert position.head.corpora[0].skipped_files == tuple(path.name for path in bad)
+    assert [path.name in record.getMessage() for path, record in zip(bad, caplog.records, strict=True)] == [True] * 4
+    assert data_ledger(position)["corpora"]["data"]["skipped_files"] == [path.name for path in bad]
+    with pytest.raises(UsageError, match=r"cut\.parquet cannot be read"):
+        open_stream(bad)
+    with pytest.raises(UsageError, match=r"absent\.parquet"):  # a file that is not there is never skipped
+        open_stream([good, tmp_path / "absent.parquet"])
+    # One that is mended meanwhile is other data.
+    write_shard(bad[1], stdlib_texts())
+    with pytest.raises(UsageError, match=r"changed or new: empty\.parquet"):
+        open_stream([bad[0], good, *bad[1:]], position=position)
 
 
 @pytest.mark.parametrize(

@@ -362,3 +362,11 @@ def test_token_ids_are_little_endian(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(struct.pack("<3H", 1, 258, 50_256))
     (window,) = UnitReader("text").windows(opened(tmp_path / "a.bin"), 0)
     assert window.tolist() == [1, 258, 50_256]
+
+
+def test_uint32_ids_that_would_be_read_as_uint16_are_noticed(tmp_path: Path) -> None:
+    np.arange(1, 5000, dtype="<u4").tofile(tmp_path / "a.bin")
+    with pytest.raises(UsageError, match=r"rename it to \.u32\.bin"):
+        open_shards([tmp_path / "a.bin"], "text")
+    (tmp_path / "a.bin").rename(tmp_path / "a.u32.bin")
+    assert open_shards([tmp_path / "a.u32.bin"], "text")[0].dtype == "<u4"

@@ -21,6 +21,7 @@ from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data
 from colonnade.data.order import deal_units, default_lanes, keyed_permutation
 from colonnade.data.position import DataPosition
 from colonnade.errors import UsageError
+from colonnade.telemetry.data_ledger import data_ledger, data_metrics
 from data_helpers import assert_same_blocks, plain_blocks, plain_tokens, stdlib_texts, tiny_tokenizer, write_corpus
 from data_processing import TokenStream, streaming_token_generator
 
@@ -290,6 +291,23 @@ def test_changed_data_is_refused_by_name_unless_it_is_allowed(tmp_path: Path) ->
     # What has been allowed once is recorded, and needs no allowance again.
     with open_stream(pattern, position=chunk.position) as stream:
         assert next(stream).number == 26
+
+
+def test_what_was_read_of_a_corpus_that_is_gone_stays_counted(mixture: str) -> None:
+    with open_stream(mixture, lanes=2) as stream:
+        position = list(islice(stream, 40))[-1].position
+    code = position.totals()["code"]
+    assert code.tokens_delivered > 0
+    prose_only = mixture.partition(",code")[0]
+    with open_stream(prose_only, position=position, allow_data_change=True) as stream:
+        position = list(islice(stream, 8))[-1].position
+    assert position.retired == (("code", code),)
+    assert data_metrics(position)["data_tokens_read"] >= 48 * BLOCK
+    assert data_ledger(position)["retired"]["code"]["tokens_delivered"] == code.tokens_delivered
+    # When it comes back, its counts do.
+    with open_stream(mixture, position=DataPosition.from_dict(position.to_dict()), allow_data_change=True) as stream:
+        assert stream.start.totals()["code"] == code
+        assert stream.start.retired == ()
 
 
 def open_blocks(pattern: str, count: int, **changes: Any) -> Blocks:

@@ -199,15 +199,20 @@ def test_a_position_of_something_else_is_refused_naming_old_and_new(corpus: list
         streaming_token_generator(corpus, other, block_size=BLOCK, position=position)
 
 
-def test_other_rows_under_the_same_manifest_are_noticed_where_the_cursor_stands(tmp_path: Path) -> None:
-    """Rows that lie before the end of the file that is digested, in a file of the same size."""
+def test_other_rows_under_the_same_manifest_are_noticed_where_the_cursor_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows between the parts of a large file that are digested, in a file of the same size."""
+    monkeypatch.setattr("colonnade.data.filesystems.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("colonnade.data.filesystems.TAIL_BYTES", 1000)
     filler = ["filler " * 1000] * 20
-    shard = write_shard(tmp_path / "a.arrow", [*stdlib_texts(), *filler], layout="arrow-stream")
+    shard = write_shard(tmp_path / "a.arrow", [*filler, *stdlib_texts(), *filler], layout="arrow-stream")
     with open_stream([shard]) as stream:
-        position = list(islice(stream, 5))[-1].position
+        positions = (chunk.position for chunk in stream)
+        position = next(each for each in positions if each.states[0][0].cursor > (0, 2, 3, 0))
     size = shard.stat().st_size
     texts = ["1" * len(text.encode()) for text in stdlib_texts()]
-    write_shard(shard, [*texts, *filler], layout="arrow-stream")
+    write_shard(shard, [*filler, *texts, *filler], layout="arrow-stream")
     assert shard.stat().st_size == size, "the test needs a file of the same size"
     with open_stream([shard], position=position) as stream, pytest.raises(UsageError, match="data changed"):
         next(stream)

@@ -53,8 +53,7 @@ class Shard:
         unit_bytes: for each unit the bytes of text in it, decompressed, as near as the file tells without being read:
             uncompressed size of the column chunk (Parquet), bytes of the batch or range (Arrow, JSON lines, text), of
             the compressed file (compressed JSON lines), 4 a token (token shards).
-        fingerprint: digest over the size and the last 64 KiB, of Parquet the footer in them, which changes with any
-            content.
+        fingerprint: digest that tells the file's content (`colonnade.data.filesystems.fingerprint`).
         prologue, batches: byte ranges of an Arrow file's messages: the schema and its dictionaries; for each record
             batch its range and the number of prologue messages that stand before it.
         dtype, data_start: of a token shard, the numpy type of a token and the byte at which the tokens begin.
@@ -104,14 +103,14 @@ class Manifest:
     shard_digests: tuple[str, ...]
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> Manifest:
-        """Manifest of `shards` in their order."""
+    def of(cls, shards: Sequence[Shard], left_out: Sequence[str] = ()) -> Manifest:
+        """Manifest of `shards` in their order, beside files that are `left_out`."""
         described = [
             json.dumps([shard.name, shard.size, shard.rows, shard.fingerprint, shard.units]).encode()
             for shard in shards
         ]
         return cls(
-            digest=hashlib.blake2b(b"\n".join(described), digest_size=16).hexdigest(),
+            digest=hashlib.blake2b(b"\n".join([*described, *map(str.encode, left_out)]), digest_size=16).hexdigest(),
             files=len(shards),
             rows=sum(shard.rows for shard in shards),
             shard_digests=tuple(hashlib.blake2b(one, digest_size=4).hexdigest() for one in described),

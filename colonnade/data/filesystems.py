@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 # The end of a file that is fingerprinted. pyarrow asks for as much at once when it looks for a Parquet footer.
 TAIL_BYTES = 64 << 10
+# A file up to this is fingerprinted whole.
+WHOLE_BYTES = 8 << 20
 # A range up to this is fetched whole; the next unit's and the current one's may be in memory together.
 HELD_BYTES = (8 << 20) + (256 << 10)
 # Blocks of a longer range: the one being read and the one after it are in memory.
@@ -280,17 +282,22 @@ Source = LocalSource | RemoteSource
 
 
 def fingerprint(source: Source, footer_only: bool = False) -> str:
-    """Digest over a file's size and its last 64 KiB. A remote file's end is kept for the footer that stands there.
+    """Digest over a file's size and content: all of it up to `WHOLE_BYTES`, of a larger one the first and the last
+    64 KiB. A remote file's end is kept for the footer that stands there.
 
-    With `footer_only`, what stands before a Parquet footer is left out: a small file whose damaged row group was
-    repaired is still the same file.
+    With `footer_only` it is the part of a Parquet footer that stands in the last 64 KiB: sizes and places of all pages,
+    and statistics where the writer made them. A row group that was repaired is still the same file.
     """
     if isinstance(source, RemoteSource):
         source.hold_tail()
     tail = source.read_at(max(0, source.size - TAIL_BYTES), TAIL_BYTES)
     if footer_only and tail.endswith(b"PAR1"):
-        tail = tail[-8 - int.from_bytes(tail[-8:-4], "little") :]
-    return hashlib.blake2b(source.size.to_bytes(8, "little") + tail, digest_size=16).hexdigest()
+        told = tail[-8 - int.from_bytes(tail[-8:-4], "little") :]
+    elif source.size <= WHOLE_BYTES:
+        told = source.read_at(0, source.size)
+    else:
+        told = source.read_at(0, TAIL_BYTES) + tail
+    return hashlib.blake2b(source.size.to_bytes(8, "little") + told, digest_size=16).hexdigest()
 
 
 class Background(Generic[T]):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from colonnade.data.mixture import ONLY_CORPUS, WeightChange
-from colonnade.data.shards import Manifest
+from colonnade.data.shards import Manifest, Units
 from colonnade.errors import UsageError
 
 POSITION_FORMAT = 2
@@ -73,17 +73,21 @@ class DataChange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CorpusHead:
-    """One corpus of a stream. `shards` holds eight digits a file, which tell which files changed."""
+    """One corpus of a stream. `shards` holds eight digits a file, which tell which files changed; `skipped_files` are
+    the names of those that cannot be used."""
 
     name: str
     manifest: str  # digest over ordered file names, sizes, contents of footers, row groups
     files: int
     rows: int
     shards: str
+    skipped_files: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, manifest: Manifest) -> CorpusHead:
-        return cls(name, manifest.digest, manifest.files, manifest.rows, "".join(manifest.shard_digests))
+    def of(cls, name: str, units: Units, skipped_files: Sequence[str] = ()) -> CorpusHead:
+        manifest = Manifest.of(units.shards, skipped_files)
+        shards = "".join(manifest.shard_digests)
+        return cls(name, manifest.digest, manifest.files, manifest.rows, shards, tuple(skipped_files))
 
     def difference(self, other: CorpusHead, names: Sequence[str] = ()) -> str:
         """What `other` has changed; `names` are the names of its files."""
@@ -144,6 +148,7 @@ class DataPosition:
         schedule: the corpora's weights, from chunk 0 on.
         skipped: damaged units passed so far.
         changes: changes of the data that were allowed.
+        retired: what was read of corpora that are no longer there.
     """
 
     head: StreamHead
@@ -152,6 +157,7 @@ class DataPosition:
     schedule: tuple[WeightChange, ...]
     skipped: tuple[SkippedUnit, ...] = ()
     changes: tuple[DataChange, ...] = ()
+    retired: tuple[tuple[str, LaneCounts], ...] = ()
 
     @classmethod
     def start(cls, head: StreamHead, weights: tuple[float, ...]) -> DataPosition:
@@ -181,6 +187,7 @@ class DataPosition:
             "schedule": [[chunk, list(weights)] for chunk, weights in self.schedule],
             "skipped": [list(skip) for skip in self.skipped],
             "changes": [list(change) for change in self.changes],
+            "retired": [[name, list(counts)] for name, counts in self.retired],
         }
 
     @classmethod
@@ -248,7 +255,7 @@ class DataPosition:
         own = {corpus.name: index for index, corpus in enumerate(self.head.corpora)}
         comparable = ("lanes", "seed", "shuffle", "packing", "filter_version", "text_column")
         keeps_order = all(getattr(self.head, name) == getattr(head, name) for name in comparable)
-        totals = self.totals()
+        totals, retired = self.totals(), dict(self.retired)
         states: list[tuple[LaneState, ...]] = []
         same_files: dict[int, int] = {}
         for place, corpus in enumerate(head.corpora):
@@ -258,12 +265,15 @@ class DataPosition:
             if index is not None and index in same_files and keeps_order:
                 states.append(tuple(_after_row(state, head.packing) for state in self.states[index]))
             else:
-                counted = LaneState(counts=totals.get(corpus.name, LaneCounts()))
+                counted = LaneState(counts=totals.get(corpus.name) or retired.pop(corpus.name, LaneCounts()))
                 states.append((counted, *(LaneState(),) * (head.lanes - 1)))
+        present = {corpus.name for corpus in head.corpora}
+        retired |= {name: counts for name, counts in totals.items() if name not in present}
         return DataPosition(
             head=head,
             chunk=self.chunk,
             states=tuple(states),
+            retired=tuple(retired.items()),
             # Corpora may have come and gone, so weights of the past have no meaning any more.
             schedule=(WeightChange(0, weights),),
             skipped=tuple(
@@ -321,7 +331,9 @@ def _after_row(state: LaneState, packing: str) -> LaneState:
 
 def _parsed(state: Mapping[str, Any]) -> DataPosition:
     head = dict(state["head"])
-    head["corpora"] = tuple(CorpusHead(**corpus) for corpus in head["corpora"])
+    head["corpora"] = tuple(
+        CorpusHead(**{**corpus, "skipped_files": tuple(corpus["skipped_files"])}) for corpus in head["corpora"]
+    )
     return DataPosition(
         head=StreamHead(**head),
         chunk=int(state["chunk"]),
@@ -332,4 +344,5 @@ def _parsed(state: Mapping[str, Any]) -> DataPosition:
         schedule=tuple(WeightChange(int(chunk), tuple(map(float, weights))) for chunk, weights in state["schedule"]),
         skipped=tuple(SkippedUnit(int(corpus), int(unit), str(reason)) for corpus, unit, reason in state["skipped"]),
         changes=tuple(DataChange(int(chunk), str(what)) for chunk, what in state["changes"]),
+        retired=tuple((str(name), LaneCounts(*map(int, counts))) for name, counts in state["retired"]),
     )

@@ -23,6 +23,7 @@ from colonnade.errors import UsageError
 __all__ = [
     "DEFAULT_GLOBS",
     "WINDOW_BYTES",
+    "BadShardError",
     "DamagedUnit",
     "Layout",
     "Manifest",
@@ -34,49 +35,86 @@ __all__ = [
     "natural_key",
     "open_shard",
     "open_shards",
+    "open_usable_shards",
 ]
 
 # Footers are small and read at latency, not at bandwidth: threads help even where cores are few.
 _FOOTER_THREADS = 8
 
 
+class BadShardError(UsageError):
+    """A file was read and cannot be used: damaged, foreign, empty, or without a column of text."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+
+
 def open_shards(paths: Sequence[str | Path], text_column: str) -> list[Shard]:
     """Describe every shard, in parallel, and check that it holds rows and a column of text.
 
     Raises:
-        UsageError: naming the first file (in order) that is missing, damaged, foreign, empty or without `text_column`.
+        UsageError: naming the first file (in order) that is missing or cannot be reached.
+        BadShardError: the first one that cannot be used.
+    """
+    shards, bad = open_usable_shards(paths, text_column)
+    if bad:
+        raise bad[0]
+    return shards
+
+
+def open_usable_shards(paths: Sequence[str | Path], text_column: str) -> tuple[list[Shard], list[BadShardError]]:
+    """Describe the shards that can be used, and why the others cannot, both in order.
+
+    Raises:
+        UsageError: a file is missing or cannot be reached, which says nothing of what is in it.
+        BadShardError: none can be used; it is the first one's.
     """
     if not paths:
         raise UsageError("no data shards were given; give at least one file")
+
+    def describe(path: str | Path) -> Shard | BadShardError:
+        try:
+            return open_shard(str(path), text_column)
+        except BadShardError as error:
+            return error
+
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(paths)), thread_name_prefix="footer") as pool:
-        return list(pool.map(lambda path: open_shard(str(path), text_column), paths))
+        found = list(pool.map(describe, paths))
+    bad = [each for each in found if isinstance(each, BadShardError)]
+    if len(bad) == len(found):
+        raise bad[0]
+    return [each for each in found if isinstance(each, Shard)], bad
 
 
 def open_shard(path: str, text_column: str) -> Shard:
-    """Describe one shard. Raises UsageError as `open_shards` does."""
+    """Describe one shard. Raises UsageError and BadShardError as `open_shards` does."""
     import pyarrow as pa
 
     path = local_path(path)
     try:
         source = open_source(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise UsageError(_unreadable(path, error)) from error
     except UnreachableError as error:
         raise UsageError(str(error)) from error
     try:
         layout = detect_layout(path, source.read_at(0, 8))
         shard = DESCRIBE[layout](source, path, layout, text_column)
-    except (pa.ArrowException, OSError, EOFError, UnreachableError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnreachableError, UsageError) as error:
         if source.failure is not None:
             raise UsageError(str(source.failure)) from error
-        raise _unreadable(path, error) from error
+        if isinstance(error, OSError) and error.errno is not None:  # of the system: pyarrow's own have none
+            raise UsageError(_unreadable(path, error)) from error
+        reason = str(error) if isinstance(error, UsageError) else _unreadable(path, error)
+        raise BadShardError(path, reason) from error
     finally:
         source.close()
     if layout in ("parquet", "arrow-file", "arrow-stream") and shard.rows == 0:
-        raise UsageError(f"data shard {path} has 0 rows; remove it from the data pattern")
+        raise BadShardError(path, f"data shard {path} has 0 rows; remove it from the data pattern")
     return shard
 
 
-def _unreadable(path: str, error: Exception) -> UsageError:
+def _unreadable(path: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    return UsageError(f"data shard {path} cannot be read ({reason}); replace or remove it")
+    return f"data shard {path} cannot be read ({reason}); replace or remove it"

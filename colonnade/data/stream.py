@@ -46,6 +46,7 @@ class Corpus:
     name: str
     weight: float
     units: Units
+    skipped_files: tuple[str, ...] = ()  # names of those that cannot be used
 
     @property
     def file_names(self) -> list[str]:

@@ -18,7 +18,7 @@ from colonnade.files import replace_text
 def data_metrics(position: DataPosition) -> dict[str, Any]:
     """The columns of a metrics row: tokens read, delivered again and lost, rows filtered, each corpus's share."""
     totals = position.totals()
-    total = _sum(totals)
+    total = _sum({**totals, **{f"retired {name}": counts for name, counts in position.retired}})
     row: dict[str, Any] = {
         "data_tokens_read": total.tokens_delivered + total.tokens_dropped,
         "data_tokens_repeated": total.tokens_repeated,
@@ -65,6 +65,7 @@ def data_ledger(position: DataPosition) -> dict[str, Any]:
             "padding": counts.padding,
             "rows_read": counts.rows,
             "rows_filtered": filtered_rows(counts),
+            "skipped_files": list(corpus.skipped_files),
             "epochs_begun": 1 + max(state.cursor.epoch for state in states),
             "skipped": [
                 {"unit": skip.unit, "reason": skip.reason} for skip in position.skipped if skip.corpus == index
@@ -77,6 +78,10 @@ def data_ledger(position: DataPosition) -> dict[str, Any]:
         "lanes": head.lanes,
         "tokenizer": head.tokenizer,
         "corpora": corpora,
+        "retired": {
+            name: {"tokens_delivered": counts.tokens_delivered, "rows_read": counts.rows}
+            for name, counts in position.retired
+        },
         "weights": [{"from_chunk": chunk, "weights": list(weights)} for chunk, weights in position.schedule],
         "changes": [{"at_chunk": chunk, "what": what} for chunk, what in position.changes],
     }

@@ -91,7 +91,17 @@ def _bin_header(path: str, start: bytes, size: int) -> tuple[str, int, int]:
             f"data shard {path} cannot be read ({size} bytes are no whole number of {width}-byte ids); replace or "
             "remove it"
         )
+    if width == 2 and _looks_like_uint32(np.frombuffer(start[: size // 4 * 4], "<u2")):
+        raise UsageError(
+            f"data shard {path} is read as uint16, and every second number in it is 0; if its ids are uint32, rename "
+            "it to .u32.bin"
+        )
     return dtype, 0, size // width
+
+
+def _looks_like_uint32(numbers: npt.NDArray[np.uint16]) -> bool:
+    """Whether ids below 65,536 of four bytes each stand there."""
+    return len(numbers) >= 8 and not numbers[1::2].any() and bool(numbers[::2].any())
 
 
 class TokenFile(ShardFile):
