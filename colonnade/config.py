@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from colonnade.errors import UsageError
-from colonnade.files import replace_text
+from colonnade.files import replace_file
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -428,4 +428,4 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
 
 def write_settings(settings: RunSettings, path: Path) -> None:
     """Save settings as YAML that `--config` takes back. Raises OSError."""
-    replace_text(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    replace_file(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))

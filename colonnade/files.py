@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` aside, flush it to the disk, and rename it over `path`. Raises OSError; `path` is then as before."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Put `content` in place of the file at `path` in one rename, after it is on disk.
+
+    A file that is replaced keeps its permissions, a new one gets the usual ones. Raises OSError; `path` is then as
+    before.
+    """
     # A name of its own for every writer: ranks on several nodes may share both the folder and a process id.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp keeps the file to its owner; a run's folder is for whoever may read the folder.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
+        if path.exists():
+            aside.chmod(path.stat().st_mode & 0o777)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -33,7 +33,7 @@ from colonnade.data.shards import DamagedUnit, UnitReader, Units
 from colonnade.data.text_filter import KEPT, judge
 from colonnade.data.tokenization import Encoder, workers_setting
 from colonnade.errors import UsageError
-from colonnade.files import replace_text
+from colonnade.files import replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -308,6 +308,6 @@ def _write_cache(path: Path, found: dict[str, Any]) -> None:
     """A folder that cannot be written costs the comparison at the next start, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(found))
+        replace_file(path, json.dumps(found))
     except OSError as error:
         logger.info("%s cannot be written (%s)", path, error.strerror)

@@ -12,7 +12,7 @@ from typing import Any
 from colonnade.data.lane import filtered_rows
 from colonnade.data.position import DataPosition, LaneCounts
 from colonnade.errors import RunError
-from colonnade.files import replace_text
+from colonnade.files import replace_file
 
 
 def data_metrics(position: DataPosition) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def data_ledger(position: DataPosition) -> dict[str, Any]:
 def write_data_ledger(path: Path, position: DataPosition) -> None:
     """Replace the ledger of a run. Raises RunError where it cannot be written."""
     try:
-        replace_text(path, json.dumps(data_ledger(position), indent=2) + "\n")
+        replace_file(path, json.dumps(data_ledger(position), indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from colonnade.errors import RunError, UsageError
+from colonnade.files import replace_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,22 +116,6 @@ def unigram_entropy(token_ids: np.ndarray) -> float:
     frequencies = counts / token_ids.size
     # Adding 0.0 turns the -0.0 of a single distinct token into 0.0.
     return float(-(frequencies * np.log(frequencies)).sum()) + 0.0
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file at `path` in one rename, after it is on disk. Raises OSError."""
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp lets only the owner read; the file keeps the permissions it had, or gets the usual ones.
-        os.chmod(aside, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def _encode(row: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colonnade.errors import RunError
-from colonnade.telemetry.metrics import read_metrics, replace_file
+from colonnade.files import replace_file
+from colonnade.telemetry.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

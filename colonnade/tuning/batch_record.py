@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.errors import RunError
-from colonnade.files import replace_text
+from colonnade.files import replace_file
 
 RECORD_NAME = "micro_batch.json"
 RECORD_VERSION = 1
@@ -145,6 +145,6 @@ def _write_entries(directory: Path, entries: Mapping[str, Mapping[str, Any]]) ->
     content = json.dumps({"version": RECORD_VERSION, "answers": entries}, indent=2, allow_nan=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        replace_text(directory / RECORD_NAME, content + "\n")
+        replace_file(directory / RECORD_NAME, content + "\n")
     except OSError as error:
         raise RunError(f"{directory / RECORD_NAME} cannot be written: {error.strerror or error}") from error
