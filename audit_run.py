@@ -262,7 +262,8 @@ def audit(run: Run, recorded: Recorded, end: int) -> str:
 def _take_step(run: Run) -> dict[str, str]:
     """One step again; the bits of its loss and norm."""
     from colonnade.telemetry.fingerprint import float32_bits
-    from training_utils import mean_loss, train_step
+    from run_measurements import mean_loss
+    from training_utils import train_step
 
     batch = run.feed.take()
     loss, norm = train_step(run, batch, run.schedule(run.step))

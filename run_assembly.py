@@ -41,8 +41,8 @@ from run_inputs import (
     requested_global_batch,
     require_steps_left,
 )
+from run_measurements import device_peak_flops
 from run_state import Run, restore_rng
-from training_utils import device_peak_flops
 
 SETTINGS_NAME = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,9 +7,7 @@ that `--help` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ import yaml
 
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
+from colonnade.setting_values import brief, check_field, nearest, read_yaml
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 MAX_STEPS = 10**9
-MAX_MICRO_BATCH = 2**16
 # Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
 MAX_TOKENS_PER_STEP = 2**28
 
@@ -232,74 +230,6 @@ class ResumeSettings:
 
 # ---------------------------------------------------------------------------------------------------- checking
 
-_KINDS = {"int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false"}
-# Enough of a value to recognise it: a file may hold megabytes where a number was expected.
-_brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = _brief.maxlong = 100
-_brief.maxlevel = 2
-
-
-def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
-    """One value, checked and converted to its field's type. `source` is the flag or key the user wrote.
-
-    Raises:
-        UsageError: names `source`, the value and the limit.
-    """
-    kind = str(spec.type).split(" | ")[0]
-    if value is None and "None" in str(spec.type):
-        return None
-    if spec.name == "initial_batch_size":
-        return _check_batch_size(value, source)
-    try:
-        value = _convert(kind, value)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{source} is {_brief.repr(value)}; it must be {_KINDS[kind]}") from None
-    limits = spec.metadata
-    for broken, limit in (
-        (kind == "str" and not value.strip(), "some text, or left out"),
-        ("minimum" in limits and value < limits["minimum"], f"at least {limits.get('minimum')}"),
-        ("above" in limits and value <= limits["above"], f"above {limits.get('above')}"),
-        ("below" in limits and value >= limits["below"], f"below {limits.get('below')}"),
-        ("maximum" in limits and value > limits["maximum"], f"at most {limits.get('maximum')}"),
-        ("choices" in limits and value not in limits["choices"], f"one of {', '.join(limits.get('choices', ()))}"),
-    ):
-        if broken:
-            raise UsageError(f"{source} is {_brief.repr(value)}; it must be {limit}")
-    return value
-
-
-def _convert(kind: str, value: Any) -> Any:
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if kind == "str":
-        if not isinstance(value, str) or "\0" in value:
-            raise TypeError
-        return value
-    # YAML 1.1 reads 1e-3 as text, and a flag is always text; a bool is an int to Python, and 1.0 no whole number.
-    if not isinstance(value, str | int | float) or isinstance(value, bool) or (kind == "int" and type(value) is float):
-        raise TypeError
-    number = int(value) if kind == "int" else float(value)
-    if not abs(number) < float("inf"):
-        raise ValueError
-    return number
-
-
-def _check_batch_size(value: Any, source: str) -> str:
-    text = str(value) if isinstance(value, str | int) else ""
-    if text == "auto":
-        return text
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_MICRO_BATCH):
-        raise UsageError(
-            f"{source} is {_brief.repr(value)}; it must be auto or a number of sequences from 1 to {MAX_MICRO_BATCH}"
-        )
-    return str(int(text))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
 
 def check_settings(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """Setting names and values from a file: each name known, each value of its type and within its limits.
@@ -311,39 +241,15 @@ def check_settings(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
     checked = {}
     for key, value in values.items():
         if key not in specs:
-            near = _nearest(str(key)[:100], specs)
-            raise UsageError(f"{source}: unknown key {_brief.repr(key)}; the nearest known one is {near!r}")
+            near = nearest(str(key)[:100], specs)
+            raise UsageError(f"{source}: unknown key {brief.repr(key)}; the nearest known one is {near!r}")
         checked[key] = check_field(specs[key], value, f"{source}: {key}")
     return checked
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types, and no key twice: PyYAML would take the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} is there twice")
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_settings(path: Path, source: str) -> dict[str, Any]:
     """The settings in a YAML file. `source` is the flag that named it. Raises UsageError."""
-    return check_settings(_read_yaml(path, source), f"{source} {path}")
-
-
-def _read_yaml(path: Path, source: str) -> dict[Any, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UsageError(f"{source} {path}: cannot be read ({error.strerror})") from error
-    # Dates and numbers that no date or number can be are ValueErrors to PyYAML, and so is text that is not UTF-8.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{source} {path}: not YAML ({' '.join(str(error).split())[:300]})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{source} {path}: holds no mapping of setting names to values")
-    return values
+    return check_settings(read_yaml(path, source), f"{source} {path}")
 
 
 # ----------------------------------------------------------------------------------------------------- presets
@@ -360,12 +266,12 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         UsageError: there is no preset of that name (the nearest one is named), or its file has other sections.
     """
     if name not in preset_names():
-        near = _nearest(name, preset_names())
+        near = nearest(name, preset_names())
         raise UsageError(
-            f"--preset {_brief.repr(name)} does not exist; the nearest is {near!r} (all: {', '.join(preset_names())})"
+            f"--preset {brief.repr(name)} does not exist; the nearest is {near!r} (all: {', '.join(preset_names())})"
         )
     path = PRESET_FOLDER / f"{name}.yaml"
-    values = _read_yaml(path, "--preset")
+    values = read_yaml(path, "--preset")
     model, training = values.pop("model", None), values.pop("training", {})
     if values or not isinstance(model, dict) or not isinstance(training, dict):
         raise UsageError(

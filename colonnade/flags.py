@@ -16,12 +16,12 @@ from typing import IO, Any
 from colonnade.config import (
     ResumeSettings,
     RunSettings,
-    check_field,
     complete_settings,
     override,
     read_settings,
 )
 from colonnade.errors import UsageError
+from colonnade.setting_values import check_field
 
 _TRAINING = (
     "Pretrain a decoder-only language model with tensor parallelism. Start it under torchrun for several ranks. "

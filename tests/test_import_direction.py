@@ -15,6 +15,7 @@ PACKAGE = "colonnade"
 PARTS = (
     "errors",
     "files",
+    "setting_values",
     "config",
     "flags",
     "model_config",
@@ -30,7 +31,8 @@ PARTS = (
 ROOT_LEVELS = (
     ("data_processing", "model"),
     ("run_state",),
-    ("run_data", "training_utils"),
+    ("run_data", "run_measurements"),
+    ("training_utils",),
     ("run_inputs",),
     ("run_assembly",),
     ("run_setup",),

@@ -19,8 +19,8 @@ from distributed.test_parity import CONFIG, is_vocabulary, relative_error
 from distributed.workers import captured_graphs, deterministic_steps, packed_step
 from model import TensorParallelModel
 from run_assembly import _probe_seconds
+from run_measurements import validate
 from run_state import Validation
-from training_utils import validate
 
 BLOCK = 48
 # Lengths of the documents of each row of BLOCK + 1 tokens; what they do not fill is padding.

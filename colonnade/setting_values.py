@@ -1,0 +1,108 @@
+"""One setting's value, checked against what its field says, and YAML files read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from colonnade.errors import UsageError
+
+MAX_MICRO_BATCH = 2**16
+
+_KINDS = {"int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false"}
+# Enough of a value to recognise it: a file may hold megabytes where a number was expected.
+brief = reprlib.Repr()
+brief.maxstring = brief.maxother = brief.maxlong = 100
+brief.maxlevel = 2
+
+
+def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    """One value, checked and converted to its field's type. `source` is the flag or key the user wrote.
+
+    Raises:
+        UsageError: names `source`, the value and the limit.
+    """
+    kind = str(spec.type).split(" | ")[0]
+    if value is None and "None" in str(spec.type):
+        return None
+    if spec.name == "initial_batch_size":
+        return _check_batch_size(value, source)
+    try:
+        value = _convert(kind, value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{source} is {brief.repr(value)}; it must be {_KINDS[kind]}") from None
+    limits = spec.metadata
+    for broken, limit in (
+        (kind == "str" and not value.strip(), "some text, or left out"),
+        ("minimum" in limits and value < limits["minimum"], f"at least {limits.get('minimum')}"),
+        ("above" in limits and value <= limits["above"], f"above {limits.get('above')}"),
+        ("below" in limits and value >= limits["below"], f"below {limits.get('below')}"),
+        ("maximum" in limits and value > limits["maximum"], f"at most {limits.get('maximum')}"),
+        ("choices" in limits and value not in limits["choices"], f"one of {', '.join(limits.get('choices', ()))}"),
+    ):
+        if broken:
+            raise UsageError(f"{source} is {brief.repr(value)}; it must be {limit}")
+    return value
+
+
+def _convert(kind: str, value: Any) -> Any:
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind == "str":
+        if not isinstance(value, str) or "\0" in value:
+            raise TypeError
+        return value
+    # YAML 1.1 reads 1e-3 as text, and a flag is always text; a bool is an int to Python, and 1.0 no whole number.
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or (kind == "int" and type(value) is float):
+        raise TypeError
+    number = int(value) if kind == "int" else float(value)
+    if not abs(number) < float("inf"):
+        raise ValueError
+    return number
+
+
+def _check_batch_size(value: Any, source: str) -> str:
+    text = str(value) if isinstance(value, str | int) else ""
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_MICRO_BATCH):
+        raise UsageError(
+            f"{source} is {brief.repr(value)}; it must be auto or a number of sequences from 1 to {MAX_MICRO_BATCH}"
+        )
+    return str(int(text))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types, and no key twice: PyYAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is there twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path, source: str) -> dict[Any, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UsageError(f"{source} {path}: cannot be read ({error.strerror})") from error
+    # Dates and numbers that no date or number can be are ValueErrors to PyYAML, and so is text that is not UTF-8.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{source} {path}: not YAML ({' '.join(str(error).split())[:300]})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} {path}: holds no mapping of setting names to values")
+    return values

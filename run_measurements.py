@@ -1,0 +1,117 @@
+"""What is measured of a run: the metrics of a step, the held-out loss, memory and the device's peak."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from colonnade.data.blocks import PADDING, counted_targets, unpack_blocks
+from colonnade.optim.gradients import sum_over_data_parallel
+from colonnade.telemetry.data_ledger import data_metrics
+from colonnade.telemetry.fingerprint import float32_bits
+from colonnade.tuning.flops import peak_flops, training_flops_per_token
+from colonnade.tuning.memory import GIB
+from run_state import Run, Validation, whole_position
+
+
+def mean_loss(run: Run, part: Tensor) -> Tensor:
+    """The mean loss of a step from this rank's part of it. Collective."""
+    total = part.clone()
+    sum_over_data_parallel([total], run.layout.dp_group, fixed_order=run.settings.deterministic)
+    return total
+
+
+class Meter:
+    """What happened since the last log step."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._logged = run.step
+        config = run.config
+        self._flops_per_token = training_flops_per_token(
+            run.model.num_parameters(embeddings=False),
+            config.num_hidden_layers,
+            config.num_attention_heads * config.head_dim,
+            run.block_size,
+            config.vocab_size,
+            config.hidden_size,
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval: time spent on validation and saving is nobody's training speed."""
+        self._begin, self._tokens = time.perf_counter(), self._run.tokens_seen
+        self.data_wait = 0.0
+
+    def row(self, loss: Tensor, norm: Tensor, learning_rate: float, epoch: int) -> dict[str, Any]:
+        """The metrics row of this step, and the start of the next interval. Collective; the one host sync."""
+        run = self._run
+        total, grad_norm = torch.stack([mean_loss(run, loss), norm.to(loss.dtype)]).tolist()
+        seconds = time.perf_counter() - self._begin
+        rate = (run.tokens_seen - self._tokens) / seconds
+        row = {
+            "step": run.step,
+            "loss": total,
+            "perplexity": math.exp(min(total, 700.0)) if math.isfinite(total) else None,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_seen": run.tokens_seen,
+            "tokens_per_second": rate,
+            "model_flops_utilization": None
+            if run.peak_flops is None
+            else rate * self._flops_per_token / (run.peak_flops * dist.get_world_size()),
+            "memory_gib": memory_in_use(run.layout.device) / GIB,
+            "data_wait_fraction": min(1.0, self.data_wait / seconds),
+            "epoch": epoch,
+        }
+        position = whole_position(run)
+        if position is not None:
+            row |= data_metrics(position)
+        if run.settings.deterministic:
+            row |= {"loss_bits": float32_bits(total), "grad_norm_bits": float32_bits(grad_norm)}
+            # A row that is lost shows, whatever the intervals were: a checkpoint's step is logged, so the chain holds.
+            row["logged_after"], self._logged = self._logged, run.step
+        self.restart()
+        return row
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the allocator's peak on an accelerator, this process's resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def device_peak_flops(device: torch.device, precision: str) -> float | None:
+    """Dense FLOP/s of the device in this precision, where it is known."""
+    if device.type != "cuda":
+        return None
+    if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32:
+        precision = "tf32"
+    return peak_flops(torch.cuda.get_device_name(device), precision)
+
+
+@torch.no_grad()
+def validate(run: Run, validation: Validation) -> dict[str, float]:
+    """Mean loss and perplexity over the held-out blocks. Collective; the same bits at every data-parallel size."""
+    size, layout, document_mask = run.batch.micro_batch_size, run.layout, run.settings.document_mask
+    batches = validation.tokens.split(size)
+    totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
+    for index in range(layout.dp_rank, len(batches), layout.dp):
+        tokens = batches[index].to(layout.device)
+        # Compiled segments have one shape: the last batch is filled up with rows that do not count.
+        tokens = F.pad(tokens, (0, 0, 0, size - tokens.shape[0]), value=PADDING)
+        blocks = unpack_blocks(tokens, document_mask=document_mask)
+        totals[index] = run.model(blocks.input_ids, blocks.labels, blocks.document_starts).double()
+    # One rank tells a batch's loss and the others add zeros, which is exact in any order.
+    dist.all_reduce(totals, group=layout.dp_group)
+    loss = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
+    return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
