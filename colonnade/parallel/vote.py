@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from colonnade.errors import ColonnadeError, RunError, UsageError
@@ -56,3 +57,10 @@ def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = N
             box[0] = function()
     dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]  # type: ignore[return-value]  # T may itself allow None
+
+
+def highest(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The highest of the ranks' values. Collective: one all-reduce on the CPU, which waits for no device."""
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+    return int(shared)
