@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from colonnade.checkpoint.prune import prune_checkpoints
-from colonnade.checkpoint.save import save_checkpoint
+from colonnade.checkpoint.run_lock import RunLock
+from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.config import RunSettings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
@@ -63,6 +64,10 @@ class Run:
         loss: mean loss of the last step that was logged or saved.
         validation_loss: of the last validation.
         resumed_from: the checkpoint this start went on from.
+        damaged: newer ones that were passed over.
+        saver: what writes checkpoints; None for a replay, which writes nothing.
+        lock: of the run's folder, held on the first rank; None for a replay.
+        gathered: the last position that was gathered over the readers, and the reader's own it was gathered for.
     """
 
     settings: RunSettings
@@ -88,6 +93,10 @@ class Run:
     loss: float | None = None
     validation_loss: float | None = None
     resumed_from: Path | None = None
+    damaged: tuple[Path, ...] = ()
+    saver: CheckpointSaver | None = None
+    lock: RunLock | None = None
+    gathered: tuple[DataPosition, DataPosition] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -108,26 +117,37 @@ class Run:
 
 
 def save(run: Run, fingerprint: Fingerprint | None) -> None:
-    """Write the run's checkpoint, in the deterministic mode with its fingerprint, and prune the oldest. Collective.
+    """Save the run as it stands, in the deterministic mode with its fingerprint; prune the oldest after. Collective.
+
+    Asynchronously, unless the settings say otherwise: it is done when `run.saver.wait()` has returned.
 
     Raises:
-        RunError: on all ranks, when it failed on any; older checkpoints are intact.
+        RunError: on all ranks, when this or the save before failed on any; older checkpoints are intact.
     """
+    assert run.saver is not None
+    settings, directory, damaged = run.settings, run.directory, run.damaged
     position = whole_position(run)
-    manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
-    path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest)
-    if run.layout.is_main and position is not None:
-        write_data_ledger(run.directory / LEDGER_NAME, position)
-        prune_checkpoints(run.directory, run.settings.keep_checkpoints, protect=(path,))
+    manifest = manifest_of(run, position, fingerprint if settings.deterministic else None)
+
+    def after_commit(path: Path) -> None:
+        if position is not None:
+            write_data_ledger(directory / LEDGER_NAME, position)
+        prune_checkpoints(
+            directory, settings.keep_checkpoints, protect=(path,), keep_every=settings.keep_every, damaged=damaged
+        )
+
+    run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
 
 
 def whole_position(run: Run) -> DataPosition | None:
     """The data position over all readers, on the ranks that read; None on the others. Collective over those."""
     if run.position is None or run.stream is None or run.stream.apart == 1:
         return run.position
-    parts: list[Any] = [None] * run.layout.dp
-    dist.all_gather_object(parts, run.position, group=run.layout.dp_group)
-    return DataPosition.merged(parts, run.stream.start.chunk)
+    if run.gathered is None or run.gathered[0] is not run.position:
+        parts: list[Any] = [None] * run.layout.dp
+        dist.all_gather_object(parts, run.position, group=run.layout.dp_group)
+        run.gathered = (run.position, DataPosition.merged(parts, run.stream.start.chunk))
+    return run.gathered[1]
 
 
 def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprint | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.peers import PeerWatch, is_connection_lost
+from colonnade.parallel.vote import highest
 from colonnade.telemetry.data_ledger import data_summary
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of
 from colonnade.telemetry.metrics import MetricsLog
@@ -28,6 +29,8 @@ from colonnade.tuning.memory import is_out_of_memory
 from run_measurements import Meter, mean_loss, validate
 from run_state import LEDGER_NAME, Run, save, whole_position
 
+# How long a rank that must leave waits for the save that its peers' threads are still in.
+SETTLE_SECONDS = 60.0
 METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
 
 
@@ -40,6 +43,7 @@ def train(run: Run) -> None:
     Raises:
         RunError: a checkpoint cannot be written, data cannot be read, or memory ran out; the last checkpoint stands.
     """
+    assert run.saver is not None
     settings, total = run.settings, run.settings.total_steps
     watch = PeerWatch(enabled=dist.get_world_size() > 1)
     progress = ProgressReport(total, initial_step=run.step, enabled=run.layout.is_main)
@@ -63,6 +67,8 @@ def train(run: Run) -> None:
             run.step += 1
             run.tokens_seen += run.tokens_per_step
             run.position = batch.position
+            if highest(int(run.saver.has_failed)):
+                run.saver.wait()
 
             # -- log
             is_last = run.step == total
@@ -96,10 +102,14 @@ def train(run: Run) -> None:
                 save(run, fingerprint)
                 saved_step = run.step
                 meter.restart()
+    run.saver.wait()
     if fingerprints is not None:
         fingerprints.close()
     finish(run, saved_step, metrics)
+    run.saver.close()
     watch.close()
+    if run.lock is not None:
+        run.lock.release()
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:
@@ -208,6 +218,8 @@ def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Peer
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if is_connection_lost(error):
             raise PeerError("another rank is gone") from error
+        if run.saver is not None:
+            run.saver.settle(SETTLE_SECONDS)
         watch.announce_failure()
         if not is_out_of_memory(error):
             raise

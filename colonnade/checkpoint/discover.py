@@ -57,35 +57,48 @@ def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
     Only the exact names count: a folder `streaming_checkpoint_step_N` whose manifest can be read and whose listed files
     are there with their sizes, or a file `streaming_checkpoint_step_N.pth`. A directory that does not exist has none.
     """
-    return _survey(directory)[0]
+    return survey(directory)[0]
 
 
 def incomplete_checkpoints(directory: Path) -> list[IncompleteCheckpoint]:
     """What is named like a checkpoint inside `directory` and is not a complete one, newest first."""
-    return _survey(directory)[1]
+    return survey(directory)[1]
 
 
 def latest_checkpoint(directory: Path) -> CheckpointInfo | None:
     """The newest complete checkpoint of a run folder; None where nothing is named like one.
 
-    Newer ones that are damaged are passed over, with one line of warning for each.
+    Newer ones that are damaged are passed over, with one line of warning for each. What is inside the files is not
+    looked at: `verify.newest_verified` does that.
 
     Raises:
         UsageError: there are checkpoints and none is usable. A run must not start afresh over them.
     """
-    complete, incomplete = _survey(directory)
+    complete, incomplete = survey(directory)
     if not complete:
-        if incomplete:
-            raise UsageError(
-                f"{directory} holds {len(incomplete)} checkpoint(s) and none is usable; "
-                f"the newest: {incomplete[0].reason}"
-            )
+        refusal = none_usable(directory, incomplete)
+        if refusal is not None:
+            raise UsageError(refusal)
         return None
-    newest = complete[0]
-    for damaged in incomplete:
-        if newest.step is not None and damaged.step > newest.step:
-            logger.warning("%s; going back to step %d", damaged.reason, newest.step)
-    return newest
+    warn_of_damaged(complete[0], incomplete)
+    return complete[0]
+
+
+def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
+    """The line that refuses a folder whose checkpoints are all damaged; None where there are none at all."""
+    if not damaged:
+        return None
+    newest = max(damaged, key=lambda item: item.step)
+    return f"{directory} holds {len(damaged)} checkpoint(s) and none is usable; the newest: {newest.reason}"
+
+
+def warn_of_damaged(chosen: CheckpointInfo, damaged: list[IncompleteCheckpoint]) -> list[IncompleteCheckpoint]:
+    """Say of each damaged checkpoint newer than the chosen one why it is passed over and what that costs; those."""
+    step = chosen.step or 0
+    newer = sorted((item for item in damaged if item.step > step), key=lambda item: item.step, reverse=True)
+    for item in newer:
+        logger.warning("%s; going back to step %d, %d steps lost", item.reason, step, item.step - step)
+    return newer
 
 
 def resolve_checkpoint(path: Path) -> CheckpointInfo:
@@ -93,6 +106,17 @@ def resolve_checkpoint(path: Path) -> CheckpointInfo:
 
     Raises:
         UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
+    """
+    found = the_one_meant(path) or latest_checkpoint(path)
+    assert found is not None  # the_one_meant has seen that something is named like a checkpoint
+    return found
+
+
+def the_one_meant(path: Path) -> CheckpointInfo | None:
+    """The checkpoint at `path` itself; None for a run folder, which holds at least something named like one.
+
+    Raises:
+        UsageError: as `resolve_checkpoint`.
     """
     if path.is_file():
         if path.suffix != SINGLE_FILE_SUFFIX:
@@ -104,16 +128,16 @@ def resolve_checkpoint(path: Path) -> CheckpointInfo:
         raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
     if step_of_name(path.name) is not None or (path / MANIFEST_NAME).exists():
         return _inspect(path)
-    found = latest_checkpoint(path)
-    if found is None:
+    if not any(survey(path)):
         raise UsageError(
             f"{path} holds no checkpoint: looked for folders streaming_checkpoint_step_N and files "
             f"streaming_checkpoint_step_N{SINGLE_FILE_SUFFIX}"
         )
-    return found
+    return None
 
 
-def _survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
+def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
+    """`find_checkpoints` and `incomplete_checkpoints` of one look at the folder."""
     complete: list[tuple[int, bool, CheckpointInfo]] = []
     incomplete: list[IncompleteCheckpoint] = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

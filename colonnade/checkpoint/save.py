@@ -226,7 +226,7 @@ class CommittingWriter(dcp.FileSystemWriter):
         # A rank that had nothing to write leaves an empty file and tells of nothing.
         empty = hashlib.sha256().hexdigest()
         own = file_sha256(self.temporary / ".metadata")
-        return {name: own if name == ".metadata" else told.get(name, empty) for name in sizes}
+        return {name: own if name == ".metadata" else told[name] if size else empty for name, size in sizes.items()}
 
     def _check_visible(self, results: list[list[WriteResult]], sizes: Mapping[str, int]) -> None:
         """Each written byte lies in a file this rank sees; a node's own disk would hold the others' shards back."""
