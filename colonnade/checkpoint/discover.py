@@ -1,7 +1,7 @@
-"""Finding checkpoints: which are complete, which is the newest, and why another is not usable.
+"""Finding checkpoints: which look complete, by names and sizes, and why another is not usable.
 
-Everything here looks at the local file system and involves no other rank. In a run of several ranks call it on one and
-share the outcome (`colonnade.parallel.vote.on_first_rank`), so that all go on from the same checkpoint.
+Everything here looks at the local file system and involves no other rank. `verify` has all ranks go on from the same
+checkpoint, after its content was compared with what was written.
 """
 
 from __future__ import annotations
@@ -65,25 +65,6 @@ def incomplete_checkpoints(directory: Path) -> list[IncompleteCheckpoint]:
     return survey(directory)[1]
 
 
-def latest_checkpoint(directory: Path) -> CheckpointInfo | None:
-    """The newest complete checkpoint of a run folder; None where nothing is named like one.
-
-    Newer ones that are damaged are passed over, with one line of warning for each. What is inside the files is not
-    looked at: `verify.newest_verified` does that.
-
-    Raises:
-        UsageError: there are checkpoints and none is usable. A run must not start afresh over them.
-    """
-    complete, incomplete = survey(directory)
-    if not complete:
-        refusal = none_usable(directory, incomplete)
-        if refusal is not None:
-            raise UsageError(refusal)
-        return None
-    warn_of_damaged(complete[0], incomplete)
-    return complete[0]
-
-
 def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
     """The line that refuses a folder whose checkpoints are all damaged; None where there are none at all."""
     if not damaged:
@@ -97,26 +78,16 @@ def warn_of_damaged(chosen: CheckpointInfo, damaged: list[IncompleteCheckpoint])
     step = chosen.step or 0
     newer = sorted((item for item in damaged if item.step > step), key=lambda item: item.step, reverse=True)
     for item in newer:
-        logger.warning("%s; going back to step %d, %d steps lost", item.reason, step, item.step - step)
+        lost = item.step - step
+        logger.warning("%s; going back to step %d, %d step%s lost", item.reason, step, lost, "s" if lost > 1 else "")
     return newer
-
-
-def resolve_checkpoint(path: Path) -> CheckpointInfo:
-    """The checkpoint meant by `path`: a run folder (its newest complete one), a checkpoint folder, or a `.pth` file.
-
-    Raises:
-        UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
-    """
-    found = the_one_meant(path) or latest_checkpoint(path)
-    assert found is not None  # the_one_meant has seen that something is named like a checkpoint
-    return found
 
 
 def the_one_meant(path: Path) -> CheckpointInfo | None:
     """The checkpoint at `path` itself; None for a run folder, which holds at least something named like one.
 
     Raises:
-        UsageError: as `resolve_checkpoint`.
+        UsageError: nothing is there, a run folder holds no checkpoint, or the one asked for by name is damaged.
     """
     if path.is_file():
         if path.suffix != SINGLE_FILE_SUFFIX:
