@@ -42,7 +42,7 @@ from run_inputs import (
     require_steps_left,
 )
 from run_measurements import device_peak_flops
-from run_state import Run, restore_rng
+from run_state import Run, forget_end, restore_rng
 
 SETTINGS_NAME = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -181,6 +181,7 @@ def _record_settings(run: Run) -> None:
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
         write_settings(run.settings, run.directory / SETTINGS_NAME)
+        forget_end(run.directory)
     except OSError as error:
         raise RunError(f"{run.directory / SETTINGS_NAME} cannot be written: {error.strerror or error}") from error
 

@@ -48,7 +48,7 @@ from run_inputs import (
     resolve_model_settings,
     with_preset,
 )
-from run_state import Run
+from run_state import HANGS_NAME, Run
 
 # ------------------------------------------------------------------------------------------------ the two ways in
 
@@ -65,7 +65,7 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: input that cannot work, or the folder holds a run with other settings.
     """
-    layout = init_parallel(given.get("tensor_parallel_size"))
+    layout = _join_ranks(given)
     notes: list[str] = []
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
     directory = Path(settings.checkpoint_dir)
@@ -106,7 +106,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: no usable checkpoint, or settings that cannot work with it.
     """
-    layout = init_parallel(given.get("tensor_parallel_size"))
+    layout = _join_ranks(given)
     found = on_first_rank(lambda: find_checkpoint(Path(resume.checkpoint_path)))
     notes: list[str] = []
     with vote():
@@ -159,6 +159,16 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         allow_data_change=resume.allow_data_change,
     )
     return assemble(settings, config, layout, notes, origin)
+
+
+def _join_ranks(given: Mapping[str, Any]) -> ParallelLayout:
+    """Before anything is known but the settings given: a checkpoint's own come too late for this."""
+    defaults = RunSettings(**given)
+    return init_parallel(
+        defaults.tensor_parallel_size,
+        timeout=defaults.startup_timeout,
+        trace_folder=Path(defaults.checkpoint_dir) / HANGS_NAME,
+    )
 
 
 def replay_run(

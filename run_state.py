@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from colonnade.checkpoint.manifest import checkpoint_name
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.save import save_checkpoint
 from colonnade.config import RunSettings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenizer_backend import Backend
+from colonnade.errors import LocalRunError
+from colonnade.files import replace_file
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.telemetry.data_ledger import write_data_ledger
@@ -28,7 +33,8 @@ from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
 
-LEDGER_NAME = "data_ledger.json"
+LEDGER_NAME, HANGS_NAME = "data_ledger.json", "hangs"
+STOPPED_NAME, COMPLETE_NAME = "STOPPED.json", "COMPLETE.json"
 
 
 @dataclass
@@ -119,6 +125,35 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
     if run.layout.is_main and position is not None:
         write_data_ledger(run.directory / LEDGER_NAME, position)
         prune_checkpoints(run.directory, run.settings.keep_checkpoints, protect=(path,))
+
+
+def record_end(run: Run, reason: str | None, saved_step: int) -> None:
+    """Write how the run ended into its folder: COMPLETE.json, or STOPPED.json with the reason. On one rank.
+
+    A run that failed, or is under way, has neither.
+    """
+    content = {
+        "step": run.step,
+        "total_steps": run.settings.total_steps,
+        "tokens_seen": run.tokens_seen,
+        "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
+        "validation_loss": run.validation_loss,
+        "checkpoint": checkpoint_name(saved_step) if saved_step >= 0 else None,
+        "ended_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if reason is not None:
+        content = {"reason": reason, **content}
+    path = run.directory / (COMPLETE_NAME if reason is None else STOPPED_NAME)
+    try:
+        replace_file(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise LocalRunError(f"{path} cannot be written: {error.strerror or error}; the checkpoint is whole") from error
+
+
+def forget_end(directory: Path) -> None:
+    """The run goes on: it is neither complete nor stopped. Raises OSError."""
+    for name in (STOPPED_NAME, COMPLETE_NAME):
+        (directory / name).unlink(missing_ok=True)
 
 
 def whole_position(run: Run) -> DataPosition | None:

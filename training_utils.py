@@ -7,6 +7,7 @@ and backward of each micro-batch, next batch staged, gradients summed and clippe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,10 @@ from colonnade.data.feed import StepBatch
 from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import optimizer_step, targets_of_step
-from colonnade.parallel.peers import PeerWatch, is_connection_lost
+from colonnade.parallel.mesh import set_collective_timeout
+from colonnade.parallel.stopping import StopVote
+from colonnade.parallel.watchdog import Watchdog, is_connection_lost
+from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.data_ledger import data_summary
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of
 from colonnade.telemetry.metrics import MetricsLog
@@ -26,22 +30,29 @@ from colonnade.telemetry.progress import ProgressReport
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
 from run_measurements import Meter, mean_loss, validate
-from run_state import LEDGER_NAME, Run, save, whole_position
+from run_state import HANGS_NAME, LEDGER_NAME, Run, record_end, save, whole_position
 
 METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
+SLOW_STORAGE = 100e6  # bytes a second that a rank writes, on a file system that many share
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(run: Run) -> None:
-    """Train to the run's last step: log, validate and save on the way, and at the end.
+    """Train to the run's last step, or until it is asked to stop: log, validate and save on the way, and at the end.
 
     Raises:
         RunError: a checkpoint cannot be written, data cannot be read, or memory ran out; the last checkpoint stands.
     """
     settings, total = run.settings, run.settings.total_steps
-    watch = PeerWatch(enabled=dist.get_world_size() > 1)
+    watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
+    stopping = StopVote(watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time))
+    # The first step compiles; validations and saves are many steps long.
+    limit, long_limit = settings.startup_timeout, settings.startup_timeout
+    first_step = run.step + 1
+    save_seconds = expected_save_seconds(run)
+    stop_reason: str | None = None
     progress = ProgressReport(total, initial_step=run.step, enabled=run.layout.is_main)
     metrics = _open_log(run, METRICS_NAME)
     fingerprints = None
@@ -51,22 +62,30 @@ def train(run: Run) -> None:
     saved_step = run.step if run.resumed_from is not None else -1
     for note in run.notes:
         progress.message(note)
-    with progress:
-        while run.step < total:
+    with watch, progress:
+        while run.step < total and stop_reason is None:
             # -- one optimizer step
+            watch.enter(f"reading the data of step {run.step + 1}", limit, is_step=True)
             batch = run.feed.take()
             meter.data_wait += batch.wait_seconds
             rate = run.schedule(run.step)
+            watch.enter(f"step {run.step + 1}", limit, is_step=True)
             loss, norm = _step_or_leave(run, batch, rate, watch)
 
             # -- commit: from here on the step has happened
             run.step += 1
             run.tokens_seen += run.tokens_per_step
             run.position = batch.position
+            if run.step == first_step:
+                limit, watch.longest_step = settings.step_timeout, 0.0
+                set_collective_timeout(run.layout, limit)
+
+            # -- stop: every rank comes to this vote after the same step
+            stop_reason = stopping.reason(reserve=2 * watch.longest_step + save_seconds)
 
             # -- log
             is_last = run.step == total
-            is_saved = is_last or _is_due(run.step, settings.checkpoint_interval)
+            is_saved = is_last or stop_reason is not None or _is_due(run.step, settings.checkpoint_interval)
             with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
             # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
             with_fingerprint |= is_saved and settings.deterministic
@@ -83,7 +102,9 @@ def train(run: Run) -> None:
             progress.update(run.step, run.loss)
 
             # -- validate
-            if run.validation is not None and (is_last or _is_due(run.step, settings.validation_interval)):
+            is_validated = is_last or (stop_reason is None and _is_due(run.step, settings.validation_interval))
+            if run.validation is not None and is_validated:
+                watch.enter(f"the validation after step {run.step}", long_limit)
                 held_out = validate(run, run.validation)
                 run.validation_loss = held_out["validation_loss"]
                 _report(progress, metrics, {"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
@@ -93,13 +114,17 @@ def train(run: Run) -> None:
             if is_saved:
                 if not is_logged:
                     run.loss = float(mean_loss(run, loss))
+                watch.enter(f"saving step {run.step}", long_limit)
+                began = time.monotonic()
                 save(run, fingerprint)
+                save_seconds = max(save_seconds, time.monotonic() - began)
                 saved_step = run.step
                 meter.restart()
-    if fingerprints is not None:
-        fingerprints.close()
-    finish(run, saved_step, metrics)
-    watch.close()
+        if fingerprints is not None:
+            fingerprints.close()
+        watch.enter("ending the run", long_limit)
+        # A run that has come to its end is complete, whatever asked it to stop meanwhile.
+        finish(run, saved_step, metrics, None if run.step == total else stop_reason)
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:
@@ -135,8 +160,13 @@ def _report(progress: ProgressReport, metrics: MetricsLog | None, row: Mapping[s
         metrics.append(row)
 
 
-def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
-    """Close what is open, draw the plot, and say where everything lies. Collective."""
+def expected_save_seconds(run: Run) -> float:
+    """How long the first save may take: weights and two moments in float32, shared out, on slow storage."""
+    return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
+
+
+def finish(run: Run, saved_step: int, metrics: MetricsLog | None, stop_reason: str | None) -> None:
+    """Close what is open, draw the plot, and say and write down how the run ended. Collective."""
     position = whole_position(run)
     run.feed.close()
     if run.stream is not None:
@@ -146,7 +176,10 @@ def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
     metrics.close()
     entropy = run.validation.unigram_entropy if run.validation is not None else None
     drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
+    record_end(run, stop_reason, saved_step)
     lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
+    if stop_reason is not None:
+        lines = [f"stopped after step {run.step} of {run.settings.total_steps} ({stop_reason}); it goes on from there"]
     if position is not None:
         lines += [f"  data        {line}" for line in data_summary(position)]
     if run.validation is not None and run.validation_loss is not None:
@@ -197,7 +230,7 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> tuple[Tensor
     )
 
 
-def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: PeerWatch) -> tuple[Tensor, Tensor]:
+def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> tuple[Tensor, Tensor]:
     """A step; where it runs out of memory, record a smaller micro-batch, tell the other ranks, and leave.
 
     The error cannot be mended here: the other ranks stand in a collective of this step. One that finds its peer gone

@@ -203,6 +203,28 @@ class RunSettings:
         minimum=0,
     )
 
+    # Stopping and hangs
+    wall_time: str | None = _setting(
+        None,
+        "stopping and hangs",
+        "time since the launch, as [DAYS-]HH:MM:SS, by which the run has saved and stopped (default no limit)",
+        unit="TIME",
+    )
+    startup_timeout: float = _setting(
+        1800.0,
+        "stopping and hangs",
+        "seconds that ranks wait for each other until the first step is done, and in validations and saves; 0 for ever",
+        minimum=0.0,
+        unit="SECONDS",
+    )
+    step_timeout: float = _setting(
+        600.0,
+        "stopping and hangs",
+        "seconds that a later step, or waiting for its data, may take before the run is taken for hung; 0 for ever",
+        minimum=0.0,
+        unit="SECONDS",
+    )
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -1,0 +1,47 @@
+"""When a run stops before its last step: by a signal, or because its time is up. All ranks stop after the same step."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+
+from colonnade.parallel.vote import highest
+from colonnade.parallel.watchdog import STOP_SIGNALS, Watchdog
+
+# Where ranks have several reasons, the last of these is told. 0 is none.
+WALL_TIME = "wall time"
+REASONS = ("", WALL_TIME, *(number.name for number in STOP_SIGNALS))
+
+
+def launched_at() -> float:
+    """When torchrun, or without it this process, was started; seconds since 1970."""
+    process = psutil.Process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        process = process.parent() or process
+    return process.create_time()
+
+
+class StopVote:
+    """Asked after every step, on every rank, whether to stop.
+
+    Args:
+        watch: has noticed the signals of this rank.
+        wall_time: seconds from the launch in which the run is to have stopped; None for no limit.
+    """
+
+    def __init__(self, watch: Watchdog, wall_time: float | None) -> None:
+        self._watch = watch
+        self._deadline = None if wall_time is None else launched_at() + wall_time
+
+    def reason(self, reserve: float) -> str | None:
+        """Why all ranks stop now; None where they go on. Collective.
+
+        Args:
+            reserve: seconds that another step and the last save will take: the time is up that long before the limit.
+        """
+        own = self._watch.stop_signal or ""
+        if not own and self._deadline is not None and time.time() + reserve >= self._deadline:
+            own = WALL_TIME
+        return REASONS[highest(REASONS.index(own))] or None
