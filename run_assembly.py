@@ -27,6 +27,7 @@ from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, one_line, vote
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
@@ -42,7 +43,7 @@ from run_inputs import (
     require_steps_left,
 )
 from run_measurements import device_peak_flops
-from run_state import Run, forget_end, restore_rng
+from run_state import Run, forget_end, record_launch, restore_rng
 
 SETTINGS_NAME = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -173,17 +174,20 @@ def assemble(
         notes=notes,
     )
     if not is_replay:
-        on_first_rank(lambda: _record_settings(run))
+        names = launchers()
+        on_first_rank(lambda: _record_start(run, names))
     return run
 
 
-def _record_settings(run: Run) -> None:
+def _record_start(run: Run, launched_by: list[str]) -> None:
+    """Write what this start is into the run's folder; how an earlier one ended no longer holds."""
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
         write_settings(run.settings, run.directory / SETTINGS_NAME)
+        record_launch(run.directory, launched_by, run.step)
         forget_end(run.directory)
     except OSError as error:
-        raise RunError(f"{run.directory / SETTINGS_NAME} cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{run.directory}: the start cannot be recorded: {error.strerror or error}") from error
 
 
 def _restore(origin: Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> int:

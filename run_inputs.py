@@ -8,15 +8,16 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from colonnade.checkpoint.discover import CheckpointInfo, latest_checkpoint, resolve_checkpoint
+from colonnade.checkpoint.manifest import step_of_name
 from colonnade.checkpoint.run_record import run_record
-from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings, load_preset
+from colonnade.config import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings, complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.compilation import require_compiler
@@ -27,6 +28,7 @@ from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
 from data_processing import load_tokenizer
 from run_data import require_vocabulary, weight_changes
+from run_state import step_of_launch
 
 FINGERPRINT_INTERVAL = 100
 
@@ -51,6 +53,23 @@ def find_checkpoint(path: Path) -> CheckpointInfo:
         return resolve_checkpoint(path)
     except OSError as error:
         raise UsageError(f"--checkpoint-path {path} cannot be read ({error.strerror}); check the path") from error
+
+
+def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
+    """`resume`, or what a second attempt of the same launch has to do: go on exactly with what the first one saved.
+
+    torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
+    """
+    path = Path(resume.checkpoint_path)
+    of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
+    directory = Path(checkpoint_dir or of_run)
+    began = step_of_launch(directory, launched_by)
+    if began is None:
+        return resume
+    saved = latest_checkpoint(directory)
+    if saved is None or saved.manifest is None or saved.manifest.step <= began:
+        return resume
+    return replace(resume, checkpoint_path=str(saved.path), keep_optimizer=True)
 
 
 def _require_writable(directory: Path) -> None:

@@ -27,11 +27,13 @@ from colonnade.data.position import DataPosition
 from colonnade.errors import UsageError
 from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
+from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
 from run_assembly import Origin, assemble
 from run_data import resolve_data, weight_changes
 from run_inputs import (
     arithmetic_changes,
+    attempt_of_launch,
     batch_of_resumed,
     check_sizes,
     describe_changes,
@@ -107,8 +109,10 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         UsageError: no usable checkpoint, or settings that cannot work with it.
     """
     layout = _join_ranks(given)
-    found = on_first_rank(lambda: find_checkpoint(Path(resume.checkpoint_path)))
     notes: list[str] = []
+    names = launchers()
+    resume = on_first_rank(lambda: attempt_of_launch(resume, given.get("checkpoint_dir"), names))
+    found = on_first_rank(lambda: find_checkpoint(Path(resume.checkpoint_path)))
     with vote():
         record = run_record(found)
         if not record and resume.keep_optimizer:

@@ -34,6 +34,7 @@ from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
 
 LEDGER_NAME, HANGS_NAME = "data_ledger.json", "hangs"
+LAUNCH_NAME = ".launch.json"
 STOPPED_NAME, COMPLETE_NAME = "STOPPED.json", "COMPLETE.json"
 
 
@@ -148,6 +149,25 @@ def record_end(run: Run, reason: str | None, saved_step: int) -> None:
         replace_file(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise LocalRunError(f"{path} cannot be written: {error.strerror or error}; the checkpoint is whole") from error
+
+
+def record_launch(directory: Path, launched_by: list[str], step: int) -> None:
+    """Note who started these ranks, and from which step. A later attempt of the same launch finds it. Raises OSError.
+
+    A later attempt leaves the step of the first.
+    """
+    if step_of_launch(directory, launched_by) is None:
+        replace_file(directory / LAUNCH_NAME, json.dumps({"launched_by": launched_by, "step": step}) + "\n")
+
+
+def step_of_launch(directory: Path, launched_by: list[str]) -> int | None:
+    """The step at which the first attempt of this launch began in the folder; None where this is the first."""
+    try:
+        record = json.loads((directory / LAUNCH_NAME).read_text(encoding="utf-8"))
+        is_same = not set(record["launched_by"]).isdisjoint(launched_by)
+        return int(record["step"]) if is_same else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that tells nothing: a first attempt
+        return None
 
 
 def forget_end(directory: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from colonnade.errors import LocalRunError, PeerError, UsageError
 
@@ -199,7 +198,10 @@ def await_all_ranks(store: dist.Store, rank: int, world_size: int, limit: timede
     try:
         store.wait(keys, limit)
     except dist.DistError as error:
-        missing = [number for number, key in enumerate(keys) if not store.check([key])]
+        try:
+            missing = [number for number, key in enumerate(keys) if not store.check([key])]
+        except dist.DistError:  # whoever held the store has named them, and is gone
+            raise PeerError("other ranks did not join") from error
         if rank != min(set(range(world_size)) - set(missing)):
             raise PeerError("other ranks did not join") from error
         named = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
@@ -216,18 +218,26 @@ def _rendezvous_store(limit: timedelta) -> dist.Store:
     on torch 2.13 with gloo). The number of an attempt tells them apart on one node; over several nodes the agents count
     differently, so there torchrun has to be told to make a new store (`docs/usage.md`).
     """
-    try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
-    except ValueError as error:  # RANK alone, as some cluster schedulers set it
-        text = " ".join(str(error).split())
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:  # RANK alone, as some cluster schedulers set it
         raise UsageError(
-            f"RANK is set, and no way to the other ranks ({text}): start with torchrun, or unset it"
-        ) from error
+            f"RANK is set, and no way to the other ranks (MASTER_ADDR {host!r}, MASTER_PORT {port!r}): start with "
+            "torchrun, or unset it"
+        )
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store: dist.Store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=not is_hosted and rank_from_environment() == 0,
+            timeout=limit,
+            wait_for_workers=False,  # `await_all_ranks` does, and names the missing
+            multi_tenant=True,
+        )
     except dist.DistError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LocalRunError(
-            f"the rendezvous at {where} could not be reached within {limit.total_seconds():g} s; is rank 0's node up, "
-            "and the port open?"
+            f"the rendezvous at {host}:{port} could not be reached within {limit.total_seconds():g} s; is rank 0's "
+            "node up, and the port open?"
         ) from error
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 import psutil
+import torch.distributed as dist
 
 from colonnade.parallel.vote import highest
 from colonnade.parallel.watchdog import STOP_SIGNALS, Watchdog
@@ -15,12 +17,24 @@ WALL_TIME = "wall time"
 REASONS = ("", WALL_TIME, *(number.name for number in STOP_SIGNALS))
 
 
+def _launcher() -> psutil.Process:
+    """torchrun's process on this machine; without torchrun this one."""
+    process = psutil.Process()
+    return (process.parent() or process) if "TORCHELASTIC_RUN_ID" in os.environ else process
+
+
 def launched_at() -> float:
     """When torchrun, or without it this process, was started; seconds since 1970."""
-    process = psutil.Process()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        process = process.parent() or process
-    return process.create_time()
+    return _launcher().create_time()
+
+
+def launchers() -> list[str]:
+    """Names of the processes that started the ranks, one a node. They outlive their ranks over `--max-restarts`, so
+    that two starts which share one belong to one launch. Collective."""
+    process = _launcher()
+    named: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(named, f"{socket.gethostname()} {process.pid} {process.create_time()}")
+    return sorted(set(named))
 
 
 class StopVote:
