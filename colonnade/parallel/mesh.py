@@ -7,7 +7,7 @@ neighbours (on one node, where the links are fast).
 from __future__ import annotations
 
 import os
-import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ STARTUP_SECONDS = 1800.0
 _FOREVER = timedelta(days=365)
 # The CPU's collectives give up a little after the watchdog, which says more.
 _BEHIND_WATCHDOG = timedelta(minutes=1)
+JOIN_POLL_SECONDS = 0.1
 TRACE_PREFIX = "nccl_trace_rank_"
 
 
@@ -194,21 +195,26 @@ def await_all_ranks(store: dist.Store, rank: int, world_size: int, limit: timede
         LocalRunError, PeerError: some did not in time; the first of those that did names them, the others are silent.
     """
     keys = [f"colonnade/joined/{number}" for number in range(world_size)]
-    store.set(keys[rank], socket.gethostname())
+    deadline = time.monotonic() + limit.total_seconds()
     try:
-        store.wait(keys, limit)
-    except dist.DistError as error:
-        try:
-            missing = [number for number, key in enumerate(keys) if not store.check([key])]
-        except dist.DistError:  # whoever held the store has named them, and is gone
-            raise PeerError("other ranks did not join") from error
-        if rank != min(set(range(world_size)) - set(missing)):
-            raise PeerError("other ranks did not join") from error
-        named = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-        raise LocalRunError(
-            f"{len(missing)} of {world_size} ranks did not join within {limit.total_seconds():g} s: rank {named}; look "
-            "at what they printed and at their nodes, or give more time with --startup-timeout"
-        ) from error
+        store.set(keys[rank], "")
+        # Asked again and again: a wait that ends without success prints pages of torch's own stack.
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [number for number, key in enumerate(keys) if not store.check([key])]
+                break
+            time.sleep(JOIN_POLL_SECONDS)
+        else:
+            return
+    except dist.DistError as error:  # whoever held the store has named them, and is gone
+        raise PeerError("other ranks did not join") from error
+    if rank != min(set(range(world_size)) - set(missing)):
+        raise PeerError("other ranks did not join")
+    named = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+    raise LocalRunError(
+        f"{len(missing)} of {world_size} ranks did not join within {limit.total_seconds():g} s: rank {named}; look at "
+        "what they printed and at their nodes, or give more time with --startup-timeout"
+    )
 
 
 def _rendezvous_store(limit: timedelta) -> dist.Store:
