@@ -1,4 +1,4 @@
-"""A thread beside the training thread, for what that one cannot notice while it stands in a collective.
+"""Threads beside the training thread, for what that one cannot notice while it stands in a collective.
 
 - **Signals.** SIGTERM, SIGINT and SIGUSR1 ask a run to stop. Python runs signal handlers on the main thread alone, and
   not before a collective returns; the wakeup descriptor tells this thread at once.
@@ -20,9 +20,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -87,6 +89,7 @@ class Watchdog:
         self._wakeup, self._signalled = socket.socketpair()
         self._wakeup.setblocking(False)
         self._done = threading.Event()
+        self._peer_hangs = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -95,6 +98,8 @@ class Watchdog:
             self._handlers = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         self._thread.start()
+        if self._store is not None:
+            threading.Thread(target=self._listen, name="peer-watch", daemon=True).start()
         return self
 
     def __exit__(
@@ -124,20 +129,30 @@ class Watchdog:
         if self._store is not None:
             self._store.set(_FAILED, str(self._rank))
 
-    # ------------------------------------------------------------------------------------------ on the thread
+    # ----------------------------------------------------------------------------------------- on the threads
 
     def _watch(self) -> None:
+        """Signals and limits. Never asks the store, which may not answer where a network is gone."""
         while not self._done.is_set():
             if select.select([self._signalled], [], [], POLL_SECONDS)[0]:
                 self._take_signals(self._signalled.recv(64))
             if self._done.is_set():
                 return
-            if self._has(_FAILED):
-                # The main thread may stand in a collective for good; nothing here is worth an orderly exit.
-                _leave(1)
             late = self._too_late()
-            if late is not None or self._has(_HUNG):
+            if late is not None or self._peer_hangs:
                 self._leave_hung(late)
+
+    def _listen(self) -> None:
+        """What other ranks leave in the store."""
+        assert self._store is not None
+        try:
+            while not self._done.wait(POLL_SECONDS):
+                if self._store.check([_FAILED]) and not self._done.is_set():
+                    # The main thread may stand in a collective for good; nothing here is worth an orderly exit.
+                    _leave(1)
+                self._peer_hangs = self._store.check([_HUNG])
+        except dist.DistError:  # the store is gone: the launcher is taking the run down
+            return
 
     def _take_signals(self, numbers: bytes) -> None:
         for number in numbers:
@@ -149,15 +164,6 @@ class Watchdog:
             if self.stop_signal is None:
                 self._stop_asked_at = time.monotonic()
             self.stop_signal = signal.Signals(number).name
-
-    def _has(self, key: str) -> bool:
-        if self._store is None:
-            return False
-        try:
-            return self._store.check([key])
-        except dist.DistError:  # the store is gone: the launcher is taking the run down
-            self._done.set()
-            return False
 
     def _too_late(self) -> str | None:
         """What took too long, in words."""
@@ -173,35 +179,35 @@ class Watchdog:
     def _leave_hung(self, late: str | None) -> None:
         self._dump_stacks()
         phase = self._phase
-        places = {self._rank: {"what": phase.what, "order": phase.order, "seconds": time.monotonic() - phase.began}}
+        here = {"what": phase.what, "order": phase.order, "seconds": time.monotonic() - phase.began}
+        places: dict[int, dict[str, Any]] = {self._rank: here}
+        told = [late or "another rank hangs"]
         if self._store is not None:
-            try:
-                self._store.set(f"{_PLACE}/{self._rank}", json.dumps(places[self._rank]))
-                if late is not None and not self._store.check([_HUNG]):
-                    self._store.set(_HUNG, late)
-                late = self._store.get(_HUNG).decode()
-                places |= self._others()
-            except dist.DistError:
-                pass
+            exchange = threading.Thread(target=self._exchange, args=(late, places, told), daemon=True)
+            exchange.start()
+            exchange.join(GATHER_SECONDS + POLL_SECONDS)
         if self._rank == min(places):
             where = f"{self.folder}/rank_*.txt"
-            print(f"error: {late}: {describe_places(places, self._world)}; stacks: {where}", file=sys.stderr)
+            print(f"error: {told[-1]}: {describe_places(places, self._world)}; stacks: {where}", file=sys.stderr)
         sys.stderr.flush()
         if self._on_cuda:
             time.sleep(NCCL_DUMP_SECONDS)
         _leave(1)
 
-    def _others(self) -> dict[int, dict[str, object]]:
-        """What the other ranks say of themselves, as far as they do so in time."""
+    def _exchange(self, late: str | None, places: dict[int, dict[str, Any]], told: list[str]) -> None:
+        """Tell the others where this rank is, and gather what they say in time, and what the first noticed."""
         assert self._store is not None
-        places: dict[int, dict[str, object]] = {}
-        deadline = time.monotonic() + GATHER_SECONDS
-        while len(places) < self._world and time.monotonic() < deadline:
-            for rank in range(self._world):
-                if rank not in places and self._store.check([f"{_PLACE}/{rank}"]):
-                    places[rank] = json.loads(self._store.get(f"{_PLACE}/{rank}"))
-            time.sleep(0.1)
-        return places
+        with contextlib.suppress(dist.DistError):
+            self._store.set(f"{_PLACE}/{self._rank}", json.dumps(places[self._rank]))
+            if late is not None and not self._store.check([_HUNG]):
+                self._store.set(_HUNG, late)
+            told.append(self._store.get(_HUNG).decode())
+            deadline = time.monotonic() + GATHER_SECONDS
+            while len(places) < self._world and time.monotonic() < deadline:
+                for rank in range(self._world):
+                    if rank not in places and self._store.check([f"{_PLACE}/{rank}"]):
+                        places[rank] = json.loads(self._store.get(f"{_PLACE}/{rank}"))
+                time.sleep(0.1)
 
     def _dump_stacks(self) -> None:
         try:
@@ -216,15 +222,15 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def describe_places(places: dict[int, dict[str, object]], world: int) -> str:
+def describe_places(places: Mapping[int, Mapping[str, Any]], world: int) -> str:
     """How far each rank of `world` is, the ones that the others wait for first; one line."""
     silent = [rank for rank in range(world) if rank not in places]
     parts = [f"rank {rank} gives no sign" for rank in silent]
-    last = max(int(str(place["order"])) for place in places.values())
-    for rank in sorted(places, key=lambda rank: (int(str(places[rank]["order"])), rank)):
+    last = max(place["order"] for place in places.values())
+    for rank in sorted(places, key=lambda rank: (places[rank]["order"], rank)):
         place = places[rank]
-        behind = "behind, " if int(str(place["order"])) < last else ""
-        parts.append(f"rank {rank} is {behind}in {place['what']} since {float(str(place['seconds'])):.0f} s")
+        behind = "behind, " if place["order"] < last else ""
+        parts.append(f"rank {rank} is {behind}in {place['what']} since {place['seconds']:.0f} s")
     return "; ".join(parts)
 
 
