@@ -44,6 +44,7 @@ from colonnade.data.tokenization import (
     batch_rows_setting,
     boundary_tokens,
     load_tokenizer,
+    vocabulary_size,
     workers_setting,
 )
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
@@ -68,6 +69,7 @@ __all__ = [
     "find_default_shards",
     "load_tokenizer",
     "streaming_token_generator",
+    "vocabulary_size",
 ]
 
 MAX_LANES = 4096
@@ -163,7 +165,7 @@ def streaming_token_generator(
         position,
         batch_rows=settings[0],
         workers=settings[1],
-        vocabulary_size=max(tokenizer.get_vocab().values(), default=0) + 1,
+        vocabulary_size=vocabulary_size(tokenizer),
         marked=mark_documents or packing == "best-fit",
         epochs=epochs,
         strict=strict,

@@ -27,6 +27,7 @@ from data_processing import (
     find_default_shards,
     load_tokenizer,
     streaming_token_generator,
+    vocabulary_size,
 )
 from model import ModelConfig
 from run_state import Validation
@@ -126,7 +127,7 @@ def open_stream(
     assert settings.tokenizer_path is not None
     assert settings.data_glob is not None
     tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    require_vocabulary(settings, max(tokenizer.get_vocab().values(), default=0) + 1, config)
+    require_vocabulary(settings, vocabulary_size(tokenizer), config)
     stream = streaming_token_generator(
         settings.data_glob,
         tokenizer,
