@@ -34,7 +34,7 @@ from data_helpers import (
     write_corpus,
 )
 from data_processing import load_tokenizer, streaming_token_generator
-from run_data import settle_backend
+from run_data import run_tokenizer, settle_backend
 
 fastokens = pytest.importorskip("fastokens")
 
@@ -309,11 +309,12 @@ def test_a_run_goes_on_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_
     write_corpus(tmp_path, stdlib_texts())
     settings = RunSettings(data_glob=str(tmp_path / "*.parquet"), tokenizer_path=str(tmp_path / "tokenizer"))
     notes: list[str] = []
-    chosen = settle_backend(settings, {}, notes)
+    tokenizer = run_tokenizer(settings)
+    chosen = settle_backend(settings, tokenizer, {}, notes)
     assert chosen.label == f"fastokens {fast_tokenization.package_version()}"
     monkeypatch.setitem(sys.modules, "fastokens", None)
     monkeypatch.setattr(fast_tokenization, "_shared", {})
-    assert settle_backend(settings, {"tokenizer_backend": chosen.label}, notes).label == "hf"
+    assert settle_backend(settings, tokenizer, {"tokenizer_backend": chosen.label}, notes).label == "hf"
     assert notes == [
         f"{chosen}",
         "tokenizer backend: hf (fastokens is not installed: pip install 'colonnade[fast]'); "
