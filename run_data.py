@@ -13,7 +13,7 @@ from colonnade.config import RunSettings
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.mixture import normalized, parse_data_glob
 from colonnade.data.position import DataPosition
-from colonnade.data.shards import Units, open_usable_shards
+from colonnade.data.shards import BadShardError, Shard, Units, open_shard
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.mesh import ParallelLayout
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE_FOLDER = Path("data/sample")
-# The first rows of this many shards decide on the tokenizer backend: opening all of them twice would take long.
+# The first rows of this many usable shards decide on the tokenizer backend: opening all twice would take long.
 _SAMPLED_SHARDS = 4
 
 
@@ -113,14 +113,33 @@ def settle_backend(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], notes: list[str]
 ) -> Backend:
     """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
-    assert settings.data_glob is not None
-    shards = [shard for corpus in parse_data_glob(settings.data_glob) for shard in discover_shards(corpus.pattern)[:2]]
-    usable, _ = open_usable_shards(shards[:_SAMPLED_SHARDS], settings.text_column)
-    rows = read_first_rows(Units(usable), settings.text_column)
+    rows = read_first_rows(Units(_first_usable_shards(settings)), settings.text_column)
     _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
     return backend
+
+
+def _first_usable_shards(settings: RunSettings) -> list[Shard]:
+    """The first `_SAMPLED_SHARDS` that can be used, each corpus's files in order. The stream tells of the others.
+
+    Raises:
+        UsageError: a file that comes before them is missing or cannot be reached.
+        BadShardError: none can be used; it is the first one's.
+    """
+    assert settings.data_glob is not None
+    usable: list[Shard] = []
+    first_bad = None
+    for path in [path for corpus in parse_data_glob(settings.data_glob) for path in discover_shards(corpus.pattern)]:
+        try:
+            usable.append(open_shard(path, settings.text_column))
+        except BadShardError as error:
+            first_bad = first_bad or error
+        if len(usable) == _SAMPLED_SHARDS:
+            break
+    if first_bad is not None and not usable:
+        raise first_bad
+    return usable
 
 
 def open_stream(

@@ -322,6 +322,21 @@ def test_a_run_goes_on_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_
     ]
 
 
+def test_the_first_rows_are_those_of_the_first_files_that_can_be_used(tmp_path: Path) -> None:
+    made("gpt2").save_pretrained(tmp_path / "tokenizer")
+    for index in range(5):
+        (tmp_path / f"bad_{index}.parquet").write_bytes(b"not a Parquet file")
+    settings = RunSettings(data_glob=f"{tmp_path}/*.parquet", tokenizer_path=str(tmp_path / "tokenizer"))
+    tokenizer = run_tokenizer(settings)
+    with pytest.raises(UsageError, match=r"bad_0\.parquet cannot be read"):
+        settle_backend(settings, tokenizer, {}, [])
+    write_corpus(tmp_path, stdlib_texts())  # after them in order
+    assert "and the first 60 rows" in settle_backend(settings, tokenizer, {}, []).reason
+    settings = settings.replace(data_glob=f"{tmp_path}/bad_0.parquet,memory://absent.parquet,{tmp_path}/part_0.parquet")
+    with pytest.raises(UsageError, match=r"absent\.parquet"):  # one that is missing is never skipped
+        settle_backend(settings, tokenizer, {}, [])
+
+
 # --- what is remembered ----------------------------------------------------------------------------------------------
 
 
