@@ -117,6 +117,11 @@ class StreamHead:
     filter_version: int
     text_column: str
 
+    @property
+    def by_portion(self) -> bool:
+        """Whether cursors count portions of a unit that are packed together, instead of rows."""
+        return self.packing == "best-fit"
+
     def differences(self, other: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> list[str]:
         """What differs in `other`, as `name old -> new`; `names` are the names of each corpus's files."""
         mine, theirs = ({corpus.name: corpus for corpus in head.corpora} for head in (self, other))
@@ -263,7 +268,7 @@ class DataPosition:
             if index is not None and self.head.corpora[index].manifest == corpus.manifest:
                 same_files[index] = place
             if index is not None and index in same_files and keeps_order:
-                states.append(tuple(_after_row(state, head.packing) for state in self.states[index]))
+                states.append(tuple(_after_row(state, by_portion=head.by_portion) for state in self.states[index]))
             else:
                 counted = LaneState(counts=totals.get(corpus.name) or retired.pop(corpus.name, LaneCounts()))
                 states.append((counted, *(LaneState(),) * (head.lanes - 1)))
@@ -323,9 +328,9 @@ def lane_owners(lanes: int, readers: int, start: int) -> list[int]:
     return [(lane - start) % apart for lane in range(lanes)]
 
 
-def _after_row(state: LaneState, packing: str) -> LaneState:
+def _after_row(state: LaneState, *, by_portion: bool) -> LaneState:
     epoch, unit, row, token = state.cursor
-    begun = packing != "best-fit" and token > 0
+    begun = not by_portion and token > 0
     return LaneState(LaneCursor(epoch, unit, row + begun, 0), state.counts)
 
 
