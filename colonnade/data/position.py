@@ -8,7 +8,7 @@ Nothing in it depends on batch rows, worker threads, or the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -46,7 +46,12 @@ class LaneCounts(NamedTuple):
 
     def plus(self, other: LaneCounts) -> LaneCounts:
         """The sum, field by field."""
-        return LaneCounts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return LaneCounts.sum((self, other))
+
+    @classmethod
+    def sum(cls, parts: Iterable[LaneCounts]) -> LaneCounts:
+        """The sum of any number of counts, field by field."""
+        return cls(*map(sum, zip(cls(), *parts, strict=True)))
 
 
 class LaneState(NamedTuple):
@@ -177,10 +182,10 @@ class DataPosition:
 
     def totals(self) -> dict[str, LaneCounts]:
         """What has been read of each corpus, over all lanes."""
-        totals = {}
-        for corpus, states in zip(self.head.corpora, self.states, strict=True):
-            totals[corpus.name] = LaneCounts(*map(sum, zip(*(state.counts for state in states), strict=True)))
-        return totals
+        return {
+            corpus.name: LaneCounts.sum(state.counts for state in states)
+            for corpus, states in zip(self.head.corpora, self.states, strict=True)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
