@@ -33,7 +33,6 @@ from colonnade.data.shards import (
     Units,
     discover_shards,
     find_default_shards,
-    open_shards,
     open_usable_shards,
 )
 from colonnade.data.stream import Corpus, TokenChunk, TokenStream
@@ -184,9 +183,7 @@ def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, stric
 
 
 def _open_corpus(name: str, weight: float, paths: Sequence[str], text_column: str, strict: bool) -> Corpus:
-    if strict:
-        return Corpus(name, weight, Units(open_shards(paths, text_column)))
-    usable, bad = open_usable_shards(paths, text_column)
+    usable, bad = open_usable_shards(paths, text_column, strict=strict)
     for error in bad:
         logger.warning("skipping a file: %s; recorded in the data position", error)
     return Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad))
