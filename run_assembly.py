@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
 from model import ModelConfig, TensorParallelModel
-from run_data import open_stream, read_validation, settle_backend, stream_notes
+from run_data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
 from run_inputs import (
     check_shares,
     check_step_size,
@@ -91,17 +92,18 @@ def assemble(
         if global_batch is not None and micro_batch is not None:
             check_micro_batches(global_batch, micro_batch, layout.dp)
     # Before the model, whose building and tuning take minutes where it is large.
-    backend = on_first_rank(lambda: settle_backend(settings, record, notes))
+    tokenizer = cache(lambda: run_tokenizer(settings))  # on ranks that read only, and there once
+    backend = on_first_rank(lambda: settle_backend(settings, tokenizer(), record, notes))
     with vote():
         position = DataPosition.from_dict(record["data_position"]) if record else None
         stream, chunks = None, None
         if layout.tp_rank == 0:
             stream, chunks = open_stream(
-                settings, backend, config, layout, position, allow_change=origin.allow_data_change
+                settings, tokenizer(), backend, config, layout, position, allow_change=origin.allow_data_change
             )
             if layout.is_main:
                 notes += stream_notes(stream, position)
-    validation = on_first_rank(lambda: read_validation(settings, backend))
+    validation = on_first_rank(lambda: read_validation(settings, tokenizer(), backend))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
         config,

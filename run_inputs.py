@@ -26,8 +26,8 @@ from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_enviro
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
-from data_processing import load_tokenizer
-from run_data import require_vocabulary, weight_changes
+from data_processing import vocabulary_size
+from run_data import require_vocabulary, run_tokenizer, weight_changes
 from run_state import step_of_launch
 
 FINGERPRINT_INTERVAL = 100
@@ -156,10 +156,7 @@ def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
 
 def resolve_model(settings: RunSettings) -> ModelConfig:
     """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
-    assert settings.tokenizer_path is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    # Not len(tokenizer): ids may have gaps.
-    entries = max(tokenizer.get_vocab().values(), default=0) + 1
+    entries = vocabulary_size(run_tokenizer(settings))
     if settings.model_config is not None:
         config = ModelConfig.from_json(settings.model_config, vocab_size=entries)
     else:

@@ -34,7 +34,7 @@ from data_helpers import (
     write_corpus,
 )
 from data_processing import load_tokenizer, streaming_token_generator
-from run_data import settle_backend
+from run_data import run_tokenizer, settle_backend
 
 fastokens = pytest.importorskip("fastokens")
 
@@ -309,16 +309,32 @@ def test_a_run_goes_on_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_
     write_corpus(tmp_path, stdlib_texts())
     settings = RunSettings(data_glob=str(tmp_path / "*.parquet"), tokenizer_path=str(tmp_path / "tokenizer"))
     notes: list[str] = []
-    chosen = settle_backend(settings, {}, notes)
+    tokenizer = run_tokenizer(settings)
+    chosen = settle_backend(settings, tokenizer, {}, notes)
     assert chosen.label == f"fastokens {fast_tokenization.package_version()}"
     monkeypatch.setitem(sys.modules, "fastokens", None)
     monkeypatch.setattr(fast_tokenization, "_shared", {})
-    assert settle_backend(settings, {"tokenizer_backend": chosen.label}, notes).label == "hf"
+    assert settle_backend(settings, tokenizer, {"tokenizer_backend": chosen.label}, notes).label == "hf"
     assert notes == [
         f"{chosen}",
         "tokenizer backend: hf (fastokens is not installed: pip install 'colonnade[fast]'); "
         f"{chosen.label} until now, the same ids",
     ]
+
+
+def test_the_first_rows_are_those_of_the_first_files_that_can_be_used(tmp_path: Path) -> None:
+    made("gpt2").save_pretrained(tmp_path / "tokenizer")
+    for index in range(5):
+        (tmp_path / f"bad_{index}.parquet").write_bytes(b"not a Parquet file")
+    settings = RunSettings(data_glob=f"{tmp_path}/*.parquet", tokenizer_path=str(tmp_path / "tokenizer"))
+    tokenizer = run_tokenizer(settings)
+    with pytest.raises(UsageError, match=r"bad_0\.parquet cannot be read"):
+        settle_backend(settings, tokenizer, {}, [])
+    write_corpus(tmp_path, stdlib_texts())  # after them in order
+    assert "and the first 60 rows" in settle_backend(settings, tokenizer, {}, []).reason
+    settings = settings.replace(data_glob=f"{tmp_path}/bad_0.parquet,memory://absent.parquet,{tmp_path}/part_0.parquet")
+    with pytest.raises(UsageError, match=r"absent\.parquet"):  # one that is missing is never skipped
+        settle_backend(settings, tokenizer, {}, [])
 
 
 # --- what is remembered ----------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class TokenStream:
                     shuffle=head.shuffle,
                     batch_rows=batch_rows,
                     vocabulary_size=vocabulary_size,
-                    by_window=head.packing == "best-fit",
+                    by_portion=head.by_portion,
                 )
                 self._lanes[index][lane] = Lane(
                     lane_reader,
