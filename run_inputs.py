@@ -252,25 +252,6 @@ def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout:
     return differences(record["arithmetic"], present)
 
 
-def describe_changes(
-    record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout, global_batch: int | None
-) -> list[str]:
-    """What differs from the checkpoint, as `name old -> new`."""
-    if not record:
-        return []
-    quiet = {"tensor_parallel_size", "checkpoint_dir"}
-    old, new = record["settings"], settings.to_dict()
-    lines = [
-        f"{name} {old.get(name)} -> {new[name]}" for name in new if name not in quiet and new[name] != old.get(name)
-    ]
-    for name, value in (("tp", layout.tp), ("dp", layout.dp)):
-        if record[name] != value:
-            lines.append(f"{name} {record[name]} -> {value}")
-    if record["global_batch"] != global_batch:
-        lines.append(f"sequences a step {record['global_batch']} -> {global_batch or 'auto'}")
-    return lines + arithmetic_changes(record, settings, layout)
-
-
 # ------------------------------------------------------------------------------------------------------ the batch
 
 

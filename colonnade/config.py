@@ -149,6 +149,32 @@ class RunSettings:
     max_grad_norm: float = _identity(
         1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
     )
+    max_skipped_steps: int = _setting(
+        10,
+        "optimization",
+        "steps in a row that may be skipped (loss or gradient norm not finite, or a spike) before the run stops",
+        minimum=1,
+        maximum=MAX_STEPS,
+        unit="STEPS",
+    )
+    spike_sigma: float = _identity(
+        0.0,
+        "optimization",
+        "a loss this many standard deviations above the mean of the last ones is a spike; 0 to look for none",
+        minimum=0.0,
+        unit="S",
+    )
+    spike_window: int = _identity(
+        100,
+        "optimization",
+        "losses that a spike is measured against: the last ones that were not skipped; at least half of them",
+        minimum=10,
+        maximum=10_000,
+        unit="STEPS",
+    )
+    spike_action: str = _identity(
+        "warn", "optimization", "what a spike causes: a line, or that the step is skipped", choices=("warn", "skip")
+    )
     seed: int = _identity(
         1337, "optimization", "seed of the initial weights and of the order of the data", minimum=0, maximum=2**63 - 1
     )
@@ -202,13 +228,25 @@ class RunSettings:
         "none) also one at each checkpoint",
         minimum=0,
     )
+    drift_check_interval: int = _steps(
+        0,
+        "checkpoints and logs",
+        "steps between comparisons of parameters that several ranks hold; 0 for only those before each checkpoint",
+        minimum=0,
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that two starts of one run must share."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+        """The settings that two starts of one run must share.
+
+        Those of spikes change a run only where a spike skips its step; where it does not they are given as unset.
+        """
+        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+        if not (self.spike_sigma > 0 and self.spike_action == "skip"):
+            identity |= {"spike_sigma": 0.0, "spike_window": None, "spike_action": "warn"}
+        return identity
 
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)
@@ -324,6 +362,8 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
             "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "
             "leave out one of them"
         )
+    if settings.spike_action == "skip" and settings.spike_sigma == 0:
+        raise UsageError("--spike-action skip: no loss is a spike with --spike-sigma 0; give both, or neither")
     if settings.min_learning_rate is not None and settings.min_learning_rate > settings.learning_rate:
         raise UsageError(
             f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "

@@ -234,7 +234,7 @@ def deterministic_steps(
     share = (tokens if packed is None else packed)[layout.dp_rank :: layout.dp]
     bits = []
     for _ in range(steps):
-        loss, norm = optimizer_step(
+        outcome = optimizer_step(
             model,
             optimizer,
             scaler,
@@ -245,8 +245,8 @@ def deterministic_steps(
             document_mask=packed is not None,
             deterministic=True,
         )
-        sum_over_data_parallel([loss], layout.dp_group, fixed_order=True)
-        bits.append((float32_bits(float(loss)), float32_bits(float(norm)), scaler.get_scale()))
+        loss, norm = float(outcome.loss), float(outcome.grad_norm)
+        bits.append((float32_bits(loss), float32_bits(norm), scaler.get_scale()))
     fingerprint = fingerprint_of(model, optimizer)
     assert not fingerprint.drifted
     result: dict[str, Any] = {"bits": bits, "fused": fused}
