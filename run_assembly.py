@@ -146,6 +146,8 @@ def assemble(
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "
             "comes down"
         )
+    if settings.spike_action == "skip" and settings.spike_sigma == 0:
+        notes.append("--spike-action skip: no step is skipped for a spike while --spike-sigma is 0")
     _describe(notes, model, batch, global_batch, settings)
     run = Run(
         settings=settings,

@@ -217,10 +217,11 @@ def require_same_run(
     """The record of the run in the folder. Refuse to go on with it under other settings, naming each that differs."""
     record = run_record(found)
     stored = RunSettings(**record["settings"])
+    old, new = stored.identity(), settings.identity()
     changed = [
-        f"{name} {stored.identity()[name]} -> {value}"
-        for name, value in settings.identity().items()
-        if value != stored.identity()[name]
+        f"{name} {getattr(stored, name)} -> {getattr(settings, name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
     ]
     changed += [
         f"{name} {record['model_config'].get(name)} -> {value}"

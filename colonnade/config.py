@@ -157,14 +157,14 @@ class RunSettings:
         maximum=MAX_STEPS,
         unit="STEPS",
     )
-    spike_sigma: float = _identity(
+    spike_sigma: float = _setting(
         0.0,
         "optimization",
-        "a loss this many standard deviations above the mean of the last ones is a spike; 0 to look for none",
+        "a loss this many standard deviations above the mean of the last ones is a spike; 0 for no spikes",
         minimum=0.0,
         unit="S",
     )
-    spike_window: int = _identity(
+    spike_window: int = _setting(
         100,
         "optimization",
         "losses that a spike is measured against: the last ones that were not skipped; at least half of them",
@@ -172,8 +172,11 @@ class RunSettings:
         maximum=10_000,
         unit="STEPS",
     )
-    spike_action: str = _identity(
-        "warn", "optimization", "what a spike causes: a line, or that the step is skipped", choices=("warn", "skip")
+    spike_action: str = _setting(
+        "warn",
+        "optimization",
+        "what a spike causes: a line, or that the step is skipped; then these three are fixed for a run",
+        choices=("warn", "skip"),
     )
     seed: int = _identity(
         1337, "optimization", "seed of the initial weights and of the order of the data", minimum=0, maximum=2**63 - 1
@@ -239,14 +242,11 @@ class RunSettings:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that two starts of one run must share.
-
-        Those of spikes change a run only where a spike skips its step; where it does not they are given as unset.
-        """
-        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
-        if not (self.spike_sigma > 0 and self.spike_action == "skip"):
-            identity |= {"spike_sigma": 0.0, "spike_window": None, "spike_action": "warn"}
-        return identity
+        """The settings that two starts of one run must share; those of spikes only where spikes skip steps."""
+        names = [f.name for f in fields(self) if f.metadata.get("identity")]
+        if self.spike_sigma > 0 and self.spike_action == "skip":
+            names += ["spike_sigma", "spike_window", "spike_action"]
+        return {name: getattr(self, name) for name in names}
 
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)
@@ -362,8 +362,6 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
             "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "
             "leave out one of them"
         )
-    if settings.spike_action == "skip" and settings.spike_sigma == 0:
-        raise UsageError("--spike-action skip: no loss is a spike with --spike-sigma 0; give both, or neither")
     if settings.min_learning_rate is not None and settings.min_learning_rate > settings.learning_rate:
         raise UsageError(
             f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "
