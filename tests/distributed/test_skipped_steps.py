@@ -216,8 +216,9 @@ def test_skipped_spikes_are_the_same_at_other_ranks_and_after_a_stop(flags: list
 
 
 def test_an_audit_skips_what_the_run_skipped(flags: list[str], tmp_path: Path) -> None:
-    """Spikes of the text's own; the audit begins at a checkpoint, with the window that it records."""
-    these = [*flags, *SPIKES, "--spike-action", "skip", "--deterministic", "--checkpoint-dir", str(tmp_path / "run")]
+    """At a rate so low that the text's own differences are spikes; the audit begins at a checkpoint with its window."""
+    these = [*flags, *SPIKES, "--spike-action", "skip", "--deterministic", "--learning-rate", "1e-6"]
+    these += ["--checkpoint-dir", str(tmp_path / "run")]
     (outcome,) = forked_commands.start("training", these)
     assert outcome.code == 0, outcome
     counts = [row["skipped_steps"] for row in rows_of(tmp_path / "run").values()]
