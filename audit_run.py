@@ -262,13 +262,13 @@ def audit(run: Run, recorded: Recorded, end: int) -> str:
 def _take_step(run: Run) -> dict[str, str]:
     """One step again; the bits of its loss and norm."""
     from colonnade.telemetry.fingerprint import float32_bits
-    from run_measurements import mean_loss
     from training_utils import train_step
 
     batch = run.feed.take()
-    loss, norm = train_step(run, batch, run.schedule(run.step))
+    outcome = train_step(run, batch, run.schedule(run.step))
     run.step += 1
-    return {"loss_bits": float32_bits(float(mean_loss(run, loss))), "grad_norm_bits": float32_bits(float(norm))}
+    loss, norm = float(outcome.loss), float(outcome.grad_norm)
+    return {"loss_bits": float32_bits(loss), "grad_norm_bits": float32_bits(norm)}
 
 
 def _difference(step: int, recorded: Mapping[str, Any], found: Mapping[str, str]) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from colonnade.config import (
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
+from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.telemetry.code_version import code_version
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
@@ -44,6 +46,7 @@ from run_inputs import (
     require_steps_left,
 )
 from run_measurements import device_peak_flops
+from run_report import resume_report
 from run_state import Run, forget_end, record_launch, restore_rng
 
 SETTINGS_NAME = "run.yaml"
@@ -57,6 +60,8 @@ class Origin:
     Attributes:
         global_batch: None: from the settings.
         began_at: the step at which the run was last changed; None: as the record says.
+        libraries: versions that the checkpoint was written with.
+        actions: what this start changes, for its report.
     """
 
     path: Path | None = None
@@ -67,6 +72,8 @@ class Origin:
     global_batch: int | None = None
     began_at: int | None = None
     allow_data_change: bool = False
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    actions: tuple[str, ...] = ()
 
 
 # --------------------------------------------------------------------------------------------------- putting together
@@ -142,6 +149,8 @@ def assemble(
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "
             "comes down"
         )
+    if settings.spike_action == "skip" and settings.spike_sigma == 0:
+        notes.append("--spike-action skip: no step is skipped for a spike while --spike-sigma is 0")
     _describe(notes, model, batch, global_batch, settings)
     run = Run(
         settings=settings,
@@ -166,15 +175,21 @@ def assemble(
         global_batch=global_batch,
         tokenizer_backend=backend,
         peak_flops=device_peak_flops(layout.device, settings.precision),
+        losses=LossWindow(settings.spike_window, layout.device, record.get("loss_window") or ()),
+        code=on_first_rank(code_version),
         arithmetic=arithmetic,
         began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
         step=step,
         tokens_seen=record.get("tokens_seen", 0),
         position=stream.start if stream is not None else None,
         loss=record.get("loss"),
+        skipped_steps=record.get("skipped_steps") or 0,
+        skipped_in_row=record.get("skipped_in_row") or 0,
         resumed_from=origin.path,
         notes=notes,
     )
+    if origin.path is not None:
+        notes.append(resume_report(run, record, origin.libraries, origin.actions))
     if not is_replay:
         names = launchers()
         on_first_rank(lambda: _record_start(run, names))

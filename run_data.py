@@ -198,9 +198,7 @@ def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str
     )
     lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
     notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
-    if position is not None and len(start.changes) > len(position.changes):
-        notes.append(f"the data is not the checkpoint's: {start.changes[-1].what}")
-    elif position is not None and start.weights != position.weights:
+    if position is not None and len(start.changes) == len(position.changes) and start.weights != position.weights:
         notes.append(f"weights of the corpora from chunk {start.chunk} on: {corpora}")
     return notes
 

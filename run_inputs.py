@@ -233,10 +233,11 @@ def require_same_run(
     """The record of the run in the folder. Refuse to go on with it under other settings, naming each that differs."""
     record = run_record(found)
     stored = RunSettings(**record["settings"])
+    old, new = stored.identity(), settings.identity()
     changed = [
-        f"{name} {stored.identity()[name]} -> {value}"
-        for name, value in settings.identity().items()
-        if value != stored.identity()[name]
+        f"{name} {getattr(stored, name)} -> {getattr(settings, name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
     ]
     changed += [
         f"{name} {record['model_config'].get(name)} -> {value}"
@@ -266,25 +267,6 @@ def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout:
     size = record["arithmetic"].get("micro_batch_size") if asked == "auto" else int(asked)
     present = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
     return differences(record["arithmetic"], present)
-
-
-def describe_changes(
-    record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout, global_batch: int | None
-) -> list[str]:
-    """What differs from the checkpoint, as `name old -> new`."""
-    if not record:
-        return []
-    quiet = {"tensor_parallel_size", "checkpoint_dir"}
-    old, new = record["settings"], settings.to_dict()
-    lines = [
-        f"{name} {old.get(name)} -> {new[name]}" for name in new if name not in quiet and new[name] != old.get(name)
-    ]
-    for name, value in (("tp", layout.tp), ("dp", layout.dp)):
-        if record[name] != value:
-            lines.append(f"{name} {record[name]} -> {value}")
-    if record["global_batch"] != global_batch:
-        lines.append(f"sequences a step {record['global_batch']} -> {global_batch or 'auto'}")
-    return lines + arithmetic_changes(record, settings, layout)
 
 
 # ------------------------------------------------------------------------------------------------------ the batch

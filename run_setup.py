@@ -36,7 +36,6 @@ from run_inputs import (
     attempt_of_launch,
     batch_of_resumed,
     check_sizes,
-    describe_changes,
     find_checkpoint,
     fixed_micro_batch,
     model_of_record,
@@ -95,7 +94,14 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
         _say_finished(found, settings, layout)
         return None
     notes.append(f"going on from {found.path} (step {step}), exactly as it stopped")
-    origin = Origin(found.path, record, step, keep_optimizer=True, global_batch=record["global_batch"])
+    origin = Origin(
+        found.path,
+        record,
+        step,
+        keep_optimizer=True,
+        global_batch=record["global_batch"],
+        libraries=found.manifest.libraries if found.manifest is not None else {},
+    )
     return assemble(settings, config, layout, notes, origin)
 
 
@@ -138,12 +144,11 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         check_sizes(settings, config, layout)
         global_batch = batch_of_resumed(record, settings, given, layout)
     notes.append(f"resuming from {found.path}" + (f" (step {found.step})" if found.step is not None else ""))
-    changes = describe_changes(record, settings, layout, global_batch)
+    actions = []
     if not resume.keep_optimizer:
-        changes.append(f"optimizer state reset; learning rate warmed up again over {resume.rewarmup_steps} steps")
+        actions.append(f"optimizer state reset; learning rate warmed up again over {resume.rewarmup_steps} steps")
     if not record:
-        changes.append("weights only: the data starts from its beginning")
-    notes.append("changed since the checkpoint: " + ("; ".join(changes) if changes else "nothing"))
+        actions.append("weights only: the data starts from its beginning")
     exact = (
         resume.keep_optimizer
         and settings.identity() == RunSettings(**record["settings"]).identity()
@@ -161,6 +166,8 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         global_batch=global_batch,
         began_at=None if exact else found.step or 0,
         allow_data_change=resume.allow_data_change,
+        libraries=found.manifest.libraries if found.manifest is not None else {},
+        actions=tuple(actions),
     )
     return assemble(settings, config, layout, notes, origin)
 

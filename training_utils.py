@@ -9,27 +9,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from colonnade.data.feed import StepBatch
 from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
-from colonnade.optim.step import optimizer_step, targets_of_step
+from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
 from colonnade.parallel.mesh import set_collective_timeout
 from colonnade.parallel.stopping import StopVote
 from colonnade.parallel.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.data_ledger import data_summary
-from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of
+from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
 from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.plots import plot_loss
 from colonnade.telemetry.progress import ProgressReport
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
-from run_measurements import Meter, mean_loss, validate
+from run_checks import StepGuard, check_before_save
+from run_measurements import Meter, validate
 from run_state import HANGS_NAME, LEDGER_NAME, Run, record_end, save, whole_position
 
 METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
@@ -43,7 +44,8 @@ def train(run: Run) -> None:
     """Train to the run's last step, or until it is asked to stop: log, validate and save on the way, and at the end.
 
     Raises:
-        RunError: a checkpoint cannot be written, data cannot be read, or memory ran out; the last checkpoint stands.
+        RunError: a checkpoint cannot be written, data cannot be read, memory ran out, too many steps in a row were
+            skipped, or parameters are not what they should be; the last checkpoint stands.
     """
     settings, total = run.settings, run.settings.total_steps
     watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
@@ -59,6 +61,7 @@ def train(run: Run) -> None:
     if settings.fingerprint_interval or settings.deterministic:
         fingerprints = _open_log(run, FINGERPRINTS_NAME)
     meter = Meter(run)
+    guard = StepGuard(run, progress.message)
     saved_step = run.step if run.resumed_from is not None else -1
     for note in run.notes:
         progress.message(note)
@@ -70,12 +73,13 @@ def train(run: Run) -> None:
             meter.data_wait += batch.wait_seconds
             rate = run.schedule(run.step)
             watch.enter(f"step {run.step + 1}", limit, is_step=True)
-            loss, norm = _step_or_leave(run, batch, rate, watch)
+            outcome = _step_or_leave(run, batch, rate, watch)
 
-            # -- commit: from here on the step has happened
+            # -- commit: from here on the step has happened, be it skipped
             run.step += 1
             run.tokens_seen += run.tokens_per_step
-            run.position = batch.position
+            before, run.position = run.position, batch.position
+            guard.note(outcome, before)
             if run.step == first_step:
                 limit, watch.longest_step = settings.step_timeout, 0.0
                 set_collective_timeout(run.layout, limit)
@@ -91,8 +95,10 @@ def train(run: Run) -> None:
             with_fingerprint |= is_saved and settings.deterministic
             fingerprint = None
             is_logged = run.step % settings.log_interval == 0 or is_last or with_fingerprint
+            if is_logged or is_saved:
+                guard.settle()
             if is_logged:
-                row = meter.row(loss, norm, rate, batch.epoch)
+                row = meter.row(outcome, rate, batch.epoch)
                 run.loss = row["loss"]
                 if with_fingerprint:
                     fingerprint = take_fingerprint(run, fingerprints)
@@ -100,6 +106,10 @@ def train(run: Run) -> None:
                     meter.restart()
                 _report(progress, metrics, row)
             progress.update(run.step, run.loss)
+            # A deterministic run's fingerprint has just compared them.
+            if _is_due(run.step, settings.drift_check_interval) and not (settings.deterministic and with_fingerprint):
+                require_equal_parameters(run.model, run.step)
+                meter.restart()
 
             # -- validate
             is_validated = is_last or (stop_reason is None and _is_due(run.step, settings.validation_interval))
@@ -113,9 +123,10 @@ def train(run: Run) -> None:
             # -- save
             if is_saved:
                 if not is_logged:
-                    run.loss = float(mean_loss(run, loss))
+                    run.loss = float(outcome.loss)
                 watch.enter(f"saving step {run.step}", long_limit)
                 began = time.monotonic()
+                check_before_save(run)
                 save(run, fingerprint)
                 save_seconds = max(save_seconds, time.monotonic() - began)
                 saved_step = run.step
@@ -204,33 +215,33 @@ def _with_perplexity(loss: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- one step
 
 
-def train_step(run: Run, batch: StepBatch, learning_rate: float) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this rank's share of the global batch.
-
-    Returns:
-        (this rank's part of the mean loss, the global gradient norm before clipping), both still on the device: the
-        mean loss is the sum of the parts over the data-parallel ranks.
-    """
+def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
+    """One optimizer step on this rank's share of the global batch; its loss goes into the run's window."""
+    settings = run.settings
     set_learning_rate(run.optimizer, learning_rate)
-    mask = run.settings.document_mask
+    mask = settings.document_mask
     # Blocks of documents laid end to end are full, and every one of their targets counts.
-    varies = mask or run.settings.packing != "concat"
-    return optimizer_step(
+    varies = mask or settings.packing != "concat"
+    before = run.losses.statistics(settings.spike_sigma) if settings.spike_sigma > 0 else None
+    outcome = optimizer_step(
         run.model,
         run.optimizer,
         run.scaler,
         batch.tokens,
         accumulation=run.batch.gradient_accumulation_steps,
         targets=targets_of_step(batch.host_tokens, run.layout, document_mask=mask) if varies else run.tokens_per_step,
-        max_grad_norm=run.settings.max_grad_norm,
+        max_grad_norm=settings.max_grad_norm,
         document_mask=mask,
-        deterministic=run.settings.deterministic,
+        deterministic=settings.deterministic,
+        skip_above=before.limit if before is not None and settings.spike_action == "skip" else None,
         # The device is busy with what was launched; the next batch can be waited for meanwhile.
-        after_backward=run.feed.stage if run.step + 1 < run.settings.total_steps else None,
+        after_backward=run.feed.stage if run.step + 1 < settings.total_steps else None,
     )
+    run.losses.append(outcome.loss, outcome.skipped)
+    return replace(outcome, losses_before=before)
 
 
-def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> tuple[Tensor, Tensor]:
+def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> StepOutcome:
     """A step; where it runs out of memory, record a smaller micro-batch, tell the other ranks, and leave.
 
     The error cannot be mended here: the other ranks stand in a collective of this step. One that finds its peer gone

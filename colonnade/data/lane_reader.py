@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.data.order import keyed_permutation
+from colonnade.data.order import keyed_permutation, unit_order
 from colonnade.data.position import LaneCursor, SkippedUnit
 from colonnade.data.shards import DamagedUnit, UnitReader, Units
 from colonnade.data.text_filter import KEPT, judge
@@ -114,10 +114,7 @@ class LaneReader:
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Ordinals of the lane's units, in the order of `epoch`."""
-        if not self._shuffle:
-            return self._members
-        key = (self._seed, self.name, "units", epoch, int(self._members[0]))
-        return self._members[keyed_permutation(len(self._members), *key)]
+        return unit_order(self._members, self._seed, self.name, epoch, shuffled=self._shuffle)
 
     def describe(self, epoch: int, unit: int) -> str:
         """The `unit`-th unit of an epoch, for messages."""
