@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     # torch takes seconds to import: not before the flags have been found right.
-    from colonnade.checkpoint.discover import resolve_checkpoint
     from colonnade.checkpoint.run_record import run_record
+    from colonnade.checkpoint.verify import verified
     from colonnade.parallel.mesh import init_parallel
-    from colonnade.parallel.vote import on_first_rank
     from data_processing import boundary_tokens, load_tokenizer
 
     layout = init_parallel(None)
-    found = on_first_rank(lambda: resolve_checkpoint(Path(options.checkpoint_path)))
+    found, _ = verified(Path(options.checkpoint_path))
     if found.manifest is None:
         raise UsageError(f"--checkpoint-path {found.path}: a single file names no tokenizer; give a run's checkpoint")
     record = run_record(found)

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.load import load_model_and_optimizer
+from colonnade.checkpoint.run_lock import RunLock
+from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.config import (
     RunSettings,
@@ -62,6 +65,7 @@ class Origin:
         began_at: the step at which the run was last changed; None: as the record says.
         libraries: versions that the checkpoint was written with.
         actions: what this start changes, for its report.
+        damaged: newer checkpoints that were passed over.
     """
 
     path: Path | None = None
@@ -74,6 +78,7 @@ class Origin:
     allow_data_change: bool = False
     libraries: Mapping[str, str] = field(default_factory=dict)
     actions: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
 
 # --------------------------------------------------------------------------------------------------- putting together
@@ -85,10 +90,14 @@ def assemble(
     layout: ParallelLayout,
     notes: list[str],
     origin: Origin,
-    *,
-    is_replay: bool = False,
+    lock: RunLock | None,
 ) -> Run:
-    """Open the data, build model and optimizer, settle the batch, restore the origin. A replay writes nothing."""
+    """Open the data, build model and optimizer, settle the batch, restore the origin.
+
+    Args:
+        lock: of the run's folder, which is made and locked here where it does not exist; None for a replay, which
+            writes nothing.
+    """
     record = origin.record or {}
     with vote():
         global_batch = origin.global_batch or requested_global_batch(settings, layout.dp)
@@ -132,10 +141,20 @@ def assemble(
     allocate_state(optimizer)
     scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
     step = _restore(origin, model, optimizer, scaler)
-    if not is_replay:  # an audit compares by itself, and names the tensor
+    if lock is not None:  # an audit compares by itself, and names the tensor
         _require_fingerprint(origin, model, optimizer)
     with vote():
         require_steps_left(origin.path or Path(settings.checkpoint_dir), step, settings)
+    saver = None
+    if lock is not None:
+        on_first_rank(lambda: _make_folder(lock, is_fresh=origin.path is None))
+        saver = CheckpointSaver(
+            lock.directory,
+            asynchronous=settings.checkpoint_mode == "async",
+            hashes=settings.checkpoint_hash,
+            timeout=settings.startup_timeout,
+        )
+        saver.reserve(model, optimizer)  # before the tuner looks at how much memory there is
     batch, depends_on = _tune_batch(model, settings, layout, global_batch, micro_batch)
     size = batch.micro_batch_size
     if global_batch is None:
@@ -186,20 +205,32 @@ def assemble(
         skipped_steps=record.get("skipped_steps") or 0,
         skipped_in_row=record.get("skipped_in_row") or 0,
         resumed_from=origin.path,
+        damaged=origin.damaged,
+        saver=saver,
+        lock=lock,
         notes=notes,
     )
     if origin.path is not None:
         notes.append(resume_report(run, record, origin.libraries, origin.actions))
-    if not is_replay:
+    if lock is not None:
         names = launchers()
         on_first_rank(lambda: _record_start(run, names))
     return run
 
 
+def _make_folder(lock: RunLock, *, is_fresh: bool) -> None:
+    """Make the run's folder and lock it, where it was not there when the run was started."""
+    try:
+        lock.take(create=True)
+    except OSError as error:
+        raise RunError(f"{lock.directory} cannot be made: {error.strerror or error}") from error
+    if is_fresh and find_checkpoints(lock.directory):
+        raise UsageError(f"--checkpoint-dir {lock.directory} was filled by another job meanwhile; start again")
+
+
 def _record_start(run: Run, launched_by: list[str]) -> None:
     """Write what this start is into the run's folder; how an earlier one ended no longer holds."""
     try:
-        run.directory.mkdir(parents=True, exist_ok=True)
         write_settings(run.settings, run.directory / SETTINGS_NAME)
         record_launch(run.directory, launched_by, run.step)
         forget_end(run.directory)

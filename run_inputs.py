@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colonnade.checkpoint.discover import CheckpointInfo, latest_checkpoint, resolve_checkpoint
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none_usable, survey
 from colonnade.checkpoint.manifest import step_of_name
+from colonnade.checkpoint.prune import collect_leftovers
+from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
+from colonnade.checkpoint.verify import newest_verified
 from colonnade.config import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings, complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
@@ -36,23 +39,27 @@ FINGERPRINT_INTERVAL = 100
 # --------------------------------------------------------------------------------------------------- the run's folder
 
 
-def newest_checkpoint(directory: Path) -> CheckpointInfo | None:
-    _require_writable(directory)
-    found = latest_checkpoint(directory)
+def newest_checkpoint(directory: Path, settings: RunSettings) -> tuple[CheckpointInfo | None, tuple[Path, ...]]:
+    """The checkpoint that a run goes on from exactly, and the damaged ones that were passed over. Collective."""
+    found, damaged = newest_verified(directory, compare_hashes=settings.checkpoint_hash)
     if found is not None and found.manifest is None:
         raise UsageError(
             f"{directory} holds the single file {found.path.name}, which has no run to go on with exactly; "
             f"use resume_pretrain_tensor.py --checkpoint-path {found.path}, or another --checkpoint-dir"
         )
-    return found
+    return found, tuple(item.path for item in damaged)
 
 
-def find_checkpoint(path: Path) -> CheckpointInfo:
-    """The checkpoint that `--checkpoint-path` means."""
-    try:
-        return resolve_checkpoint(path)
-    except OSError as error:
-        raise UsageError(f"--checkpoint-path {path} cannot be read ({error.strerror}); check the path") from error
+def clear_leftovers(lock: RunLock) -> bool:
+    """Clear away what dead runs left in the lock's folder; whether a checkpoint came to light by it.
+
+    Where the lock is not held a leftover may be a save that is under way, and stays.
+    """
+    if not lock.is_held:
+        return False
+    before = [info.path for info in find_checkpoints(lock.directory)]
+    collect_leftovers(lock.directory)
+    return [info.path for info in find_checkpoints(lock.directory)] != before
 
 
 def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
@@ -64,15 +71,13 @@ def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launch
     of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
     directory = Path(checkpoint_dir or of_run)
     began = step_of_launch(directory, launched_by)
-    if began is None:
+    saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
+    if began is None or not saved or (saved[0] or 0) <= began:
         return resume
-    saved = latest_checkpoint(directory)
-    if saved is None or saved.manifest is None or saved.manifest.step <= began:
-        return resume
-    return replace(resume, checkpoint_path=str(saved.path), keep_optimizer=True)
+    return replace(resume, checkpoint_path=str(directory), keep_optimizer=True)
 
 
-def _require_writable(directory: Path) -> None:
+def require_writable(directory: Path) -> None:
     """Refuse a folder that could not take the first checkpoint, hours from now. Creates nothing."""
     existing = directory.absolute()
     try:
@@ -104,11 +109,16 @@ def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, An
             raise UsageError(f"{name} {value}: {path} has {what} of its own ({name} {own.get(name)}); leave it out")
 
 
-def require_no_other_run(found: CheckpointInfo, directory: Path) -> None:
+def require_no_other_run(found: CheckpointInfo, directory: Path, damaged: Collection[Path]) -> None:
     """Refuse a folder whose newest checkpoint would not be this run's: the next start there would take that one."""
-    _require_writable(directory)
-    there = latest_checkpoint(directory)
-    if there is None or there.path.resolve() == found.path.resolve():
+    complete, incomplete = survey(directory)
+    there = next((info for info in complete if info.path not in damaged), None)
+    if there is None:
+        refusal = none_usable(directory, incomplete)
+        if refusal is not None:
+            raise UsageError(refusal)
+        return
+    if there.path.resolve() == found.path.resolve():
         return
     if directory.resolve() != found.path.parent.resolve() or (there.step or 0) > (found.step or 0):
         raise UsageError(

@@ -10,13 +10,16 @@ runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints
-from colonnade.checkpoint.prune import collect_leftovers
+from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
+from colonnade.checkpoint.verify import newest_verified, verified
 from colonnade.config import (
     ResumeSettings,
     RunSettings,
@@ -24,7 +27,7 @@ from colonnade.config import (
     override,
 )
 from colonnade.data.position import DataPosition
-from colonnade.errors import UsageError
+from colonnade.errors import ColonnadeError, UsageError
 from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.stopping import launchers
@@ -36,7 +39,7 @@ from run_inputs import (
     attempt_of_launch,
     batch_of_resumed,
     check_sizes,
-    find_checkpoint,
+    clear_leftovers,
     fixed_micro_batch,
     model_of_record,
     newest_checkpoint,
@@ -44,6 +47,7 @@ from run_inputs import (
     require_own_model,
     require_same_run,
     require_steps_left,
+    require_writable,
     resolve_device_settings,
     resolve_model,
     resolve_model_settings,
@@ -69,8 +73,26 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     layout = _join_ranks(given)
     notes: list[str] = []
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
+    with _folder_of(settings, layout) as lock:
+        return _start(settings, layout, notes, lock)
+
+
+@contextmanager
+def _folder_of(settings: RunSettings, layout: ParallelLayout) -> Iterator[RunLock]:
+    """The run's folder, locked for the block where it exists, and given back where the block fails. Collective."""
     directory = Path(settings.checkpoint_dir)
-    found = on_first_rank(lambda: newest_checkpoint(directory))
+    lock = RunLock(directory)
+    on_first_rank(lambda: require_writable(directory))
+    on_first_rank(lock.take)
+    try:
+        yield lock
+    except ColonnadeError:
+        lock.release()
+        raise
+
+
+def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock: RunLock) -> Run | None:
+    found, damaged = newest_checkpoint(lock.directory, settings)
     if found is None:
         fixed_micro_batch(settings, {})
     settings = on_first_rank(lambda: resolve_data(settings, notes))
@@ -83,15 +105,16 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
             return {} if found is None else require_same_run(found, settings, config, layout)
 
     record = check()
-    # Not before the run is known to be this one: in another's folder a leftover may be a save that is under way.
-    if on_first_rank(lambda: bool(collect_leftovers(directory))):
-        found = on_first_rank(lambda: newest_checkpoint(directory))
+    # Not before the run is known to be this one: what lies in another's folder is not ours to clear away.
+    if on_first_rank(lambda: clear_leftovers(lock)):
+        found, damaged = newest_checkpoint(lock.directory, settings)
         record = check()
     if found is None:
-        return assemble(settings, config, layout, notes, Origin())
+        return assemble(settings, config, layout, notes, Origin(), lock)
     step = found.step or 0
     if step >= settings.total_steps:
         _say_finished(found, settings, layout)
+        lock.release()
         return None
     notes.append(f"going on from {found.path} (step {step}), exactly as it stopped")
     origin = Origin(
@@ -101,8 +124,9 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
         keep_optimizer=True,
         global_batch=record["global_batch"],
         libraries=found.manifest.libraries if found.manifest is not None else {},
+        damaged=damaged,
     )
-    return assemble(settings, config, layout, notes, origin)
+    return assemble(settings, config, layout, notes, origin, lock)
 
 
 def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
@@ -118,7 +142,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     notes: list[str] = []
     names = launchers()
     resume = on_first_rank(lambda: attempt_of_launch(resume, given.get("checkpoint_dir"), names))
-    found = on_first_rank(lambda: find_checkpoint(Path(resume.checkpoint_path)))
+    found, damaged = verified(Path(resume.checkpoint_path), compare_hashes=given.get("checkpoint_hash", True))
     with vote():
         record = run_record(found)
         if not record and resume.keep_optimizer:
@@ -136,7 +160,36 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         return None
     with vote():
         require_steps_left(found.path, found.step or 0, settings)
-    on_first_rank(lambda: require_no_other_run(found, Path(settings.checkpoint_dir)))
+    with _folder_of(settings, layout) as lock:
+        return _resume(resume, given, settings, layout, notes, _Chosen(found, record, damaged), lock)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The checkpoint to resume from, its record, and the damaged ones that were passed over."""
+
+    found: CheckpointInfo
+    record: Mapping[str, Any]
+    damaged: tuple[Path, ...]
+
+
+def _resume(
+    resume: ResumeSettings,
+    given: Mapping[str, Any],
+    settings: RunSettings,
+    layout: ParallelLayout,
+    notes: list[str],
+    chosen: _Chosen,
+    lock: RunLock,
+) -> Run:
+    found, record = chosen.found, chosen.record
+
+    def require_own_folder() -> None:
+        require_no_other_run(found, lock.directory, chosen.damaged)
+
+    on_first_rank(require_own_folder)
+    if on_first_rank(lambda: clear_leftovers(lock)):
+        on_first_rank(require_own_folder)
     settings = on_first_rank(lambda: resolve_data(settings, notes))
     config = on_first_rank(lambda: model_of_record(found.path, record) if record else resolve_model(settings))
     settings = resolve_model_settings(settings, config)
@@ -168,8 +221,9 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         allow_data_change=resume.allow_data_change,
         libraries=found.manifest.libraries if found.manifest is not None else {},
         actions=tuple(actions),
+        damaged=chosen.damaged,
     )
-    return assemble(settings, config, layout, notes, origin)
+    return assemble(settings, config, layout, notes, origin, lock)
 
 
 def _join_ranks(given: Mapping[str, Any]) -> ParallelLayout:
@@ -201,7 +255,8 @@ def replay_run(
         UsageError: the run is not deterministic, was changed in this stretch, needs another machine or other ranks, or
             has no complete checkpoint; or the data are not those it was trained on.
     """
-    start, told_by = on_first_rank(lambda: _checkpoints_around(directory, first, last))
+    told_by = on_first_rank(lambda: _checkpoint_from(directory, last))
+    start, _ = newest_verified(directory, up_to=first)
     begin = 0 if start is None else start.step or 0
     notes: list[str] = []
     with vote():
@@ -233,7 +288,7 @@ def replay_run(
     path = None if start is None else start.path
     # Other data are refused here, in an audit's own words, and from the beginning too, where there is no position.
     origin = Origin(path, own, begin, keep_optimizer=True, global_batch=record["global_batch"], allow_data_change=True)
-    run = assemble(settings, config, layout, notes, origin, is_replay=True)
+    run = assemble(settings, config, layout, notes, origin, None)
     with vote():
         if run.stream is not None:
             differences = DataPosition.from_dict(record["data_position"]).head.differences(run.stream.start.head)
@@ -254,14 +309,13 @@ def _require_workable_ranks(record: Mapping[str, Any], settings: RunSettings, la
         )
 
 
-def _checkpoints_around(directory: Path, first: int, last: int | None) -> tuple[CheckpointInfo | None, CheckpointInfo]:
-    """The newest checkpoint of a run up to step `first`, and the first from `last` on (else the newest)."""
+def _checkpoint_from(directory: Path, last: int | None) -> CheckpointInfo:
+    """The first checkpoint of a run from step `last` on, else the newest."""
     found = [info for info in find_checkpoints(directory) if info.manifest is not None]
     if not found:
         raise UsageError(f"--run {directory} holds no complete checkpoint; give a run's folder")
-    start = next((info for info in found if (info.step or 0) <= first), None)
     later = [info for info in found if last is not None and (info.step or 0) >= last]
-    return start, later[-1] if later else found[0]
+    return later[-1] if later else found[0]
 
 
 def _say_finished(found: CheckpointInfo, settings: RunSettings, layout: ParallelLayout) -> None:

@@ -18,7 +18,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from colonnade.checkpoint.manifest import checkpoint_name
 from colonnade.checkpoint.prune import prune_checkpoints
-from colonnade.checkpoint.save import save_checkpoint
+from colonnade.checkpoint.run_lock import RunLock
+from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.config import RunSettings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
@@ -75,6 +76,10 @@ class Run:
         code: version of the program, as the manifest records it.
         validation_loss: of the last validation.
         resumed_from: the checkpoint this start went on from.
+        damaged: newer ones that were passed over.
+        saver: what writes checkpoints; None for a replay, which writes nothing.
+        lock: of the run's folder, held on the first rank; None for a replay.
+        gathered: the last position that was gathered over the readers, and the reader's own it was gathered for.
     """
 
     settings: RunSettings
@@ -104,6 +109,10 @@ class Run:
     skipped_in_row: int = 0
     validation_loss: float | None = None
     resumed_from: Path | None = None
+    damaged: tuple[Path, ...] = ()
+    saver: CheckpointSaver | None = None
+    lock: RunLock | None = None
+    gathered: tuple[DataPosition, DataPosition] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -124,17 +133,26 @@ class Run:
 
 
 def save(run: Run, fingerprint: Fingerprint | None) -> None:
-    """Write the run's checkpoint, in the deterministic mode with its fingerprint, and prune the oldest. Collective.
+    """Save the run as it stands, in the deterministic mode with its fingerprint; prune the oldest after. Collective.
+
+    Asynchronously, unless the settings say otherwise: it is done when `run.saver.wait()` has returned.
 
     Raises:
-        RunError: on all ranks, when it failed on any; older checkpoints are intact.
+        RunError: on all ranks, when this or the save before failed on any; older checkpoints are intact.
     """
+    assert run.saver is not None
+    settings, directory, damaged = run.settings, run.directory, run.damaged
     position = whole_position(run)
-    manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
-    path = save_checkpoint(run.directory, run.step, model=run.model, optimizer=run.optimizer, manifest=manifest)
-    if run.layout.is_main and position is not None:
-        write_data_ledger(run.directory / LEDGER_NAME, position)
-        prune_checkpoints(run.directory, run.settings.keep_checkpoints, protect=(path,))
+    manifest = manifest_of(run, position, fingerprint if settings.deterministic else None)
+
+    def after_commit(path: Path) -> None:
+        if position is not None:
+            write_data_ledger(directory / LEDGER_NAME, position)
+        prune_checkpoints(
+            directory, settings.keep_checkpoints, protect=(path,), keep_every=settings.keep_every, damaged=damaged
+        )
+
+    run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
 
 
 def record_end(run: Run, reason: str | None, saved_step: int) -> None:
@@ -187,7 +205,13 @@ def forget_end(directory: Path) -> None:
 
 def whole_position(run: Run) -> DataPosition | None:
     """The data position over all readers, on the ranks that read; None on the others. Collective over those."""
-    return merged_position(run, run.position)
+    if run.position is None or run.stream is None or run.stream.apart == 1:
+        return run.position
+    if run.gathered is None or run.gathered[0] is not run.position:
+        merged = merged_position(run, run.position)
+        assert merged is not None
+        run.gathered = (run.position, merged)
+    return run.gathered[1]
 
 
 def merged_position(run: Run, position: DataPosition | None) -> DataPosition | None:

@@ -7,7 +7,6 @@ and backward of each micro-batch, next batch staged, gradients summed and clippe
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
 from colonnade.parallel.mesh import set_collective_timeout
-from colonnade.parallel.stopping import StopVote
+from colonnade.parallel.stopping import SAVE_FAILED, StopVote
 from colonnade.parallel.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.data_ledger import data_summary
@@ -33,6 +32,8 @@ from run_checks import StepGuard, check_before_save
 from run_measurements import Meter, validate
 from run_state import HANGS_NAME, LEDGER_NAME, Run, record_end, save, whole_position
 
+# How long a rank that must leave waits for the save that its peers' threads are still in.
+SETTLE_SECONDS = 60.0
 METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
 SLOW_STORAGE = 100e6  # bytes a second that a rank writes, on a file system that many share
 
@@ -47,6 +48,7 @@ def train(run: Run) -> None:
         RunError: a checkpoint cannot be written, data cannot be read, memory ran out, too many steps in a row were
             skipped, or parameters are not what they should be; the last checkpoint stands.
     """
+    assert run.saver is not None
     settings, total = run.settings, run.settings.total_steps
     watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
     stopping = StopVote(watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time))
@@ -85,7 +87,11 @@ def train(run: Run) -> None:
                 set_collective_timeout(run.layout, limit)
 
             # -- stop: every rank comes to this vote after the same step
-            stop_reason = stopping.reason(reserve=2 * watch.longest_step + save_seconds)
+            stop_reason = stopping.reason(
+                2 * watch.longest_step + max(save_seconds, run.saver.longest_save), save_failed=run.saver.has_failed
+            )
+            if stop_reason == SAVE_FAILED:
+                run.saver.wait()
 
             # -- log
             is_last = run.step == total
@@ -125,17 +131,19 @@ def train(run: Run) -> None:
                 if not is_logged:
                     run.loss = float(outcome.loss)
                 watch.enter(f"saving step {run.step}", long_limit)
-                began = time.monotonic()
                 check_before_save(run)
                 save(run, fingerprint)
-                save_seconds = max(save_seconds, time.monotonic() - began)
                 saved_step = run.step
                 meter.restart()
+        watch.enter("ending the run", long_limit)
+        run.saver.wait()
         if fingerprints is not None:
             fingerprints.close()
-        watch.enter("ending the run", long_limit)
         # A run that has come to its end is complete, whatever asked it to stop meanwhile.
         finish(run, saved_step, metrics, None if run.step == total else stop_reason)
+        run.saver.close()
+        if run.lock is not None:
+            run.lock.release()
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:
@@ -252,6 +260,8 @@ def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watc
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if is_connection_lost(error):
             raise PeerError("another rank is gone") from error
+        if run.saver is not None:
+            run.saver.settle(SETTLE_SECONDS)
         watch.announce_failure()
         if not is_out_of_memory(error):
             raise

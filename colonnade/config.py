@@ -21,6 +21,7 @@ from colonnade.setting_values import brief, check_field, nearest, read_yaml
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
+CHECKPOINT_MODES = ("async", "sync")
 MAX_STEPS = 10**9
 # Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
 MAX_TOKENS_PER_STEP = 2**28
@@ -222,6 +223,21 @@ class RunSettings:
     )
     keep_checkpoints: int = _setting(
         50, "checkpoints and logs", "newest checkpoints kept; 0 for all", minimum=0, unit="COUNT"
+    )
+    keep_every: int = _steps(
+        0,
+        "checkpoints and logs",
+        "checkpoints at multiples of so many steps stay for good, and are not among the newest kept; 0 for none",
+        minimum=0,
+    )
+    checkpoint_mode: str = _setting(
+        "async",
+        "checkpoints and logs",
+        "async writes a copy while training goes on, sync waits until it is written",
+        choices=CHECKPOINT_MODES,
+    )
+    checkpoint_hash: bool = _setting(
+        True, "checkpoints and logs", "record the SHA-256 of checkpoint files, and compare it before going on from them"
     )
     log_interval: int = _steps(10, "checkpoints and logs", "steps between log lines", minimum=1)
     fingerprint_interval: int | None = _steps(

@@ -74,11 +74,15 @@ def require_refusal(outcome: Outcome, script: str, *fragments: str) -> str:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Every file and folder inside, with its size, modification time and inode: equal only if nothing was touched."""
+    """Every file inside with its size, modification time and inode: equal only if nothing was touched.
+
+    A folder's own time is left out: the lock of a run's folder is a file in it for a while.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
-        found[str(path.relative_to(folder))] = (status.st_size, status.st_mtime_ns, status.st_ino)
+        changed = 0 if path.is_dir() else status.st_mtime_ns
+        found[str(path.relative_to(folder))] = (status.st_size, changed, status.st_ino)
     return found
 
 
@@ -624,6 +628,11 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     file.write_text(json.dumps(content))
 
 
+def forget_hashes(folder: Path) -> None:
+    """As if it had been saved with --no-checkpoint-hash."""
+    edit_manifest(folder, lambda content: [facts.pop("sha256") for facts in content["files"].values()])
+
+
 def in_run(name: str, value: Any) -> Callable[[Path], None]:
     return lambda folder: edit_manifest(folder, lambda content: content["run"].update({name: value}))
 
@@ -658,8 +667,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no run": (lambda folder: edit_manifest(folder, lambda content: content.update(run={})), "run.settings is missing"),
     "short file": (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x"), "has 1 bytes, its manifest says"),
     "no file": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp cannot be read"),
-    "bits of a file": (overwrite("__0_0.distcp", 0, 64), "could not be read: rank 0: a file of tensors is damaged"),
+    "a bit of a file": (overwrite("__0_0.distcp", 40_000, 1), "damaged: __0_0.distcp has SHA-256"),
+    "bits of a file without hashes": (
+        lambda folder: [damage(folder) for damage in (forget_hashes, overwrite("__0_0.distcp", 0, 64))],
+        "could not be read: rank 0: a file of tensors is damaged",
+    ),
     "bits of the metadata": (overwrite(".metadata", 0, 16), ".metadata is refused: it is damaged"),
+    "a hash as number": (
+        lambda folder: edit_manifest(folder, lambda content: content["files"][".metadata"].update(sha256=7)),
+        "the SHA-256 of '.metadata' is 7",
+    ),
     **{
         f"no {name}": (without(name), f"run.{name} is missing; use another checkpoint")
         for name in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,26 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 
 from colonnade.checkpoint import prune as prune_module
-from colonnade.checkpoint.discover import (
-    find_checkpoints,
-    incomplete_checkpoints,
-    latest_checkpoint,
-    resolve_checkpoint,
-)
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, incomplete_checkpoints
 from colonnade.checkpoint.manifest import Manifest, checkpoint_name, read_manifest, write_manifest
 from colonnade.checkpoint.prune import collect_leftovers, prune_checkpoints
+from colonnade.checkpoint.verify import newest_verified, verified
 from colonnade.errors import UsageError
+
+METADATA = pickle.dumps(Metadata({}, storage_data={}))
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 
 def make(directory: Path, step: int, name: str | None = None) -> Path:
     folder = directory / (name or checkpoint_name(step))
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(b"x" * 100)
-    (folder / ".metadata").write_bytes(b"y" * 10)
-    write_manifest(folder, Manifest(step, {"__0_0.distcp": 100, ".metadata": 10}, None, {}, {"loss": 1.5}))
+    (folder / ".metadata").write_bytes(METADATA)
+    sizes = {"__0_0.distcp": 100, ".metadata": len(METADATA)}
+    write_manifest(folder, Manifest(step, sizes, None, {}, {"loss": 1.5}))
     return folder
+
+
+def resolve_checkpoint(path: Path) -> CheckpointInfo:
+    return verified(path)[0]
+
+
+def latest_checkpoint(directory: Path) -> CheckpointInfo | None:
+    return newest_verified(directory)[0]
 
 
 def make_file(directory: Path, step: int) -> Path:
@@ -133,7 +143,7 @@ def test_damaged_newest_falls_back_with_one_line(tmp_path: Path, caplog: pytest.
     assert "\n" not in message
     assert str(newest) in message
     assert reason in message
-    assert "going back to step 2" in message
+    assert message.endswith("; going back to step 2, 1 step lost")
     assert [item.path for item in incomplete_checkpoints(tmp_path)] == [newest]
     with pytest.raises(UsageError, match=reason):  # asked for by name: no fallback
         resolve_checkpoint(newest)

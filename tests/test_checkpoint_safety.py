@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from checkpoint_reference import adamw, assert_same_run, cut_model, local, mesh, train, values
-from colonnade.checkpoint.discover import find_checkpoints, resolve_checkpoint
+from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.load import load_model_and_optimizer
-from colonnade.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from colonnade.checkpoint.manifest import read_manifest, write_manifest
 from colonnade.checkpoint.save import CommittingWriter, save_checkpoint
+from colonnade.checkpoint.verify import verified
 from colonnade.errors import RunError, UsageError
 
 
@@ -54,8 +57,10 @@ def seal(folder: Path) -> None:
     """Bring the manifest in line with the files as they are now, as whoever altered them on purpose would."""
     manifest = read_manifest(folder)
     (folder / "MANIFEST.json").unlink()
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    write_manifest(folder, Manifest(manifest.step, sizes, manifest.optimizer, manifest.libraries, manifest.run))
+    files = sorted(folder.iterdir())
+    sizes = {path.name: path.stat().st_size for path in files}
+    sha256 = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    write_manifest(folder, replace(manifest, files=sizes, sha256=sha256))
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -93,9 +98,9 @@ def test_the_manifest_says_what_is_there(saved: Path) -> None:
     assert manifest.optimizer == "AdamW"
     assert manifest.run == {"loss": 2.5, "rng": [1, 2]}
     assert manifest.libraries["torch"] == torch.__version__
-    assert manifest.files == {
-        path.name: len(path.read_bytes()) for path in saved.iterdir() if path.name != "MANIFEST.json"
-    }
+    written = {path.name: path.read_bytes() for path in saved.iterdir() if path.name != "MANIFEST.json"}
+    assert manifest.files == {name: len(content) for name, content in written.items()}
+    assert manifest.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}
     assert str(saved.parent).encode() not in (saved / ".metadata").read_bytes()
 
 
@@ -226,9 +231,10 @@ def alter_metadata(folder: Path, change: Callable[[Metadata], Any]) -> None:
 
 def assert_refused(folder: Path, message: str) -> None:
     model, optimizer = fresh()
-    with pytest.raises(UsageError, match=message) as caught:
-        load_model_and_optimizer(resolve_checkpoint(folder).path, model=model, optimizer=optimizer)
-    assert "\n" not in str(caught.value)
+    for load in (verified, lambda path: load_model_and_optimizer(path, model=model, optimizer=optimizer)):
+        with pytest.raises(UsageError, match=message) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
     assert_same_run(model, None, 0, seed=7)
     assert not optimizer.state
 

@@ -67,6 +67,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "checkpoint_dir": ("runs/a b", "runs/a b"),
     "checkpoint_interval": ("0", 0),
     "keep_checkpoints": ("0", 0),
+    "keep_every": ("500", 500),
+    "checkpoint_mode": ("sync", "sync"),
     "log_interval": ("1", 1),
     "fingerprint_interval": ("0", 0),
     "drift_check_interval": ("5", 5),
@@ -500,7 +502,7 @@ def test_identity_holds_what_shapes_the_loss_curve() -> None:
         *("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step", "memory_limit_gib"),
         *("tensor_parallel_size", "replicate_embeddings", "disable_gradient_checkpointing"),
         *("compile", "disable_compile", "checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_interval"),
-        "fingerprint_interval",
+        *("fingerprint_interval", "keep_every", "checkpoint_mode", "checkpoint_hash"),
     }
     skipping = RunSettings(spike_sigma=4.0, spike_action="skip").identity()
     assert skipping.keys() - RunSettings().identity().keys() == spikes

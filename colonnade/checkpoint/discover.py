@@ -1,7 +1,7 @@
-"""Finding checkpoints: which are complete, which is the newest, and why another is not usable.
+"""Finding checkpoints: which look complete, by names and sizes, and why another is not usable.
 
-Everything here looks at the local file system and involves no other rank. In a run of several ranks call it on one and
-share the outcome (`colonnade.parallel.vote.on_first_rank`), so that all go on from the same checkpoint.
+Everything here looks at the local file system and involves no other rank. `verify` has all ranks go on from the same
+checkpoint, after its content was compared with what was written.
 """
 
 from __future__ import annotations
@@ -57,42 +57,37 @@ def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
     Only the exact names count: a folder `streaming_checkpoint_step_N` whose manifest can be read and whose listed files
     are there with their sizes, or a file `streaming_checkpoint_step_N.pth`. A directory that does not exist has none.
     """
-    return _survey(directory)[0]
+    return survey(directory)[0]
 
 
 def incomplete_checkpoints(directory: Path) -> list[IncompleteCheckpoint]:
     """What is named like a checkpoint inside `directory` and is not a complete one, newest first."""
-    return _survey(directory)[1]
+    return survey(directory)[1]
 
 
-def latest_checkpoint(directory: Path) -> CheckpointInfo | None:
-    """The newest complete checkpoint of a run folder; None where nothing is named like one.
-
-    Newer ones that are damaged are passed over, with one line of warning for each.
-
-    Raises:
-        UsageError: there are checkpoints and none is usable. A run must not start afresh over them.
-    """
-    complete, incomplete = _survey(directory)
-    if not complete:
-        if incomplete:
-            raise UsageError(
-                f"{directory} holds {len(incomplete)} checkpoint(s) and none is usable; "
-                f"the newest: {incomplete[0].reason}"
-            )
+def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
+    """The line that refuses a folder whose checkpoints are all damaged; None where there are none at all."""
+    if not damaged:
         return None
-    newest = complete[0]
-    for damaged in incomplete:
-        if newest.step is not None and damaged.step > newest.step:
-            logger.warning("%s; going back to step %d", damaged.reason, newest.step)
-    return newest
+    newest = max(damaged, key=lambda item: item.step)
+    return f"{directory} holds {len(damaged)} checkpoint(s) and none is usable; the newest: {newest.reason}"
 
 
-def resolve_checkpoint(path: Path) -> CheckpointInfo:
-    """The checkpoint meant by `path`: a run folder (its newest complete one), a checkpoint folder, or a `.pth` file.
+def warn_of_damaged(chosen: CheckpointInfo, damaged: list[IncompleteCheckpoint]) -> list[IncompleteCheckpoint]:
+    """Say of each damaged checkpoint newer than the chosen one why it is passed over and what that costs; those."""
+    step = chosen.step or 0
+    newer = sorted((item for item in damaged if item.step > step), key=lambda item: item.step, reverse=True)
+    for item in newer:
+        lost = item.step - step
+        logger.warning("%s; going back to step %d, %d step%s lost", item.reason, step, lost, "s" if lost > 1 else "")
+    return newer
+
+
+def the_one_meant(path: Path) -> CheckpointInfo | None:
+    """The checkpoint at `path` itself; None for a run folder, which holds at least something named like one.
 
     Raises:
-        UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
+        UsageError: nothing is there, a run folder holds no checkpoint, or the one asked for by name is damaged.
     """
     if path.is_file():
         if path.suffix != SINGLE_FILE_SUFFIX:
@@ -104,16 +99,16 @@ def resolve_checkpoint(path: Path) -> CheckpointInfo:
         raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
     if step_of_name(path.name) is not None or (path / MANIFEST_NAME).exists():
         return _inspect(path)
-    found = latest_checkpoint(path)
-    if found is None:
+    if not any(survey(path)):
         raise UsageError(
             f"{path} holds no checkpoint: looked for folders streaming_checkpoint_step_N and files "
             f"streaming_checkpoint_step_N{SINGLE_FILE_SUFFIX}"
         )
-    return found
+    return None
 
 
-def _survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
+def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
+    """`find_checkpoints` and `incomplete_checkpoints` of one look at the folder."""
     complete: list[tuple[int, bool, CheckpointInfo]] = []
     incomplete: list[IncompleteCheckpoint] = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

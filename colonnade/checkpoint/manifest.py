@@ -5,17 +5,19 @@ Needs no torch, so that commands which only look at checkpoints answer at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from colonnade.errors import UsageError
+from colonnade.setting_values import brief
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -27,6 +29,7 @@ TRASH_PREFIX = ".trash-"
 SINGLE_FILE_SUFFIX = ".pth"
 
 _NAME = re.compile(r"streaming_checkpoint_step_(0|[1-9][0-9]*)(?:\.pth)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RECORDED_LIBRARIES = ("torch", "numpy", "pyarrow", "tokenizers", "transformers")
 
 
@@ -40,6 +43,7 @@ class Manifest:
         optimizer: class name of the optimizer whose state the folder holds; None for a model alone.
         libraries: versions of the libraries that wrote it.
         run: the mapping given to `save_checkpoint`, as JSON gives it back.
+        sha256: SHA-256 of each of `files`, in hexadecimal; empty where the checkpoint was saved without.
     """
 
     step: int
@@ -47,6 +51,7 @@ class Manifest:
     optimizer: str | None
     libraries: dict[str, str]
     run: dict[str, Any]
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of MANIFEST.json.
@@ -60,8 +65,10 @@ class Manifest:
             "step": self.step,
             "optimizer": self.optimizer,
             "libraries": self.libraries,
-            # An object a file leaves room for more facts about it than its size.
-            "files": {name: {"bytes": size} for name, size in sorted(self.files.items())},
+            "files": {
+                name: {"bytes": size, "sha256": self.sha256[name]} if self.sha256 else {"bytes": size}
+                for name, size in sorted(self.files.items())
+            },
             "run": self.run,
         }
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -132,7 +139,7 @@ def _parse(file: Path, content: dict[str, Any]) -> Manifest:
         raise UsageError(f"{file} is damaged: run or libraries is missing")
     if not isinstance(files, dict) or not files:
         raise UsageError(f"{file} is damaged: it lists no files")
-    sizes = {}
+    sizes, hashes = {}, {}
     for name, facts in files.items():
         size = facts.get("bytes") if isinstance(facts, dict) else None
         if type(size) is not int or size < 0:
@@ -140,7 +147,14 @@ def _parse(file: Path, content: dict[str, Any]) -> Manifest:
         if not is_plain_file_name(name):
             raise UsageError(f"{file} lists {name!r}, which is not the name of a file inside the checkpoint")
         sizes[name] = size
-    return Manifest(step, sizes, optimizer, libraries, run)
+        if "sha256" in facts:
+            hashes[name] = facts["sha256"]
+            if not (isinstance(hashes[name], str) and _SHA256.fullmatch(hashes[name])):
+                raise UsageError(f"{file} is damaged: the SHA-256 of {name!r} is {brief.repr(hashes[name])}")
+    if hashes and len(hashes) < len(sizes):
+        lacking = next(name for name in sizes if name not in hashes)
+        raise UsageError(f"{file} is damaged: the SHA-256 of {lacking!r} is missing")
+    return Manifest(step, sizes, optimizer, libraries, run, hashes)
 
 
 def is_plain_file_name(name: str) -> bool:
@@ -166,6 +180,32 @@ def read_complete_manifest(path: Path) -> Manifest:
         if status.st_size != expected:
             raise UsageError(f"{path} is damaged: {name} has {status.st_size} bytes, its manifest says {expected}")
     return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, read once through a small buffer. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(1 << 20))
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def require_recorded_hash(path: Path, manifest: Manifest, name: str) -> None:
+    """See that the file `name` of the checkpoint folder `path` has the bytes that were written. Reads all of it.
+
+    Raises:
+        UsageError: it has others, or cannot be read.
+    """
+    try:
+        found = file_sha256(path / name)
+    except OSError as error:
+        raise UsageError(f"{path} is damaged: {name} cannot be read: {error.strerror}") from None
+    if found != manifest.sha256[name]:
+        raise UsageError(
+            f"{path} is damaged: {name} has SHA-256 {found[:16]}..., its manifest says {manifest.sha256[name][:16]}..."
+        )
 
 
 def fsync_directory(path: Path) -> None:

@@ -25,7 +25,14 @@ from colonnade.errors import UsageError
 logger = logging.getLogger(__name__)
 
 
-def prune_checkpoints(directory: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
+def prune_checkpoints(
+    directory: Path,
+    keep: int,
+    protect: Collection[Path] = (),
+    *,
+    keep_every: int = 0,
+    damaged: Collection[Path] = (),
+) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoint folders of `directory`.
 
     Damaged folders neither count nor are they removed, and single `.pth` files, which no run writes, are left alone.
@@ -34,22 +41,32 @@ def prune_checkpoints(directory: Path, keep: int, protect: Collection[Path] = ()
     Args:
         directory: the run folder.
         keep: how many complete checkpoints stay; 0 keeps all.
-        protect: checkpoints that stay whatever their age, such as the one resumed from and the one just written.
+        protect: checkpoints that stay whatever their age, such as the one just written.
+        keep_every: checkpoints at multiples of so many steps stay, and do not count among the newest; 0 for none.
+        damaged: checkpoints known to be damaged although their files have the right sizes.
 
     Returns:
         The paths that are no longer there.
 
     Raises:
-        UsageError: `keep` is negative.
+        UsageError: `keep` or `keep_every` is negative.
     """
     if keep < 0:
         raise UsageError(f"cannot keep {keep} checkpoints; give 1 or more, or 0 to keep all")
+    if keep_every < 0:
+        raise UsageError(f"cannot keep every {keep_every}th step; give 1 or more, or 0 for none")
     if keep == 0:
         return []
     protected = {path.resolve() for path in protect}
+    known_damaged = {path.resolve() for path in damaged}
     removed = []
     try:
-        folders = [info.path for info in find_checkpoints(directory) if not info.is_single_file]
+        folders = [
+            info.path
+            for info in find_checkpoints(directory)
+            if not (info.is_single_file or (keep_every and (info.step or 0) % keep_every == 0))
+            and info.path.resolve() not in known_damaged
+        ]
     except OSError as error:
         logger.warning("old checkpoints in %s were not pruned: %s", directory, error)
         return []

@@ -11,12 +11,14 @@ every rank through DCP's votes, and a save has this one commit point whoever dri
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,14 +26,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import Optimizer
 
+from colonnade.checkpoint.hashing import HashingFileSystem
 from colonnade.checkpoint.manifest import (
     JSON,
     TEMPORARY_PREFIX,
     Manifest,
     checkpoint_name,
+    file_sha256,
     fsync_directory,
     library_versions,
     write_manifest,
@@ -44,6 +50,39 @@ from colonnade.parallel.vote import on_first_rank, one_line, vote
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is to hold.
+
+    Attributes:
+        tensors: by their names in a checkpoint; `DTensor`s, or plain ones that are equal on all ranks.
+        draft: the manifest without its files.
+    """
+
+    tensors: Mapping[str, Tensor]
+    draft: Manifest
+
+
+def checkpoint_content(
+    step: int, model: nn.Module, optimizer: Optimizer | None, manifest: Mapping[str, JSON]
+) -> Content:
+    """The tensors of a model and its optimizer, sharing memory with them, and a copy of the manifest. No collective.
+
+    Raises:
+        RunError: state that a checkpoint would lose, or a manifest that is not strict JSON.
+    """
+    tensors = model_tensors(model)
+    if optimizer is not None:
+        tensors |= optimizer_tensors(model, optimizer)
+    try:
+        # As it is now: whoever gave it may change it while the checkpoint is written.
+        run = json.loads(json.dumps(manifest, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"the manifest is not JSON: {one_line(error)}") from error
+    name = None if optimizer is None else type(optimizer).__name__
+    return Content(tensors, Manifest(step, files={}, optimizer=name, libraries=library_versions(), run=run))
+
+
 def save_checkpoint(
     directory: Path,
     step: int,
@@ -52,6 +91,7 @@ def save_checkpoint(
     optimizer: Optimizer | None,
     manifest: Mapping[str, JSON],
     group: dist.ProcessGroup | None = None,
+    hashes: bool = True,
 ) -> Path:
     """Write the checkpoint of `step` into the run folder `directory`. Collective; returns when it is durable.
 
@@ -65,6 +105,7 @@ def save_checkpoint(
         optimizer: None to save the model alone.
         manifest: everything that is not a tensor, as strict JSON; the first rank's is written.
         group: the ranks that save together; None for all.
+        hashes: False leaves the SHA-256 of each file out of the manifest.
 
     Returns:
         The checkpoint's folder, `directory / "streaming_checkpoint_step_N"`.
@@ -72,23 +113,21 @@ def save_checkpoint(
     Raises:
         RunError: on all ranks, when it failed on any. The unfinished folder is removed, older checkpoints are intact.
     """
+    return write_checkpoint(
+        directory, step, lambda: checkpoint_content(step, model, optimizer, manifest), group=group, hashes=hashes
+    )
+
+
+def write_checkpoint(
+    directory: Path, step: int, content: Callable[[], Content], *, group: dist.ProcessGroup | None, hashes: bool
+) -> Path:
+    """As `save_checkpoint`, of what `content` returns; a RunError that it raises on one rank is raised on all."""
     temporary = on_first_rank(lambda: _create_temporary(directory, step), group)
-    tensors: dict[str, Tensor] = {}
     try:
         with vote(group):
-            tensors = model_tensors(model)
-            if optimizer is not None:
-                tensors |= optimizer_tensors(model, optimizer)
-            draft = Manifest(
-                step=step,
-                files={},
-                optimizer=None if optimizer is None else type(optimizer).__name__,
-                libraries=library_versions(),
-                run=dict(manifest),
-            )
-            _check_json(draft)
-        writer = CommittingWriter(temporary, directory / checkpoint_name(step), draft)
-        dcp.save(tensors, storage_writer=writer, process_group=group)
+            found = content()
+        writer = CommittingWriter(temporary, directory / checkpoint_name(step), found.draft, hashes=hashes)
+        dcp.save(dict(found.tensors), storage_writer=writer, process_group=group)
     except (RunError, CheckpointException, OSError, RuntimeError) as error:
         _remove_unfinished(temporary)
         raise RunError(f"checkpoint of step {step} was not saved in {directory}: {failure_line(error)}") from error
@@ -112,13 +151,6 @@ def _remove_unfinished(temporary: Path) -> None:
         logger.warning("unfinished checkpoint %s was not removed; it can be deleted", temporary)
 
 
-def _check_json(draft: Manifest) -> None:
-    try:
-        draft.to_json()
-    except (TypeError, ValueError) as error:
-        raise RunError(f"the manifest is not JSON: {one_line(error)}") from error
-
-
 def failure_line(error: BaseException) -> str:
     """What went wrong on which rank, on one line, without the tracebacks a CheckpointException carries."""
     if not isinstance(error, CheckpointException):
@@ -126,22 +158,50 @@ def failure_line(error: BaseException) -> str:
     return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
 
 
+@dataclass(frozen=True)
+class HashedWrite(WriteResult):
+    """What DCP hears from a rank of each thing it wrote, with the SHA-256 of the whole file that holds it."""
+
+    sha256: str
+
+
 class CommittingWriter(dcp.FileSystemWriter):
     """DCP's file writer, whose `finish` also writes the manifest and commits the folder by renaming it.
+
+    Each rank hashes its files while it writes them. The hashes reach the first rank, which writes them down, with DCP's
+    own record of what was written where.
 
     Args:
         temporary: the folder the ranks write into, beside `target`.
         target: the checkpoint's folder once it is committed.
         draft: the manifest without its files.
+        hashes: whether the manifest is to hold a hash of each file.
     """
 
-    def __init__(self, temporary: Path, target: Path, draft: Manifest) -> None:
+    def __init__(self, temporary: Path, target: Path, draft: Manifest, *, hashes: bool = True) -> None:
         super().__init__(temporary, sync_files=True, overwrite=False)
         self.temporary, self.target, self.draft = temporary, target, draft
+        self.hashes = HashingFileSystem() if hashes else None
+        if self.hashes is not None:
+            self.fs = self.hashes
 
     def storage_meta(self) -> StorageMeta:
         # DCP would record the temporary folder's path, which is gone a moment later and nobody's business elsewhere.
         return StorageMeta(checkpoint_id=self.target.name, save_id=self.save_id)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        if self.hashes is None:
+            return written
+        known = self.hashes.sha256
+        hashed: Future[list[WriteResult]] = Future()
+        hashed.set_result(
+            [
+                HashedWrite(item.index, item.size_in_bytes, item.storage_data, known[item.storage_data.relative_path])
+                for item in written.wait()
+            ]
+        )
+        return hashed
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called on the coordinator alone, after the shards of every rank are durable."""
@@ -150,9 +210,23 @@ class CommittingWriter(dcp.FileSystemWriter):
         self._check_visible(results, sizes)
         # DCP fsyncs .metadata before flushing its stream: up to the last 8 KiB are not on disk yet (torch 2.13).
         _fsync_file(self.temporary / ".metadata")
-        write_manifest(self.temporary, replace(self.draft, files=sizes))
+        sha256 = {} if self.hashes is None else self._merged_hashes(results, sizes)
+        write_manifest(self.temporary, replace(self.draft, files=sizes, sha256=sha256))
         fsync_directory(self.temporary)
         commit(self.temporary, self.target)
+
+    def _merged_hashes(self, results: list[list[WriteResult]], sizes: Mapping[str, int]) -> dict[str, str]:
+        """The hash of every file: as told by the rank that wrote it; of `.metadata`, written here, from the file."""
+        told = {
+            item.storage_data.relative_path: item.sha256
+            for written in results
+            for item in written
+            if isinstance(item, HashedWrite)
+        }
+        # A rank that had nothing to write leaves an empty file and tells of nothing.
+        empty = hashlib.sha256().hexdigest()
+        own = file_sha256(self.temporary / ".metadata")
+        return {name: own if name == ".metadata" else told[name] if size else empty for name, size in sizes.items()}
 
     def _check_visible(self, results: list[list[WriteResult]], sizes: Mapping[str, int]) -> None:
         """Each written byte lies in a file this rank sees; a node's own disk would hold the others' shards back."""

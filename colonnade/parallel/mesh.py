@@ -152,7 +152,7 @@ def init_parallel(
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if trace_folder is not None:
             record_collectives(trace_folder)
-        rank, limit = rank_from_environment(), _limit(timeout)
+        rank, limit = rank_from_environment(), time_limit(timeout)
         store = _rendezvous_store(limit) if "RANK" in os.environ else dist.HashStore()
         await_all_ranks(store, rank, world_size, limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
@@ -160,7 +160,8 @@ def init_parallel(
     return ParallelLayout(mesh=mesh, device=device)
 
 
-def _limit(seconds: float) -> timedelta:
+def time_limit(seconds: float) -> timedelta:
+    """What `seconds` are to torch; 0 is for ever."""
     return timedelta(seconds=seconds) if seconds else _FOREVER
 
 
@@ -181,7 +182,7 @@ def record_collectives(folder: Path) -> None:
 
 def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
     """Change how long the collectives of a step wait for a rank; 0 for ever. Those under way keep their limit."""
-    limit = _limit(seconds)
+    limit = time_limit(seconds)
     if layout.device.type != "cuda":
         limit += _BEHIND_WATCHDOG
     for group in (dist.group.WORLD, layout.tp_group, layout.dp_group):

@@ -13,8 +13,8 @@ from colonnade.parallel.vote import highest
 from colonnade.parallel.watchdog import STOP_SIGNALS, Watchdog
 
 # Where ranks have several reasons, the last of these is told. 0 is none.
-WALL_TIME = "wall time"
-REASONS = ("", WALL_TIME, *(number.name for number in STOP_SIGNALS))
+WALL_TIME, SAVE_FAILED = "wall time", "a save failed"
+REASONS = ("", WALL_TIME, *(number.name for number in STOP_SIGNALS), SAVE_FAILED)
 
 
 def _launcher() -> psutil.Process:
@@ -49,13 +49,14 @@ class StopVote:
         self._watch = watch
         self._deadline = None if wall_time is None else launched_at() + wall_time
 
-    def reason(self, reserve: float) -> str | None:
+    def reason(self, reserve: float, *, save_failed: bool = False) -> str | None:
         """Why all ranks stop now; None where they go on. Collective.
 
         Args:
             reserve: seconds that another step and the last save will take: the time is up that long before the limit.
+            save_failed: a save in the background has failed, as far as this rank knows.
         """
-        own = self._watch.stop_signal or ""
+        own = SAVE_FAILED if save_failed else self._watch.stop_signal or ""
         if not own and self._deadline is not None and time.time() + reserve >= self._deadline:
             own = WALL_TIME
         return REASONS[highest(REASONS.index(own))] or None

@@ -66,7 +66,10 @@ def flipped(flags: list[str], directory: Path, tensor: str, *, rank: int, step: 
 
 
 def tamper(checkpoint: Path, key: str) -> None:
-    """Flip one bit of a stored tensor; the file stays one that torch reads, of the same size."""
+    """Flip one bit of a stored tensor; the file stays one that torch reads, of the same size, and loses its hash.
+
+    What is left to notice it are the fingerprints.
+    """
     stored = FileSystemReader(checkpoint).read_metadata().storage_data
     place = next(place for index, place in stored.items() if index.fqn == key)
     content = bytearray((checkpoint / place.relative_path).read_bytes())
@@ -77,6 +80,10 @@ def tamper(checkpoint: Path, key: str) -> None:
     assert len(again.getvalue()) == place.length
     content[part] = again.getvalue()
     (checkpoint / place.relative_path).write_bytes(content)
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    for facts in manifest["files"].values():
+        del facts["sha256"]
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
 def forget_fingerprints(checkpoint: Path) -> None:

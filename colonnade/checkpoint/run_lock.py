@@ -1,0 +1,128 @@
+"""One job at a time in a run's folder.
+
+The lock belongs to the process and ends with it, however it ends: a job that was killed leaves nothing to clear away.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from colonnade.errors import UsageError
+from colonnade.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "run.lock"
+OWNER_NAME = "run.owner.json"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# A job that is started again at once may meet the one before it on its way out.
+_PATIENCE_SECONDS = 3.0
+
+
+class RunLock:
+    """The lock of a run's folder; for one rank. It is held as long as this object and the process are there.
+
+    Args:
+        directory: the run's folder.
+
+    Attributes:
+        is_held: whether no other job can be in the folder.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.is_held = False
+        self._lock: FileLock | None = None
+        self._made_folder = False
+
+    def take(self, *, create: bool = False) -> None:
+        """Take the lock, where it is not taken yet.
+
+        Where the file system has no locks, a line of warning is all, and `is_held` stays False.
+
+        Args:
+            create: make the folder where it does not exist; without, nothing is taken then.
+
+        Raises:
+            UsageError: another job has it, named by host and process id; or the folder cannot be locked.
+            OSError: the folder cannot be made.
+        """
+        if self._lock is not None:
+            return
+        if create and not self.directory.is_dir():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._made_folder = True
+        if not self.directory.is_dir():
+            return
+        lock = FileLock(self.directory / LOCK_NAME)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its way without locks, which outlives a job that is killed
+                lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.1)
+        except Timeout:
+            raise UsageError(
+                f"--checkpoint-dir {self.directory} is in use by {self._owner()}; wait for that job, end it, or give "
+                "another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise UsageError(
+                    f"--checkpoint-dir {self.directory} cannot be locked ({error.strerror}); give a folder that can"
+                ) from error
+            (self.directory / LOCK_NAME).unlink(missing_ok=True)
+            self._warn()
+        else:
+            if isinstance(lock, SoftFileLock):
+                lock.release()
+                self._warn()
+            else:
+                self.is_held = True
+        self._lock = lock
+        if self.is_held:
+            self._say_who()
+
+    def release(self) -> None:
+        """Give the folder back as it was found, but for what the run wrote."""
+        if not self.is_held or self._lock is None:
+            return
+        # The file goes before the lock: whoever has opened it meanwhile finds it gone and looks again.
+        for name in (OWNER_NAME, LOCK_NAME):
+            (self.directory / name).unlink(missing_ok=True)
+        self._lock.release()
+        self.is_held = False
+        self._lock = None
+        if self._made_folder:
+            with suppress(OSError):  # not empty
+                self.directory.rmdir()
+
+    def _warn(self) -> None:
+        logger.warning(
+            "%s is on a file system without locks: nothing keeps a second job out of it", self.directory.absolute()
+        )
+
+    def _say_who(self) -> None:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        try:
+            replace_file(self.directory / OWNER_NAME, json.dumps(owner) + "\n")
+        except OSError as error:
+            raise UsageError(
+                f"--checkpoint-dir {self.directory} cannot be written ({error.strerror}); give a folder that can"
+            ) from error
+
+    def _owner(self) -> str:
+        """Who has the lock, as far as its file tells."""
+        try:
+            owner = json.loads((self.directory / OWNER_NAME).read_text(encoding="utf-8"))
+            job = f" (job {owner['job']})" if owner["job"] else ""
+            return f"process {int(owner['pid'])} on host {owner['host']}{job}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another job"

@@ -1,0 +1,140 @@
+"""Choosing the checkpoint to go on from, after every byte of it has been compared with what was written.
+
+`discover` looks at names and sizes, on one rank. Here all ranks share out the reading and decide together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from colonnade.checkpoint.discover import (
+    CheckpointInfo,
+    IncompleteCheckpoint,
+    none_usable,
+    survey,
+    the_one_meant,
+    warn_of_damaged,
+)
+from colonnade.checkpoint.manifest import Manifest, require_recorded_hash
+from colonnade.checkpoint.safe_reader import SafeFileSystemReader
+from colonnade.errors import UsageError
+from colonnade.parallel.vote import on_first_rank, vote
+
+T = TypeVar("T")
+_Found = tuple[CheckpointInfo | None, list[IncompleteCheckpoint]]
+
+
+def newest_verified(
+    directory: Path, *, compare_hashes: bool = True, up_to: int | None = None, group: dist.ProcessGroup | None = None
+) -> _Found:
+    """The newest usable checkpoint of a run folder, and the damaged ones that were passed over. Collective.
+
+    Of each one passed over a line of warning names the file, the reason and the steps lost.
+
+    Args:
+        directory: the run folder; one that does not exist has no checkpoints.
+        compare_hashes: False leaves it at names, sizes and `.metadata`.
+        up_to: the highest step that is looked at; None for all.
+
+    Returns:
+        None and no damaged ones where nothing there is named like a checkpoint.
+
+    Raises:
+        UsageError: there are checkpoints and none is usable.
+    """
+
+    complete: list[CheckpointInfo] = []
+    damaged: list[IncompleteCheckpoint] = []
+
+    def look() -> None:
+        found, unusable = _readable(lambda: survey(directory), directory)
+        complete.extend(info for info in found if up_to is None or (info.step or 0) <= up_to)
+        damaged.extend(item for item in unusable if up_to is None or item.step <= up_to)
+
+    on_first_rank(look, group)
+    chosen = None
+    for info in _one_by_one(complete, group):
+        reason = damage_of(info, compare_hashes=compare_hashes, group=group)
+        if reason is None:
+            chosen = info
+            break
+        damaged.append(IncompleteCheckpoint(info.path, info.step or 0, reason))
+    if chosen is not None:
+        return chosen, on_first_rank(lambda: warn_of_damaged(chosen, damaged), group)
+    refusal = on_first_rank(lambda: none_usable(directory, damaged), group)
+    if refusal is not None:
+        raise UsageError(refusal)
+    return None, []
+
+
+def _readable(look: Callable[[], T], path: Path) -> T:
+    try:
+        return look()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+def _one_by_one(infos: Sequence[CheckpointInfo], group: dist.ProcessGroup | None) -> Iterator[CheckpointInfo]:
+    """The first rank's checkpoints on all ranks, each sent when it is asked for: manifests may be large."""
+    rest = iter(infos)
+    while (info := on_first_rank(lambda: next(rest, None), group)) is not None:
+        yield info
+
+
+def verified(
+    path: Path, *, compare_hashes: bool = True, group: dist.ProcessGroup | None = None
+) -> tuple[CheckpointInfo, tuple[Path, ...]]:
+    """The checkpoint meant by `path`, and the damaged ones that were passed over. Collective.
+
+    `path` is a run folder (its newest usable one is meant), a checkpoint folder, or a `.pth` file.
+
+    Raises:
+        UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
+    """
+    named = on_first_rank(lambda: _readable(lambda: the_one_meant(path), path), group)
+    if named is None:
+        found, damaged = newest_verified(path, compare_hashes=compare_hashes, group=group)
+        assert found is not None  # the_one_meant has seen that something is named like a checkpoint
+        return found, tuple(item.path for item in damaged)
+    reason = damage_of(named, compare_hashes=compare_hashes, group=group)
+    if reason is not None:
+        raise UsageError(reason)
+    return named, ()
+
+
+def damage_of(
+    info: CheckpointInfo, *, compare_hashes: bool = True, group: dist.ProcessGroup | None = None
+) -> str | None:
+    """Why a checkpoint that looks complete is not what was written, in one line; None where it is. Collective.
+
+    The files are shared out over the ranks by size, and each rank reads its own. A single `.pth` file has no record to
+    compare with.
+    """
+    if info.manifest is None:
+        return None
+    try:
+        with vote(group):
+            if dist.get_rank(group) == 0:
+                SafeFileSystemReader(info.path, info.manifest.files).read_checked_metadata()
+            if compare_hashes and info.manifest.sha256:
+                for name in _share_of(info.manifest, dist.get_rank(group), dist.get_world_size(group)):
+                    require_recorded_hash(info.path, info.manifest, name)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _share_of(manifest: Manifest, rank: int, ranks: int) -> list[str]:
+    """The files that a rank reads: the largest first, each to the rank with the fewest bytes so far."""
+    loads = [0] * ranks
+    mine = []
+    for name, size in sorted(manifest.files.items(), key=lambda item: (-item[1], item[0])):
+        least = loads.index(min(loads))
+        loads[least] += size + 1
+        if least == rank:
+            mine.append(name)
+    return mine
