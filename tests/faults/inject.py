@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from typing import Any
@@ -78,3 +79,22 @@ def first_attempt_aborts_at_its_exit() -> None:
             os.abort()
 
         launch._leave_group = aborting
+
+
+def step_9_for_ever() -> None:
+    at_step(9, lambda: time.sleep(600))
+
+
+def rank_1_has_no_room_at_step_12() -> None:
+    """The system refuses rank 1 files of more than 4 KiB from step 12 on."""
+    if is_rank(1):
+        at_step(12, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+
+
+def nothing_can_be_pruned() -> None:
+    from colonnade.checkpoint import prune
+
+    def refuse(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    prune.move_aside = refuse
