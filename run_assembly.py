@@ -40,6 +40,7 @@ from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_s
 from colonnade.tuning.memory import trial_runner
 from model import ModelConfig, TensorParallelModel
 from run_data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
+from run_end import forget_end, record_launch
 from run_inputs import (
     check_shares,
     check_step_size,
@@ -50,7 +51,7 @@ from run_inputs import (
 )
 from run_measurements import device_peak_flops
 from run_report import resume_report
-from run_state import Run, forget_end, record_launch, restore_rng
+from run_state import Run, restore_rng
 
 SETTINGS_NAME = "run.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

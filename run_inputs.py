@@ -31,7 +31,7 @@ from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run_data import require_vocabulary, run_tokenizer, weight_changes
-from run_state import step_of_launch
+from run_end import step_of_launch
 
 FINGERPRINT_INTERVAL = 100
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from colonnade.checkpoint.manifest import checkpoint_name
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
@@ -24,8 +21,6 @@ from colonnade.config import RunSettings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenizer_backend import Backend
-from colonnade.errors import LocalRunError
-from colonnade.files import replace_file
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.mesh import ParallelLayout
@@ -36,8 +31,6 @@ from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
 
 LEDGER_NAME, HANGS_NAME = "data_ledger.json", "hangs"
-LAUNCH_NAME = ".launch.json"
-STOPPED_NAME, COMPLETE_NAME = "STOPPED.json", "COMPLETE.json"
 
 
 @dataclass
@@ -153,54 +146,6 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
         )
 
     run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
-
-
-def record_end(run: Run, reason: str | None, saved_step: int) -> None:
-    """Write how the run ended into its folder: COMPLETE.json, or STOPPED.json with the reason. On one rank.
-
-    A run that failed, or is under way, has neither.
-    """
-    content = {
-        "step": run.step,
-        "total_steps": run.settings.total_steps,
-        "tokens_seen": run.tokens_seen,
-        "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
-        "validation_loss": run.validation_loss,
-        "checkpoint": checkpoint_name(saved_step) if saved_step >= 0 else None,
-        "ended_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if reason is not None:
-        content = {"reason": reason, **content}
-    path = run.directory / (COMPLETE_NAME if reason is None else STOPPED_NAME)
-    try:
-        replace_file(path, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise LocalRunError(f"{path} cannot be written: {error.strerror or error}; the checkpoint is whole") from error
-
-
-def record_launch(directory: Path, launched_by: list[str], step: int) -> None:
-    """Note who started these ranks, and from which step. A later attempt of the same launch finds it. Raises OSError.
-
-    A later attempt leaves the step of the first.
-    """
-    if step_of_launch(directory, launched_by) is None:
-        replace_file(directory / LAUNCH_NAME, json.dumps({"launched_by": launched_by, "step": step}) + "\n")
-
-
-def step_of_launch(directory: Path, launched_by: list[str]) -> int | None:
-    """The step at which the first attempt of this launch began in the folder; None where this is the first."""
-    try:
-        record = json.loads((directory / LAUNCH_NAME).read_text(encoding="utf-8"))
-        is_same = not set(record["launched_by"]).isdisjoint(launched_by)
-        return int(record["step"]) if is_same else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that tells nothing: a first attempt
-        return None
-
-
-def forget_end(directory: Path) -> None:
-    """The run goes on: it is neither complete nor stopped. Raises OSError."""
-    for name in (STOPPED_NAME, COMPLETE_NAME):
-        (directory / name).unlink(missing_ok=True)
 
 
 def whole_position(run: Run) -> DataPosition | None:

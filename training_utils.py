@@ -6,9 +6,8 @@ and backward of each micro-batch, next batch staged, gradients summed and clippe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -21,20 +20,19 @@ from colonnade.parallel.mesh import set_collective_timeout
 from colonnade.parallel.stopping import SAVE_FAILED, StopVote
 from colonnade.parallel.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
-from colonnade.telemetry.data_ledger import data_summary
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
 from colonnade.telemetry.metrics import MetricsLog
-from colonnade.telemetry.plots import plot_loss
 from colonnade.telemetry.progress import ProgressReport
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
 from run_checks import StepGuard, check_before_save
+from run_end import METRICS_NAME, finish
 from run_measurements import Meter, validate
-from run_state import HANGS_NAME, LEDGER_NAME, Run, record_end, save, whole_position
+from run_state import HANGS_NAME, Run, save
 
 # How long a rank that must leave waits for the save that its peers' threads are still in.
 SETTLE_SECONDS = 60.0
-METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
+FINGERPRINTS_NAME = "fingerprints.jsonl"
 SLOW_STORAGE = 100e6  # bytes a second that a rank writes, on a file system that many share
 
 
@@ -48,102 +46,168 @@ def train(run: Run) -> None:
         RunError: a checkpoint cannot be written, data cannot be read, memory ran out, too many steps in a row were
             skipped, or parameters are not what they should be; the last checkpoint stands.
     """
-    assert run.saver is not None
-    settings, total = run.settings, run.settings.total_steps
-    watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
-    stopping = StopVote(watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time))
-    # The first step compiles; validations and saves are many steps long.
-    limit, long_limit = settings.startup_timeout, settings.startup_timeout
-    first_step = run.step + 1
-    save_seconds = expected_save_seconds(run)
-    stop_reason: str | None = None
-    progress = ProgressReport(total, initial_step=run.step, enabled=run.layout.is_main)
-    metrics = _open_log(run, METRICS_NAME)
-    fingerprints = None
-    if settings.fingerprint_interval or settings.deterministic:
-        fingerprints = _open_log(run, FINGERPRINTS_NAME)
-    meter = Meter(run)
-    guard = StepGuard(run, progress.message)
-    saved_step = run.step if run.resumed_from is not None else -1
-    for note in run.notes:
-        progress.message(note)
-    with watch, progress:
-        while run.step < total and stop_reason is None:
-            # -- one optimizer step
-            watch.enter(f"reading the data of step {run.step + 1}", limit, is_step=True)
-            batch = run.feed.take()
-            meter.data_wait += batch.wait_seconds
-            rate = run.schedule(run.step)
-            watch.enter(f"step {run.step + 1}", limit, is_step=True)
-            outcome = _step_or_leave(run, batch, rate, watch)
+    loop = _Loop(run)
+    try:
+        with loop.watch, loop.progress:
+            while run.step < run.settings.total_steps and loop.stop_reason is None:
+                step = loop.take_step()
+                loop.commit(step)
+                loop.vote()
+                fingerprint = loop.log(step)
+                loop.validate()
+                loop.save(fingerprint)
+            loop.end()
+    except PeerError:
+        raise
+    except RunError:
+        # A save under way is of a step before this one, and may be the last good checkpoint.
+        if run.saver is not None:
+            run.saver.settle(SETTLE_SECONDS)
+        raise
 
-            # -- commit: from here on the step has happened, be it skipped
-            run.step += 1
-            run.tokens_seen += run.tokens_per_step
-            before, run.position = run.position, batch.position
-            guard.note(outcome, before)
-            if run.step == first_step:
-                limit, watch.longest_step = settings.step_timeout, 0.0
-                set_collective_timeout(run.layout, limit)
 
-            # -- stop: every rank comes to this vote after the same step
-            stop_reason = stopping.reason(
-                2 * watch.longest_step + max(save_seconds, run.saver.longest_save), save_failed=run.saver.has_failed
-            )
-            if stop_reason == SAVE_FAILED:
-                run.saver.wait()
+@dataclass(frozen=True)
+class _Step:
+    """A step that was taken: its batch, its learning rate, and what came of it."""
 
-            # -- log
-            is_last = run.step == total
-            is_saved = is_last or stop_reason is not None or _is_due(run.step, settings.checkpoint_interval)
-            with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
-            # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
-            with_fingerprint |= is_saved and settings.deterministic
-            fingerprint = None
-            is_logged = run.step % settings.log_interval == 0 or is_last or with_fingerprint
-            if is_logged or is_saved:
-                guard.settle()
-            if is_logged:
-                row = meter.row(outcome, rate, batch.epoch)
-                run.loss = row["loss"]
-                if with_fingerprint:
-                    fingerprint = take_fingerprint(run, fingerprints)
-                    row |= fingerprint.columns()
-                    meter.restart()
-                _report(progress, metrics, row)
-            progress.update(run.step, run.loss)
-            # A deterministic run's fingerprint has just compared them.
-            if _is_due(run.step, settings.drift_check_interval) and not (settings.deterministic and with_fingerprint):
-                require_equal_parameters(run.model, run.step)
-                meter.restart()
+    batch: StepBatch
+    learning_rate: float
+    outcome: StepOutcome
 
-            # -- validate
-            is_validated = is_last or (stop_reason is None and _is_due(run.step, settings.validation_interval))
-            if run.validation is not None and is_validated:
-                watch.enter(f"the validation after step {run.step}", long_limit)
-                held_out = validate(run, run.validation)
-                run.validation_loss = held_out["validation_loss"]
-                _report(progress, metrics, {"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
-                meter.restart()
 
-            # -- save
-            if is_saved:
-                if not is_logged:
-                    run.loss = float(outcome.loss)
-                watch.enter(f"saving step {run.step}", long_limit)
-                check_before_save(run)
-                save(run, fingerprint)
-                saved_step = run.step
-                meter.restart()
-        watch.enter("ending the run", long_limit)
+class _Loop:
+    """The parts of a run's steps, in the order in which `train` calls them, and what they share."""
+
+    def __init__(self, run: Run) -> None:
+        settings = run.settings
+        self.run, self.settings = run, settings
+        self.watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
+        self.progress = ProgressReport(settings.total_steps, initial_step=run.step, enabled=run.layout.is_main)
+        self.stop_reason: str | None = None
+        self._stopping = StopVote(
+            self.watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time)
+        )
+        # The first step compiles, and has the time of a start.
+        self._step_limit, self._first_step = settings.startup_timeout, run.step + 1
+        self._metrics = _open_log(run, METRICS_NAME)
+        has_fingerprints = settings.fingerprint_interval or settings.deterministic
+        self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
+        self._meter = Meter(run)
+        self._guard = StepGuard(run, self.progress.message)
+        self._saved_step = run.step if run.resumed_from is not None else -1
+        for note in run.notes:
+            self.progress.message(note)
+
+    def take_step(self) -> _Step:
+        run = self.run
+        self.watch.enter(f"reading the data of step {run.step + 1}", self._step_limit, is_step=True)
+        batch = run.feed.take()
+        self._meter.data_wait += batch.wait_seconds
+        learning_rate = run.schedule(run.step)
+        self.watch.enter(f"step {run.step + 1}", self._step_limit, is_step=True)
+        return _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+
+    def commit(self, step: _Step) -> None:
+        """From here on the step has happened, be it skipped."""
+        run = self.run
+        run.step += 1
+        run.tokens_seen += run.tokens_per_step
+        before, run.position = run.position, step.batch.position
+        self._guard.note(step.outcome, before)
+        if run.step == self._first_step:
+            self._step_limit, self.watch.longest_step = self.settings.step_timeout, 0.0
+            set_collective_timeout(run.layout, self._step_limit)
+
+    def vote(self) -> None:
+        """Every rank comes to this vote after the same step: whether to stop, and whether a save has failed."""
+        saver = self.run.saver
+        assert saver is not None
+        save_seconds = max(_expected_save_seconds(self.run), saver.longest_save)
+        self.stop_reason = self._stopping.reason(
+            2 * self.watch.longest_step + save_seconds, save_failed=saver.has_failed
+        )
+        if self.stop_reason == SAVE_FAILED:
+            saver.wait()
+
+    def log(self, step: _Step) -> Fingerprint | None:
+        """The metrics of the step where they are due, with a fingerprint where one is, which is returned."""
+        run, settings = self.run, self.settings
+        with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
+        # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
+        with_fingerprint |= self._is_saved and settings.deterministic
+        is_logged = _is_due(run.step, settings.log_interval) or self._is_last or with_fingerprint
+        fingerprint = None
+        if is_logged or self._is_saved:
+            self._guard.settle()
+        if is_logged:
+            row = self._meter.row(step.outcome, step.learning_rate, step.batch.epoch)
+            if with_fingerprint:
+                fingerprint = take_fingerprint(run, self._fingerprints)
+                row |= fingerprint.columns()
+                self._meter.restart()
+            run.loss = row["loss"]
+            self._report(row)
+        elif self._is_saved:
+            run.loss = float(step.outcome.loss)
+        self.progress.update(run.step, run.loss)
+        # A deterministic run's fingerprint has just compared them.
+        if _is_due(run.step, settings.drift_check_interval) and not (settings.deterministic and with_fingerprint):
+            require_equal_parameters(run.model, run.step)
+            self._meter.restart()
+        return fingerprint
+
+    def validate(self) -> None:
+        run = self.run
+        is_due = self._is_last or (self.stop_reason is None and _is_due(run.step, self.settings.validation_interval))
+        if run.validation is None or not is_due:
+            return
+        self.watch.enter(f"the validation after step {run.step}", self.settings.startup_timeout)
+        held_out = validate(run, run.validation)
+        run.validation_loss = held_out["validation_loss"]
+        self._report({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
+        self._meter.restart()
+
+    def save(self, fingerprint: Fingerprint | None) -> None:
+        run = self.run
+        if not self._is_saved:
+            return
+        self.watch.enter(f"saving step {run.step}", self.settings.startup_timeout)
+        check_before_save(run)
+        save(run, fingerprint)
+        self._saved_step = run.step
+        self._meter.restart()
+
+    def end(self) -> None:
+        run = self.run
+        assert run.saver is not None
+        self.watch.enter("ending the run", self.settings.startup_timeout)
         run.saver.wait()
-        if fingerprints is not None:
-            fingerprints.close()
+        if self._fingerprints is not None:
+            self._fingerprints.close()
         # A run that has come to its end is complete, whatever asked it to stop meanwhile.
-        finish(run, saved_step, metrics, None if run.step == total else stop_reason)
+        finish(run, self._saved_step, self._metrics, None if self._is_last else self.stop_reason)
         run.saver.close()
         if run.lock is not None:
             run.lock.release()
+
+    @property
+    def _is_last(self) -> bool:
+        return self.run.step == self.settings.total_steps
+
+    @property
+    def _is_saved(self) -> bool:
+        is_due = _is_due(self.run.step, self.settings.checkpoint_interval)
+        return self._is_last or self.stop_reason is not None or is_due
+
+    def _report(self, row: Mapping[str, Any]) -> None:
+        self.progress.log_line(row)
+        if self._metrics is not None:
+            self._metrics.append(row)
+
+
+def _expected_save_seconds(run: Run) -> float:
+    """How long the first save may take: weights and two moments in float32, shared out, on slow storage."""
+    return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:
@@ -171,53 +235,6 @@ def take_fingerprint(run: Run, log: MetricsLog | None) -> Fingerprint:
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _report(progress: ProgressReport, metrics: MetricsLog | None, row: Mapping[str, Any]) -> None:
-    progress.log_line(row)
-    if metrics is not None:
-        metrics.append(row)
-
-
-def expected_save_seconds(run: Run) -> float:
-    """How long the first save may take: weights and two moments in float32, shared out, on slow storage."""
-    return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
-
-
-def finish(run: Run, saved_step: int, metrics: MetricsLog | None, stop_reason: str | None) -> None:
-    """Close what is open, draw the plot, and say and write down how the run ended. Collective."""
-    position = whole_position(run)
-    run.feed.close()
-    if run.stream is not None:
-        run.stream.close()
-    if metrics is None:
-        return
-    metrics.close()
-    entropy = run.validation.unigram_entropy if run.validation is not None else None
-    drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
-    record_end(run, stop_reason, saved_step)
-    lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
-    if stop_reason is not None:
-        lines = [f"stopped after step {run.step} of {run.settings.total_steps} ({stop_reason}); it goes on from there"]
-    if position is not None:
-        lines += [f"  data        {line}" for line in data_summary(position)]
-    if run.validation is not None and run.validation_loss is not None:
-        lines.append(
-            f"  held out    {_with_perplexity(run.validation_loss)}; "
-            f"knowing the token frequencies alone: {_with_perplexity(run.validation.unigram_entropy)}"
-        )
-    if saved_step >= 0:
-        lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
-    lines.append(f"  metrics     {run.directory / METRICS_NAME}")
-    if saved_step >= 0:
-        lines.append(f"  data ledger {run.directory / LEDGER_NAME}")
-    if drawn:
-        lines.append(f"  plot        {run.directory / PLOT_NAME}")
-    print("\n".join(lines))
-
-
-def _with_perplexity(loss: float) -> str:
-    return f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.1f})"
 
 
 # ---------------------------------------------------------------------------------------------------------- one step

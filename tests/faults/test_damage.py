@@ -1,4 +1,4 @@
-"""Checkpoints damaged on disk: an older one is taken and said why, or the start is refused; never a silent wrong one."""
+"""Checkpoints damaged on disk: an older one is taken and told why, or the start is refused."""
 
 from __future__ import annotations
 
