@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from colonnade.config import RunSettings
@@ -31,6 +31,7 @@ from data_helpers import (
     qwen_tokenizer_folder,
     stdlib_texts,
     trained_backend,
+    trained_bpe,
     write_corpus,
 )
 from data_processing import load_tokenizer, streaming_token_generator
@@ -56,25 +57,14 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @cache
 def trained(style: str) -> str:
-    """A byte-level BPE of 1,000 entries, serialised."""
-    tokenizer = Tokenizer(models.BPE())
-    if style == "gpt2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
+    """A `trained_bpe` of 1,000 entries."""
+    pre_tokenizer = None
+    if style != "gpt2":
         split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
         plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
-    if style.endswith("nfc"):
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=[EOS, BOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(stdlib_texts(), trainer)
-    return str(tokenizer.to_str())
+        pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    normalizer = normalizers.NFC() if style.endswith("nfc") else None
+    return trained_bpe(stdlib_texts(), 1000, pre_tokenizer=pre_tokenizer, normalizer=normalizer)
 
 
 def made(style: str) -> PreTrainedTokenizerBase:

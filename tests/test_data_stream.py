@@ -18,8 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from colonnade.data.tokenization import EncoderPool
 from colonnade.errors import RunError, UsageError
 from data_helpers import (
+    BLOCK,
     EOS,
     assert_same_blocks,
+    blocks_of,
+    open_stream,
     plain_blocks,
     plain_tokens,
     stdlib_texts,
@@ -28,20 +31,7 @@ from data_helpers import (
     write_corpus,
     write_shard,
 )
-from data_processing import DataPosition, TokenStream, streaming_token_generator
-
-BLOCK = 64
-
-
-def open_stream(shards: list[Path], **settings: Any) -> TokenStream:
-    return streaming_token_generator(
-        shards, tiny_tokenizer(), **{"block_size": BLOCK, "lanes": 1, "workers": 2, **settings}
-    )
-
-
-def blocks_of(shards: list[Path], **settings: Any) -> list[np.ndarray]:
-    with open_stream(shards, **{"epochs": 1, **settings}) as stream:
-        return [chunk.tokens for chunk in stream]
+from data_processing import DataPosition, streaming_token_generator
 
 
 @pytest.fixture(scope="module")

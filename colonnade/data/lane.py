@@ -36,7 +36,6 @@ class Lane:
 
     Attributes:
         state: after the last block.
-        skipped: with those found since.
     """
 
     def __init__(
@@ -54,7 +53,8 @@ class Lane:
         strict: bool,
     ) -> None:
         self.state = state
-        self.skipped = list(skipped)
+        self._skips = len(skipped)
+        self._found: list[SkippedUnit] = []
         self._title = title
         self._reader = reader
         self._block_size = block_size
@@ -108,6 +108,11 @@ class Lane:
         )
         self.state = LaneState(block.cursor, self._counts)
         return block
+
+    def take_skipped(self) -> list[SkippedUnit]:
+        """The damaged units found since this was last called."""
+        found, self._found = self._found, []
+        return found
 
     def close(self) -> None:
         self._source.close()
@@ -173,7 +178,8 @@ class Lane:
         if self._strict:
             raise RunError(f"{where} is damaged ({event.skip.reason}); repair it, or run without --strict-data")
         logger.warning("skipping %s, which is damaged (%s); recorded in the data position", where, event.skip.reason)
-        self.skipped.append(event.skip)
+        self._skips += 1
+        self._found.append(event.skip)
 
     def _end_epoch(self) -> None:
         if self._wanted is not None:
@@ -194,7 +200,7 @@ class Lane:
         message = (
             f"{self._title} holds {self._epoch_tokens} tokens, one block needs {self._block_size + 1} "
             f"(block size {self._block_size}): {rows} rows read, {kept} kept{reasons}, "
-            f"{len(self.skipped)} damaged row groups skipped; give more data or a smaller block size"
+            f"{self._skips} damaged row groups skipped; give more data or a smaller block size"
             f"{', or fewer --data-lanes' if self._title != 'the data' else ''}"
         )
         return UsageError(message) if self.state.counts.tokens_delivered == 0 else RunError(message)

@@ -159,8 +159,8 @@ class TokenStream:
         if block is None:
             raise StopIteration
         skipped = self.position.skipped
-        if new := [skip for skip in lane.skipped if skip not in skipped]:
-            skipped = tuple(sorted((*skipped, *new)))
+        if found := lane.take_skipped():  # none of them is known: no other lane has these units
+            skipped = tuple(sorted((*skipped, *found)))
         self._next += self.apart
         self.position = self.position.after(number, corpus, lane.state, skipped)
         tokens = block.tokens
