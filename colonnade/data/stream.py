@@ -172,6 +172,8 @@ class TokenStream:
     def describe(self, position: DataPosition, count: int) -> str:
         """Which the `count` chunks after `position` are, and where the text of each lane's first one begins.
 
+        At an epoch's end that may be its tail, less than a block, which is dropped for the next epoch's first text.
+
         Args:
             position: of this stream, as all its readers know it (`DataPosition.merged`).
         """

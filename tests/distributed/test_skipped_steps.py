@@ -222,8 +222,9 @@ def test_an_audit_skips_what_the_run_skipped(flags: list[str], tmp_path: Path) -
     (outcome,) = forked_commands.start("training", these)
     assert outcome.code == 0, outcome
     counts = [row["skipped_steps"] for row in rows_of(tmp_path / "run").values()]
-    assert counts[-1] > counts[15] > 0
-    audit = ["--run", str(tmp_path / "run"), "--from-step", "16", "--tensor-parallel-size", "2"]
+    # With a window that began afresh there would be no spike before step 25.
+    assert counts[23] > counts[19]
+    audit = ["--run", str(tmp_path / "run"), "--from-step", "20", "--tensor-parallel-size", "2"]
     outcomes = forked_commands.start("audit_run", audit, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
-    assert "steps 17 to 30 are the same to the bit: 14 losses" in outcomes[0].output
+    assert "steps 21 to 30 are the same to the bit: 10 losses" in outcomes[0].output
