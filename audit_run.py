@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _logged_rows(directory: Path) -> dict[int, dict[str, Any]]:
     from colonnade.telemetry.metrics import read_metrics
-    from training_utils import METRICS_NAME
+    from run_end import METRICS_NAME
 
     path = directory / METRICS_NAME
     if not path.exists():
@@ -166,7 +166,8 @@ def read_recorded(directory: Path, begin: int, end: int) -> Recorded:
         UsageError: something that the run has logged of them is missing.
     """
     from colonnade.telemetry.metrics import read_metrics
-    from training_utils import FINGERPRINTS_NAME, METRICS_NAME
+    from run_end import METRICS_NAME
+    from training_utils import FINGERPRINTS_NAME
 
     rows = {step: row for step, row in sorted(_logged_rows(directory).items()) if begin < step <= end}
     previous = begin
@@ -262,13 +263,13 @@ def audit(run: Run, recorded: Recorded, end: int) -> str:
 def _take_step(run: Run) -> dict[str, str]:
     """One step again; the bits of its loss and norm."""
     from colonnade.telemetry.fingerprint import float32_bits
-    from run_measurements import mean_loss
     from training_utils import train_step
 
     batch = run.feed.take()
-    loss, norm = train_step(run, batch, run.schedule(run.step))
+    outcome = train_step(run, batch, run.schedule(run.step))
     run.step += 1
-    return {"loss_bits": float32_bits(float(mean_loss(run, loss))), "grad_norm_bits": float32_bits(float(norm))}
+    loss, norm = float(outcome.loss), float(outcome.grad_norm)
+    return {"loss_bits": float32_bits(loss), "grad_norm_bits": float32_bits(norm)}
 
 
 def _difference(step: int, recorded: Mapping[str, Any], found: Mapping[str, str]) -> str | None:

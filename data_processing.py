@@ -33,7 +33,6 @@ from colonnade.data.shards import (
     Units,
     discover_shards,
     find_default_shards,
-    open_shards,
     open_usable_shards,
 )
 from colonnade.data.stream import Corpus, TokenChunk, TokenStream
@@ -44,6 +43,7 @@ from colonnade.data.tokenization import (
     batch_rows_setting,
     boundary_tokens,
     load_tokenizer,
+    vocabulary_size,
     workers_setting,
 )
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
@@ -68,6 +68,7 @@ __all__ = [
     "find_default_shards",
     "load_tokenizer",
     "streaming_token_generator",
+    "vocabulary_size",
 ]
 
 MAX_LANES = 4096
@@ -163,7 +164,7 @@ def streaming_token_generator(
         position,
         batch_rows=settings[0],
         workers=settings[1],
-        vocabulary_size=max(tokenizer.get_vocab().values(), default=0) + 1,
+        vocabulary_size=vocabulary_size(tokenizer),
         marked=mark_documents or packing == "best-fit",
         epochs=epochs,
         strict=strict,
@@ -182,9 +183,7 @@ def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, stric
 
 
 def _open_corpus(name: str, weight: float, paths: Sequence[str], text_column: str, strict: bool) -> Corpus:
-    if strict:
-        return Corpus(name, weight, Units(open_shards(paths, text_column)))
-    usable, bad = open_usable_shards(paths, text_column)
+    usable, bad = open_usable_shards(paths, text_column, strict=strict)
     for error in bad:
         logger.warning("skipping a file: %s; recorded in the data position", error)
     return Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,20 @@ from colonnade.config import (
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
+from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.telemetry.code_version import code_version
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
 from model import ModelConfig, TensorParallelModel
-from run_data import open_stream, read_validation, settle_backend, stream_notes
+from run_data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
+from run_end import forget_end, record_launch
 from run_inputs import (
     check_shares,
     check_step_size,
@@ -45,6 +50,7 @@ from run_inputs import (
     require_steps_left,
 )
 from run_measurements import device_peak_flops
+from run_report import resume_report
 from run_state import Run, restore_rng
 
 SETTINGS_NAME = "run.yaml"
@@ -58,6 +64,8 @@ class Origin:
     Attributes:
         global_batch: None: from the settings.
         began_at: the step at which the run was last changed; None: as the record says.
+        libraries: versions that the checkpoint was written with.
+        actions: what this start changes, for its report.
         damaged: newer checkpoints that were passed over.
     """
 
@@ -69,6 +77,8 @@ class Origin:
     global_batch: int | None = None
     began_at: int | None = None
     allow_data_change: bool = False
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    actions: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
 
 
@@ -99,17 +109,18 @@ def assemble(
         if global_batch is not None and micro_batch is not None:
             check_micro_batches(global_batch, micro_batch, layout.dp)
     # Before the model, whose building and tuning take minutes where it is large.
-    backend = on_first_rank(lambda: settle_backend(settings, record, notes))
+    tokenizer = cache(lambda: run_tokenizer(settings))  # on ranks that read only, and there once
+    backend = on_first_rank(lambda: settle_backend(settings, tokenizer(), record, notes))
     with vote():
         position = DataPosition.from_dict(record["data_position"]) if record else None
         stream, chunks = None, None
         if layout.tp_rank == 0:
             stream, chunks = open_stream(
-                settings, backend, config, layout, position, allow_change=origin.allow_data_change
+                settings, tokenizer(), backend, config, layout, position, allow_change=origin.allow_data_change
             )
             if layout.is_main:
                 notes += stream_notes(stream, position)
-    validation = on_first_rank(lambda: read_validation(settings, backend))
+    validation = on_first_rank(lambda: read_validation(settings, tokenizer(), backend))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
         config,
@@ -139,7 +150,10 @@ def assemble(
     if lock is not None:
         on_first_rank(lambda: _make_folder(lock, is_fresh=origin.path is None))
         saver = CheckpointSaver(
-            lock.directory, asynchronous=settings.checkpoint_mode == "async", hashes=settings.checkpoint_hash
+            lock.directory,
+            asynchronous=settings.checkpoint_mode == "async",
+            hashes=settings.checkpoint_hash,
+            timeout=settings.startup_timeout,
         )
         saver.reserve(model, optimizer)  # before the tuner looks at how much memory there is
     batch, depends_on = _tune_batch(model, settings, layout, global_batch, micro_batch)
@@ -155,6 +169,8 @@ def assemble(
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "
             "comes down"
         )
+    if settings.spike_action == "skip" and settings.spike_sigma == 0:
+        notes.append("--spike-action skip: no step is skipped for a spike while --spike-sigma is 0")
     _describe(notes, model, batch, global_batch, settings)
     run = Run(
         settings=settings,
@@ -179,20 +195,27 @@ def assemble(
         global_batch=global_batch,
         tokenizer_backend=backend,
         peak_flops=device_peak_flops(layout.device, settings.precision),
+        losses=LossWindow(settings.spike_window, layout.device, record.get("loss_window") or ()),
+        code=on_first_rank(code_version),
         arithmetic=arithmetic,
         began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
         step=step,
         tokens_seen=record.get("tokens_seen", 0),
         position=stream.start if stream is not None else None,
         loss=record.get("loss"),
+        skipped_steps=record.get("skipped_steps") or 0,
+        skipped_in_row=record.get("skipped_in_row") or 0,
         resumed_from=origin.path,
         damaged=origin.damaged,
         saver=saver,
         lock=lock,
         notes=notes,
     )
+    if origin.path is not None:
+        notes.append(resume_report(run, record, origin.libraries, origin.actions))
     if lock is not None:
-        on_first_rank(lambda: _record_settings(run))
+        names = launchers()
+        on_first_rank(lambda: _record_start(run, names))
     return run
 
 
@@ -206,11 +229,14 @@ def _make_folder(lock: RunLock, *, is_fresh: bool) -> None:
         raise UsageError(f"--checkpoint-dir {lock.directory} was filled by another job meanwhile; start again")
 
 
-def _record_settings(run: Run) -> None:
+def _record_start(run: Run, launched_by: list[str]) -> None:
+    """Write what this start is into the run's folder; how an earlier one ended no longer holds."""
     try:
         write_settings(run.settings, run.directory / SETTINGS_NAME)
+        record_launch(run.directory, launched_by, run.step)
+        forget_end(run.directory)
     except OSError as error:
-        raise RunError(f"{run.directory / SETTINGS_NAME} cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{run.directory}: the start cannot be recorded: {error.strerror or error}") from error
 
 
 def _restore(origin: Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +13,7 @@ from colonnade.config import RunSettings
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.mixture import normalized, parse_data_glob
 from colonnade.data.position import DataPosition
-from colonnade.data.shards import Units, open_usable_shards
+from colonnade.data.shards import BadShardError, Shard, Units, open_shard
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.mesh import ParallelLayout
@@ -27,12 +27,16 @@ from data_processing import (
     find_default_shards,
     load_tokenizer,
     streaming_token_generator,
+    vocabulary_size,
 )
 from model import ModelConfig
 from run_state import Validation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SAMPLE_FOLDER = Path("data/sample")
-# The first rows of this many shards decide on the tokenizer backend: opening all of them twice would take long.
+# The first rows of this many usable shards decide on the tokenizer backend: opening all twice would take long.
 _SAMPLED_SHARDS = 4
 
 
@@ -99,22 +103,48 @@ def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig)
 # ------------------------------------------------------------------------------------------------------- the stream
 
 
-def settle_backend(settings: RunSettings, record: Mapping[str, Any], notes: list[str]) -> Backend:
-    """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
+def run_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run. Takes up to seconds: load it once a rank and hand it on. Raises UsageError."""
     assert settings.tokenizer_path is not None
-    assert settings.data_glob is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    shards = [shard for corpus in parse_data_glob(settings.data_glob) for shard in discover_shards(corpus.pattern)[:2]]
-    usable, _ = open_usable_shards(shards[:_SAMPLED_SHARDS], settings.text_column)
-    rows = read_first_rows(Units(usable), settings.text_column)
+    return load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
+
+
+def settle_backend(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], notes: list[str]
+) -> Backend:
+    """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
+    rows = read_first_rows(Units(_first_usable_shards(settings)), settings.text_column)
     _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
     return backend
 
 
+def _first_usable_shards(settings: RunSettings) -> list[Shard]:
+    """The first `_SAMPLED_SHARDS` that can be used, each corpus's files in order. The stream tells of the others.
+
+    Raises:
+        UsageError: a file that comes before them is missing or cannot be reached.
+        BadShardError: none can be used; it is the first one's.
+    """
+    assert settings.data_glob is not None
+    usable: list[Shard] = []
+    first_bad = None
+    for path in [path for corpus in parse_data_glob(settings.data_glob) for path in discover_shards(corpus.pattern)]:
+        try:
+            usable.append(open_shard(path, settings.text_column))
+        except BadShardError as error:
+            first_bad = first_bad or error
+        if len(usable) == _SAMPLED_SHARDS:
+            break
+    if first_bad is not None and not usable:
+        raise first_bad
+    return usable
+
+
 def open_stream(
     settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
     backend: Backend,
     config: ModelConfig,
     layout: ParallelLayout,
@@ -123,29 +153,40 @@ def open_stream(
     allow_change: bool,
 ) -> tuple[TokenStream, Iterator[TokenChunk]]:
     """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
-    assert settings.tokenizer_path is not None
     assert settings.data_glob is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    require_vocabulary(settings, max(tokenizer.get_vocab().values(), default=0) + 1, config)
-    stream = streaming_token_generator(
+    require_vocabulary(settings, vocabulary_size(tokenizer), config)
+    stream = _stream_of(
+        settings,
         settings.data_glob,
+        tokenizer,
+        backend,
+        shuffle=settings.shuffle,
+        seed=settings.seed,
+        lanes=settings.data_lanes,
+        position=position,
+        allow_data_change=allow_change,
+        reader=layout.dp_rank,
+        readers=layout.dp,
+    )
+    return stream, chain([next(stream)], stream)
+
+
+def _stream_of(
+    settings: RunSettings, pattern: str, tokenizer: PreTrainedTokenizerBase, backend: Backend, **more: Any
+) -> TokenStream:
+    """The files of `pattern` made into blocks as the run's settings say; `more` for `streaming_token_generator`."""
+    return streaming_token_generator(
+        pattern,
         tokenizer,
         block_size=settings.block_size or 0,
         add_document_boundary_tokens=settings.add_document_boundary_tokens,
         text_column=settings.text_column,
-        shuffle=settings.shuffle,
-        seed=settings.seed,
-        lanes=settings.data_lanes,
         packing=settings.packing,
         mark_documents=settings.document_mask,
-        position=position,
-        allow_data_change=allow_change,
         strict=settings.strict_data,
-        reader=layout.dp_rank,
-        readers=layout.dp,
         backend=backend,
+        **more,
     )
-    return stream, chain([next(stream)], stream)
 
 
 def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
@@ -157,14 +198,12 @@ def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str
     )
     lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
     notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
-    if position is not None and len(start.changes) > len(position.changes):
-        notes.append(f"the data is not the checkpoint's: {start.changes[-1].what}")
-    elif position is not None and start.weights != position.weights:
+    if position is not None and len(start.changes) == len(position.changes) and start.weights != position.weights:
         notes.append(f"weights of the corpora from chunk {start.chunk} on: {corpora}")
     return notes
 
 
-def read_validation(settings: RunSettings, backend: Backend) -> Validation | None:
+def read_validation(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Validation | None:
     """The first held-out blocks, all in memory: 16 kB each at a block of 4096."""
     if settings.validation_glob is None:
         return None
@@ -172,23 +211,9 @@ def read_validation(settings: RunSettings, backend: Backend) -> Validation | Non
 
     from colonnade.telemetry.metrics import unigram_entropy
 
-    assert settings.tokenizer_path is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
     blocks = []
     try:
-        with streaming_token_generator(
-            settings.validation_glob,
-            tokenizer,
-            block_size=settings.block_size or 0,
-            add_document_boundary_tokens=settings.add_document_boundary_tokens,
-            text_column=settings.text_column,
-            lanes=1,
-            packing=settings.packing,
-            mark_documents=settings.document_mask,
-            epochs=1,
-            strict=settings.strict_data,
-            backend=backend,
-        ) as stream:
+        with _stream_of(settings, settings.validation_glob, tokenizer, backend, lanes=1, epochs=1) as stream:
             for chunk in stream:
                 blocks.append(chunk.tokens)
                 if len(blocks) == settings.validation_chunks:

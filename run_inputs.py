@@ -8,18 +8,19 @@ from __future__ import annotations
 import difflib
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none_usable, survey
+from colonnade.checkpoint.manifest import step_of_name
 from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified
-from colonnade.config import MAX_TOKENS_PER_STEP, RunSettings, complete_settings, load_preset
+from colonnade.config import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings, complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.compilation import require_compiler
@@ -28,8 +29,9 @@ from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_enviro
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
-from data_processing import load_tokenizer
-from run_data import require_vocabulary, weight_changes
+from data_processing import vocabulary_size
+from run_data import require_vocabulary, run_tokenizer, weight_changes
+from run_end import step_of_launch
 
 FINGERPRINT_INTERVAL = 100
 
@@ -58,6 +60,21 @@ def clear_leftovers(lock: RunLock) -> bool:
     before = [info.path for info in find_checkpoints(lock.directory)]
     collect_leftovers(lock.directory)
     return [info.path for info in find_checkpoints(lock.directory)] != before
+
+
+def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
+    """`resume`, or what a second attempt of the same launch has to do: go on exactly with what the first one saved.
+
+    torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
+    """
+    path = Path(resume.checkpoint_path)
+    of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
+    directory = Path(checkpoint_dir or of_run)
+    began = step_of_launch(directory, launched_by)
+    saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
+    if began is None or not saved or (saved[0] or 0) <= began:
+        return resume
+    return replace(resume, checkpoint_path=str(directory), keep_optimizer=True)
 
 
 def require_writable(directory: Path) -> None:
@@ -149,10 +166,7 @@ def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
 
 def resolve_model(settings: RunSettings) -> ModelConfig:
     """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
-    assert settings.tokenizer_path is not None
-    tokenizer = load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
-    # Not len(tokenizer): ids may have gaps.
-    entries = max(tokenizer.get_vocab().values(), default=0) + 1
+    entries = vocabulary_size(run_tokenizer(settings))
     if settings.model_config is not None:
         config = ModelConfig.from_json(settings.model_config, vocab_size=entries)
     else:
@@ -229,10 +243,11 @@ def require_same_run(
     """The record of the run in the folder. Refuse to go on with it under other settings, naming each that differs."""
     record = run_record(found)
     stored = RunSettings(**record["settings"])
+    old, new = stored.identity(), settings.identity()
     changed = [
-        f"{name} {stored.identity()[name]} -> {value}"
-        for name, value in settings.identity().items()
-        if value != stored.identity()[name]
+        f"{name} {getattr(stored, name)} -> {getattr(settings, name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
     ]
     changed += [
         f"{name} {record['model_config'].get(name)} -> {value}"
@@ -262,25 +277,6 @@ def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout:
     size = record["arithmetic"].get("micro_batch_size") if asked == "auto" else int(asked)
     present = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
     return differences(record["arithmetic"], present)
-
-
-def describe_changes(
-    record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout, global_batch: int | None
-) -> list[str]:
-    """What differs from the checkpoint, as `name old -> new`."""
-    if not record:
-        return []
-    quiet = {"tensor_parallel_size", "checkpoint_dir"}
-    old, new = record["settings"], settings.to_dict()
-    lines = [
-        f"{name} {old.get(name)} -> {new[name]}" for name in new if name not in quiet and new[name] != old.get(name)
-    ]
-    for name, value in (("tp", layout.tp), ("dp", layout.dp)):
-        if record[name] != value:
-            lines.append(f"{name} {record[name]} -> {value}")
-    if record["global_batch"] != global_batch:
-        lines.append(f"sequences a step {record['global_batch']} -> {global_batch or 'auto'}")
-    return lines + arithmetic_changes(record, settings, layout)
 
 
 # ------------------------------------------------------------------------------------------------------ the batch

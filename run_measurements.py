@@ -8,23 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.data.blocks import PADDING, counted_targets, unpack_blocks
-from colonnade.optim.gradients import sum_over_data_parallel
+from colonnade.optim.step import StepOutcome
 from colonnade.telemetry.data_ledger import data_metrics
 from colonnade.telemetry.fingerprint import float32_bits
 from colonnade.tuning.flops import peak_flops, training_flops_per_token
 from colonnade.tuning.memory import GIB
 from run_state import Run, Validation, whole_position
-
-
-def mean_loss(run: Run, part: Tensor) -> Tensor:
-    """The mean loss of a step from this rank's part of it. Collective."""
-    total = part.clone()
-    sum_over_data_parallel([total], run.layout.dp_group, fixed_order=run.settings.deterministic)
-    return total
 
 
 class Meter:
@@ -49,16 +41,16 @@ class Meter:
         self._begin, self._tokens = time.perf_counter(), self._run.tokens_seen
         self.data_wait = 0.0
 
-    def row(self, loss: Tensor, norm: Tensor, learning_rate: float, epoch: int) -> dict[str, Any]:
-        """The metrics row of this step, and the start of the next interval. Collective; the one host sync."""
+    def row(self, outcome: StepOutcome, learning_rate: float, epoch: int) -> dict[str, Any]:
+        """The metrics row of this step, and the start of the next interval. Collective; waits for the device."""
         run = self._run
-        total, grad_norm = torch.stack([mean_loss(run, loss), norm.to(loss.dtype)]).tolist()
+        loss, grad_norm = torch.stack([outcome.loss, outcome.grad_norm.to(outcome.loss.dtype)]).tolist()
         seconds = time.perf_counter() - self._begin
         rate = (run.tokens_seen - self._tokens) / seconds
         row = {
             "step": run.step,
-            "loss": total,
-            "perplexity": math.exp(min(total, 700.0)) if math.isfinite(total) else None,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else None,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_seen": run.tokens_seen,
@@ -69,12 +61,13 @@ class Meter:
             "memory_gib": memory_in_use(run.layout.device) / GIB,
             "data_wait_fraction": min(1.0, self.data_wait / seconds),
             "epoch": epoch,
+            "skipped_steps": run.skipped_steps,
         }
         position = whole_position(run)
         if position is not None:
             row |= data_metrics(position)
         if run.settings.deterministic:
-            row |= {"loss_bits": float32_bits(total), "grad_norm_bits": float32_bits(grad_norm)}
+            row |= {"loss_bits": float32_bits(loss), "grad_norm_bits": float32_bits(grad_norm)}
             # A row that is lost shows, whatever the intervals were: a checkpoint's step is logged, so the chain holds.
             row["logged_after"], self._logged = self._logged, run.step
         self.restart()

@@ -30,15 +30,16 @@ from colonnade.data.position import DataPosition
 from colonnade.errors import ColonnadeError, UsageError
 from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
+from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
 from run_assembly import Origin, assemble
 from run_data import resolve_data, weight_changes
 from run_inputs import (
     arithmetic_changes,
+    attempt_of_launch,
     batch_of_resumed,
     check_sizes,
     clear_leftovers,
-    describe_changes,
     fixed_micro_batch,
     model_of_record,
     newest_checkpoint,
@@ -52,7 +53,7 @@ from run_inputs import (
     resolve_model_settings,
     with_preset,
 )
-from run_state import Run
+from run_state import HANGS_NAME, Run
 
 # ------------------------------------------------------------------------------------------------ the two ways in
 
@@ -69,7 +70,7 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: input that cannot work, or the folder holds a run with other settings.
     """
-    layout = init_parallel(given.get("tensor_parallel_size"))
+    layout = _join_ranks(given)
     notes: list[str] = []
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
     with _folder_of(settings, layout) as lock:
@@ -116,7 +117,15 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
         lock.release()
         return None
     notes.append(f"going on from {found.path} (step {step}), exactly as it stopped")
-    origin = Origin(found.path, record, step, keep_optimizer=True, global_batch=record["global_batch"], damaged=damaged)
+    origin = Origin(
+        found.path,
+        record,
+        step,
+        keep_optimizer=True,
+        global_batch=record["global_batch"],
+        libraries=found.manifest.libraries if found.manifest is not None else {},
+        damaged=damaged,
+    )
     return assemble(settings, config, layout, notes, origin, lock)
 
 
@@ -129,9 +138,11 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: no usable checkpoint, or settings that cannot work with it.
     """
-    layout = init_parallel(given.get("tensor_parallel_size"))
-    found, damaged = verified(Path(resume.checkpoint_path), compare_hashes=given.get("checkpoint_hash", True))
+    layout = _join_ranks(given)
     notes: list[str] = []
+    names = launchers()
+    resume = on_first_rank(lambda: attempt_of_launch(resume, given.get("checkpoint_dir"), names))
+    found, damaged = verified(Path(resume.checkpoint_path), compare_hashes=given.get("checkpoint_hash", True))
     with vote():
         record = run_record(found)
         if not record and resume.keep_optimizer:
@@ -186,12 +197,11 @@ def _resume(
         check_sizes(settings, config, layout)
         global_batch = batch_of_resumed(record, settings, given, layout)
     notes.append(f"resuming from {found.path}" + (f" (step {found.step})" if found.step is not None else ""))
-    changes = describe_changes(record, settings, layout, global_batch)
+    actions = []
     if not resume.keep_optimizer:
-        changes.append(f"optimizer state reset; learning rate warmed up again over {resume.rewarmup_steps} steps")
+        actions.append(f"optimizer state reset; learning rate warmed up again over {resume.rewarmup_steps} steps")
     if not record:
-        changes.append("weights only: the data starts from its beginning")
-    notes.append("changed since the checkpoint: " + ("; ".join(changes) if changes else "nothing"))
+        actions.append("weights only: the data starts from its beginning")
     exact = (
         resume.keep_optimizer
         and settings.identity() == RunSettings(**record["settings"]).identity()
@@ -209,9 +219,21 @@ def _resume(
         global_batch=global_batch,
         began_at=None if exact else found.step or 0,
         allow_data_change=resume.allow_data_change,
+        libraries=found.manifest.libraries if found.manifest is not None else {},
+        actions=tuple(actions),
         damaged=chosen.damaged,
     )
     return assemble(settings, config, layout, notes, origin, lock)
+
+
+def _join_ranks(given: Mapping[str, Any]) -> ParallelLayout:
+    """Before anything is known but the settings given: a checkpoint's own come too late for this."""
+    defaults = RunSettings(**given)
+    return init_parallel(
+        defaults.tensor_parallel_size,
+        timeout=defaults.startup_timeout,
+        trace_folder=Path(defaults.checkpoint_dir) / HANGS_NAME,
+    )
 
 
 def replay_run(

@@ -21,6 +21,7 @@ from colonnade.config import RunSettings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenizer_backend import Backend
+from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.telemetry.data_ledger import write_data_ledger
@@ -29,7 +30,7 @@ from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
 
-LEDGER_NAME = "data_ledger.json"
+LEDGER_NAME, HANGS_NAME = "data_ledger.json", "hangs"
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Run:
         position: the data position after `step`, as far as this rank's reader knows it (`whole_position`); None on
             ranks that do not read.
         loss: mean loss of the last step that was logged or saved.
+        losses: of the last steps that were not skipped, on the device.
+        skipped_steps: since the run began, as far as they have been looked at (`StepGuard`).
+        skipped_in_row: of those, the last ones without a step that was taken in between.
+        code: version of the program, as the manifest records it.
         validation_loss: of the last validation.
         resumed_from: the checkpoint this start went on from.
         damaged: newer ones that were passed over.
@@ -85,12 +90,16 @@ class Run:
     global_batch: int
     tokenizer_backend: Backend
     peak_flops: float | None
+    losses: LossWindow
+    code: Mapping[str, str | None]
     arithmetic: Mapping[str, Any] | None = None
     began_at: int = 0
     step: int = 0
     tokens_seen: int = 0
     position: DataPosition | None = None
     loss: float | None = None
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
     validation_loss: float | None = None
     resumed_from: Path | None = None
     damaged: tuple[Path, ...] = ()
@@ -144,10 +153,19 @@ def whole_position(run: Run) -> DataPosition | None:
     if run.position is None or run.stream is None or run.stream.apart == 1:
         return run.position
     if run.gathered is None or run.gathered[0] is not run.position:
-        parts: list[Any] = [None] * run.layout.dp
-        dist.all_gather_object(parts, run.position, group=run.layout.dp_group)
-        run.gathered = (run.position, DataPosition.merged(parts, run.stream.start.chunk))
+        merged = merged_position(run, run.position)
+        assert merged is not None
+        run.gathered = (run.position, merged)
     return run.gathered[1]
+
+
+def merged_position(run: Run, position: DataPosition | None) -> DataPosition | None:
+    """`whole_position` for any position of this rank's reader."""
+    if position is None or run.stream is None or run.stream.apart == 1:
+        return position
+    parts: list[Any] = [None] * run.layout.dp
+    dist.all_gather_object(parts, position, group=run.layout.dp_group)
+    return DataPosition.merged(parts, run.stream.start.chunk)
 
 
 def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprint | None = None) -> dict[str, Any]:
@@ -156,6 +174,9 @@ def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprin
     fingerprints = dict.fromkeys(FINGERPRINT_KEYS) if fingerprint is None else fingerprint.columns()
     return {
         "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
+        "loss_window": run.losses.values(),
+        "skipped_steps": run.skipped_steps,
+        "skipped_in_row": run.skipped_in_row,
         "tokens_seen": run.tokens_seen,
         "data_position": position.to_dict() if position is not None else None,
         "schedule": run.schedule.to_dict(),
@@ -170,6 +191,7 @@ def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprin
         "arithmetic": run.arithmetic,
         **fingerprints,
         "began_at": run.began_at,
+        "code": dict(run.code),
         "tokenizer_backend": run.tokenizer_backend.label,
         "model_config": run.config.to_dict(),
         "settings": run.settings.to_dict(),

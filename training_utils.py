@@ -6,110 +6,208 @@ and backward of each micro-batch, next batch staged, gradients summed and clippe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from colonnade.data.feed import StepBatch
 from colonnade.errors import LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
-from colonnade.optim.step import optimizer_step, targets_of_step
-from colonnade.parallel.peers import PeerWatch, is_connection_lost
-from colonnade.parallel.vote import highest
-from colonnade.telemetry.data_ledger import data_summary
-from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of
+from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
+from colonnade.parallel.mesh import set_collective_timeout
+from colonnade.parallel.stopping import SAVE_FAILED, StopVote
+from colonnade.parallel.watchdog import Watchdog, is_connection_lost
+from colonnade.setting_values import wall_time_seconds
+from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
 from colonnade.telemetry.metrics import MetricsLog
-from colonnade.telemetry.plots import plot_loss
 from colonnade.telemetry.progress import ProgressReport
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
-from run_measurements import Meter, mean_loss, validate
-from run_state import LEDGER_NAME, Run, save, whole_position
+from run_checks import StepGuard, check_before_save
+from run_end import METRICS_NAME, finish
+from run_measurements import Meter, validate
+from run_state import HANGS_NAME, Run, save
 
 # How long a rank that must leave waits for the save that its peers' threads are still in.
 SETTLE_SECONDS = 60.0
-METRICS_NAME, PLOT_NAME, FINGERPRINTS_NAME = "metrics.jsonl", "loss.png", "fingerprints.jsonl"
+FINGERPRINTS_NAME = "fingerprints.jsonl"
+SLOW_STORAGE = 100e6  # bytes a second that a rank writes, on a file system that many share
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(run: Run) -> None:
-    """Train to the run's last step: log, validate and save on the way, and at the end.
+    """Train to the run's last step, or until it is asked to stop: log, validate and save on the way, and at the end.
 
     Raises:
-        RunError: a checkpoint cannot be written, data cannot be read, or memory ran out; the last checkpoint stands.
+        RunError: a checkpoint cannot be written, data cannot be read, memory ran out, too many steps in a row were
+            skipped, or parameters are not what they should be; the last checkpoint stands.
     """
-    assert run.saver is not None
-    settings, total = run.settings, run.settings.total_steps
-    watch = PeerWatch(enabled=dist.get_world_size() > 1)
-    progress = ProgressReport(total, initial_step=run.step, enabled=run.layout.is_main)
-    metrics = _open_log(run, METRICS_NAME)
-    fingerprints = None
-    if settings.fingerprint_interval or settings.deterministic:
-        fingerprints = _open_log(run, FINGERPRINTS_NAME)
-    meter = Meter(run)
-    saved_step = run.step if run.resumed_from is not None else -1
-    for note in run.notes:
-        progress.message(note)
-    with progress:
-        while run.step < total:
-            # -- one optimizer step
-            batch = run.feed.take()
-            meter.data_wait += batch.wait_seconds
-            rate = run.schedule(run.step)
-            loss, norm = _step_or_leave(run, batch, rate, watch)
+    loop = _Loop(run)
+    try:
+        with loop.watch, loop.progress:
+            while run.step < run.settings.total_steps and loop.stop_reason is None:
+                step = loop.take_step()
+                loop.commit(step)
+                loop.vote()
+                fingerprint = loop.log(step)
+                loop.validate()
+                loop.save(fingerprint)
+            loop.end()
+    except PeerError:
+        raise
+    except RunError:
+        # A save under way is of a step before this one, and may be the last good checkpoint.
+        if run.saver is not None:
+            run.saver.settle(SETTLE_SECONDS)
+        raise
 
-            # -- commit: from here on the step has happened
-            run.step += 1
-            run.tokens_seen += run.tokens_per_step
-            run.position = batch.position
-            if highest(int(run.saver.has_failed)):
-                run.saver.wait()
 
-            # -- log
-            is_last = run.step == total
-            is_saved = is_last or _is_due(run.step, settings.checkpoint_interval)
-            with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
-            # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
-            with_fingerprint |= is_saved and settings.deterministic
-            fingerprint = None
-            is_logged = run.step % settings.log_interval == 0 or is_last or with_fingerprint
-            if is_logged:
-                row = meter.row(loss, norm, rate, batch.epoch)
-                run.loss = row["loss"]
-                if with_fingerprint:
-                    fingerprint = take_fingerprint(run, fingerprints)
-                    row |= fingerprint.columns()
-                    meter.restart()
-                _report(progress, metrics, row)
-            progress.update(run.step, run.loss)
+@dataclass(frozen=True)
+class _Step:
+    """A step that was taken: its batch, its learning rate, and what came of it."""
 
-            # -- validate
-            if run.validation is not None and (is_last or _is_due(run.step, settings.validation_interval)):
-                held_out = validate(run, run.validation)
-                run.validation_loss = held_out["validation_loss"]
-                _report(progress, metrics, {"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
-                meter.restart()
+    batch: StepBatch
+    learning_rate: float
+    outcome: StepOutcome
 
-            # -- save
-            if is_saved:
-                if not is_logged:
-                    run.loss = float(mean_loss(run, loss))
-                save(run, fingerprint)
-                saved_step = run.step
-                meter.restart()
-    run.saver.wait()
-    if fingerprints is not None:
-        fingerprints.close()
-    finish(run, saved_step, metrics)
-    run.saver.close()
-    watch.close()
-    if run.lock is not None:
-        run.lock.release()
+
+class _Loop:
+    """The parts of a run's steps, in the order in which `train` calls them, and what they share."""
+
+    def __init__(self, run: Run) -> None:
+        settings = run.settings
+        self.run, self.settings = run, settings
+        self.watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
+        self.progress = ProgressReport(settings.total_steps, initial_step=run.step, enabled=run.layout.is_main)
+        self.stop_reason: str | None = None
+        self._stopping = StopVote(
+            self.watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time)
+        )
+        # The first step compiles, and has the time of a start.
+        self._step_limit, self._first_step = settings.startup_timeout, run.step + 1
+        self._metrics = _open_log(run, METRICS_NAME)
+        has_fingerprints = settings.fingerprint_interval or settings.deterministic
+        self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
+        self._meter = Meter(run)
+        self._guard = StepGuard(run, self.progress.message)
+        self._saved_step = run.step if run.resumed_from is not None else -1
+        for note in run.notes:
+            self.progress.message(note)
+
+    def take_step(self) -> _Step:
+        run = self.run
+        self.watch.enter(f"reading the data of step {run.step + 1}", self._step_limit, is_step=True)
+        batch = run.feed.take()
+        self._meter.data_wait += batch.wait_seconds
+        learning_rate = run.schedule(run.step)
+        self.watch.enter(f"step {run.step + 1}", self._step_limit, is_step=True)
+        return _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+
+    def commit(self, step: _Step) -> None:
+        """From here on the step has happened, be it skipped."""
+        run = self.run
+        run.step += 1
+        run.tokens_seen += run.tokens_per_step
+        before, run.position = run.position, step.batch.position
+        self._guard.note(step.outcome, before)
+        if run.step == self._first_step:
+            self._step_limit, self.watch.longest_step = self.settings.step_timeout, 0.0
+            set_collective_timeout(run.layout, self._step_limit)
+
+    def vote(self) -> None:
+        """Every rank comes to this vote after the same step: whether to stop, and whether a save has failed."""
+        saver = self.run.saver
+        assert saver is not None
+        save_seconds = max(_expected_save_seconds(self.run), saver.longest_save)
+        self.stop_reason = self._stopping.reason(
+            2 * self.watch.longest_step + save_seconds, save_failed=saver.has_failed
+        )
+        if self.stop_reason == SAVE_FAILED:
+            saver.wait()
+
+    def log(self, step: _Step) -> Fingerprint | None:
+        """The metrics of the step where they are due, with a fingerprint where one is, which is returned."""
+        run, settings = self.run, self.settings
+        with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
+        # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
+        with_fingerprint |= self._is_saved and settings.deterministic
+        is_logged = _is_due(run.step, settings.log_interval) or self._is_last or with_fingerprint
+        fingerprint = None
+        if is_logged or self._is_saved:
+            self._guard.settle()
+        if is_logged:
+            row = self._meter.row(step.outcome, step.learning_rate, step.batch.epoch)
+            if with_fingerprint:
+                fingerprint = take_fingerprint(run, self._fingerprints)
+                row |= fingerprint.columns()
+                self._meter.restart()
+            run.loss = row["loss"]
+            self._report(row)
+        elif self._is_saved:
+            run.loss = float(step.outcome.loss)
+        self.progress.update(run.step, run.loss)
+        # A deterministic run's fingerprint has just compared them.
+        if _is_due(run.step, settings.drift_check_interval) and not (settings.deterministic and with_fingerprint):
+            require_equal_parameters(run.model, run.step)
+            self._meter.restart()
+        return fingerprint
+
+    def validate(self) -> None:
+        run = self.run
+        is_due = self._is_last or (self.stop_reason is None and _is_due(run.step, self.settings.validation_interval))
+        if run.validation is None or not is_due:
+            return
+        self.watch.enter(f"the validation after step {run.step}", self.settings.startup_timeout)
+        held_out = validate(run, run.validation)
+        run.validation_loss = held_out["validation_loss"]
+        self._report({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
+        self._meter.restart()
+
+    def save(self, fingerprint: Fingerprint | None) -> None:
+        run = self.run
+        if not self._is_saved:
+            return
+        self.watch.enter(f"saving step {run.step}", self.settings.startup_timeout)
+        check_before_save(run)
+        save(run, fingerprint)
+        self._saved_step = run.step
+        self._meter.restart()
+
+    def end(self) -> None:
+        run = self.run
+        assert run.saver is not None
+        self.watch.enter("ending the run", self.settings.startup_timeout)
+        run.saver.wait()
+        if self._fingerprints is not None:
+            self._fingerprints.close()
+        # A run that has come to its end is complete, whatever asked it to stop meanwhile.
+        finish(run, self._saved_step, self._metrics, None if self._is_last else self.stop_reason)
+        run.saver.close()
+        if run.lock is not None:
+            run.lock.release()
+
+    @property
+    def _is_last(self) -> bool:
+        return self.run.step == self.settings.total_steps
+
+    @property
+    def _is_saved(self) -> bool:
+        is_due = _is_due(self.run.step, self.settings.checkpoint_interval)
+        return self._is_last or self.stop_reason is not None or is_due
+
+    def _report(self, row: Mapping[str, Any]) -> None:
+        self.progress.log_line(row)
+        if self._metrics is not None:
+            self._metrics.append(row)
+
+
+def _expected_save_seconds(run: Run) -> float:
+    """How long the first save may take: weights and two moments in float32, shared out, on slow storage."""
+    return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:
@@ -139,75 +237,36 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _report(progress: ProgressReport, metrics: MetricsLog | None, row: Mapping[str, Any]) -> None:
-    progress.log_line(row)
-    if metrics is not None:
-        metrics.append(row)
-
-
-def finish(run: Run, saved_step: int, metrics: MetricsLog | None) -> None:
-    """Close what is open, draw the plot, and say where everything lies. Collective."""
-    position = whole_position(run)
-    run.feed.close()
-    if run.stream is not None:
-        run.stream.close()
-    if metrics is None:
-        return
-    metrics.close()
-    entropy = run.validation.unigram_entropy if run.validation is not None else None
-    drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
-    lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
-    if position is not None:
-        lines += [f"  data        {line}" for line in data_summary(position)]
-    if run.validation is not None and run.validation_loss is not None:
-        lines.append(
-            f"  held out    {_with_perplexity(run.validation_loss)}; "
-            f"knowing the token frequencies alone: {_with_perplexity(run.validation.unigram_entropy)}"
-        )
-    if saved_step >= 0:
-        lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
-    lines.append(f"  metrics     {run.directory / METRICS_NAME}")
-    if saved_step >= 0:
-        lines.append(f"  data ledger {run.directory / LEDGER_NAME}")
-    if drawn:
-        lines.append(f"  plot        {run.directory / PLOT_NAME}")
-    print("\n".join(lines))
-
-
-def _with_perplexity(loss: float) -> str:
-    return f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.1f})"
-
-
 # ---------------------------------------------------------------------------------------------------------- one step
 
 
-def train_step(run: Run, batch: StepBatch, learning_rate: float) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this rank's share of the global batch.
-
-    Returns:
-        (this rank's part of the mean loss, the global gradient norm before clipping), both still on the device: the
-        mean loss is the sum of the parts over the data-parallel ranks.
-    """
+def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
+    """One optimizer step on this rank's share of the global batch; its loss goes into the run's window."""
+    settings = run.settings
     set_learning_rate(run.optimizer, learning_rate)
-    mask = run.settings.document_mask
+    mask = settings.document_mask
     # Blocks of documents laid end to end are full, and every one of their targets counts.
-    varies = mask or run.settings.packing != "concat"
-    return optimizer_step(
+    varies = mask or settings.packing != "concat"
+    before = run.losses.statistics(settings.spike_sigma) if settings.spike_sigma > 0 else None
+    outcome = optimizer_step(
         run.model,
         run.optimizer,
         run.scaler,
         batch.tokens,
         accumulation=run.batch.gradient_accumulation_steps,
         targets=targets_of_step(batch.host_tokens, run.layout, document_mask=mask) if varies else run.tokens_per_step,
-        max_grad_norm=run.settings.max_grad_norm,
+        max_grad_norm=settings.max_grad_norm,
         document_mask=mask,
-        deterministic=run.settings.deterministic,
+        deterministic=settings.deterministic,
+        skip_above=before.limit if before is not None and settings.spike_action == "skip" else None,
         # The device is busy with what was launched; the next batch can be waited for meanwhile.
-        after_backward=run.feed.stage if run.step + 1 < run.settings.total_steps else None,
+        after_backward=run.feed.stage if run.step + 1 < settings.total_steps else None,
     )
+    run.losses.append(outcome.loss, outcome.skipped)
+    return replace(outcome, losses_before=before)
 
 
-def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: PeerWatch) -> tuple[Tensor, Tensor]:
+def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> StepOutcome:
     """A step; where it runs out of memory, record a smaller micro-batch, tell the other ranks, and leave.
 
     The error cannot be mended here: the other ranks stand in a collective of this step. One that finds its peer gone

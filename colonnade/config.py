@@ -150,6 +150,35 @@ class RunSettings:
     max_grad_norm: float = _identity(
         1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
     )
+    max_skipped_steps: int = _setting(
+        10,
+        "optimization",
+        "steps in a row that may be skipped (loss or gradient norm not finite, or a spike) before the run stops",
+        minimum=1,
+        maximum=MAX_STEPS,
+        unit="STEPS",
+    )
+    spike_sigma: float = _setting(
+        0.0,
+        "optimization",
+        "a loss this many standard deviations above the mean of the last ones is a spike; 0 for no spikes",
+        minimum=0.0,
+        unit="S",
+    )
+    spike_window: int = _setting(
+        100,
+        "optimization",
+        "losses that a spike is measured against: the last ones that were not skipped; at least half of them",
+        minimum=10,
+        maximum=10_000,
+        unit="STEPS",
+    )
+    spike_action: str = _setting(
+        "warn",
+        "optimization",
+        "what a spike causes: a line, or that the step is skipped; then these three are fixed for a run",
+        choices=("warn", "skip"),
+    )
     seed: int = _identity(
         1337, "optimization", "seed of the initial weights and of the order of the data", minimum=0, maximum=2**63 - 1
     )
@@ -218,13 +247,44 @@ class RunSettings:
         "none) also one at each checkpoint",
         minimum=0,
     )
+    drift_check_interval: int = _steps(
+        0,
+        "checkpoints and logs",
+        "steps between comparisons of parameters that several ranks hold; 0 for only those before each checkpoint",
+        minimum=0,
+    )
+
+    # Stopping and hangs
+    wall_time: str | None = _setting(
+        None,
+        "stopping and hangs",
+        "time since the launch, as [DAYS-]HH:MM:SS, by which the run has saved and stopped (default no limit)",
+        unit="TIME",
+    )
+    startup_timeout: float = _setting(
+        1800.0,
+        "stopping and hangs",
+        "seconds that ranks wait for each other until the first step is done, and in validations and saves; 0 for ever",
+        minimum=0.0,
+        unit="SECONDS",
+    )
+    step_timeout: float = _setting(
+        600.0,
+        "stopping and hangs",
+        "seconds that a later step, or waiting for its data, may take before the run is taken for hung; 0 for ever",
+        minimum=0.0,
+        unit="SECONDS",
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that two starts of one run must share."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+        """The settings that two starts of one run must share; those of spikes only where spikes skip steps."""
+        names = [f.name for f in fields(self) if f.metadata.get("identity")]
+        if self.spike_sigma > 0 and self.spike_action == "skip":
+            names += ["spike_sigma", "spike_window", "spike_action"]
+        return {name: getattr(self, name) for name in names}
 
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,8 @@ def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
         return None
     if spec.name == "initial_batch_size":
         return _check_batch_size(value, source)
+    if spec.name == "wall_time":
+        return _check_wall_time(value, source)
     try:
         value = _convert(kind, value)
     except (TypeError, ValueError, OverflowError):
@@ -78,6 +81,26 @@ def _check_batch_size(value: Any, source: str) -> str:
             f"{source} is {brief.repr(value)}; it must be auto or a number of sequences from 1 to {MAX_MICRO_BATCH}"
         )
     return str(int(text))
+
+
+_WALL_TIME = re.compile(r"(?:([0-9]{1,3})-)?([0-9]{1,3}):([0-5][0-9]):([0-5][0-9])")
+
+
+def _check_wall_time(value: Any, source: str) -> str:
+    # YAML 1.1 reads 04:00:00 as a number to the base 60.
+    if type(value) is int and value >= 0:
+        value = f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
+    if not (isinstance(value, str) and _WALL_TIME.fullmatch(value) and wall_time_seconds(value) > 0):
+        raise UsageError(f"{source} is {brief.repr(value)}; it must be a time above zero as [DAYS-]HH:MM:SS")
+    return value
+
+
+def wall_time_seconds(text: str) -> int:
+    """Seconds of a checked `--wall-time`."""
+    match = _WALL_TIME.fullmatch(text)
+    assert match is not None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

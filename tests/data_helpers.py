@@ -19,9 +19,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from colonnade.data.shards import Shard, UnitReader
+from data_processing import TokenStream, streaming_token_generator
 
 EOS = "<|endoftext|>"
 BOS = "<|startoftext|>"
+BLOCK = 64
 
 
 @cache
@@ -49,21 +51,34 @@ def stdlib_texts(count: int = 60) -> tuple[str, ...]:
     return all_stdlib_texts()[:count]
 
 
-@cache
-def trained_backend() -> str:
-    """A byte-level BPE of 400 entries with two special tokens, serialised."""
+def trained_bpe(
+    texts: Iterable[str],
+    size: int,
+    *,
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
+    normalizer: normalizers.Normalizer | None = None,
+) -> str:
+    """A byte-level BPE of `size` entries with two special tokens, serialised; cut into words as GPT-2 does unless told
+    otherwise."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=[EOS, BOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([Path(textwrap.__file__).read_text()], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return str(tokenizer.to_str())
+
+
+@cache
+def trained_backend() -> str:
+    """A `trained_bpe` of 400 entries."""
+    return trained_bpe([Path(textwrap.__file__).read_text()], 400, normalizer=normalizers.NFC())
 
 
 def tiny_tokenizer(**roles: str) -> PreTrainedTokenizerBase:
@@ -86,6 +101,19 @@ def write_shard(
     with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, **options) as writer:
         writer.write_table(table, max_chunksize=group)
     return path
+
+
+def open_stream(shards: Sequence[Path], **settings: Any) -> TokenStream:
+    """The stream of `shards` with `tiny_tokenizer`, blocks of `BLOCK` and one lane unless told otherwise."""
+    return streaming_token_generator(
+        shards, tiny_tokenizer(), **{"block_size": BLOCK, "lanes": 1, "workers": 2, **settings}
+    )
+
+
+def blocks_of(shards: Sequence[Path], **settings: Any) -> list[npt.NDArray[np.int32]]:
+    """All blocks of one epoch of `open_stream`."""
+    with open_stream(shards, **{"epochs": 1, **settings}) as stream:
+        return [chunk.tokens for chunk in stream]
 
 
 def windows_of(reader: UnitReader, shard: Shard, number: int) -> list[Any]:

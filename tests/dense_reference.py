@@ -14,6 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((actual - expected).norm() / expected.norm())
+
+
+def assert_gradients_equal(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor | None], limit: float = 1e-5
+) -> None:
+    """Every whole gradient is within a relative error of `limit`, and 0 in the rows that pad a vocabulary."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        reference = expected[name]
+        assert reference is not None, name
+        rows = len(reference)
+        assert relative_error(gradient[:rows], reference) <= limit, name
+        assert not gradient[rows:].any(), f"{name}: padding has a gradient"
+
+
 def dense_loss(weights: Mapping[str, Tensor], config: Mapping[str, float], ids: Tensor, labels: Tensor) -> Tensor:
     """Sum of token losses of a decoder whose whole weights carry Hugging Face's names."""
     return F.cross_entropy(dense_logits(weights, config, ids).flatten(0, 1), labels.flatten(), reduction="sum")

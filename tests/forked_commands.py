@@ -9,10 +9,13 @@ import gc
 import importlib
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +39,12 @@ class Outcome(NamedTuple):
     errors: str
 
 
-def _enter(script: str, flags: Sequence[str], folder: str, environment: Mapping[str, str]) -> None:
+def _enter(
+    script: str, flags: Sequence[str], folder: str, environment: Mapping[str, str], prepare: Callable[[], None] | None
+) -> None:
     """The life of a command. Never returns: `launch` leaves the process."""
     for name, descriptor in (("output", 1), ("errors", 2)):
-        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(environment)
     sys.path.insert(0, str(ROOT))
     sys.argv = [f"{script}.py", *flags]
@@ -47,7 +52,86 @@ def _enter(script: str, flags: Sequence[str], folder: str, environment: Mapping[
     gc.freeze()
     launch = importlib.import_module("colonnade.parallel.launch")
     setattr(launch, "_SILENT_SECONDS", 0.0)  # noqa: B010 - no torchrun here that would end the other ranks
+    if prepare is not None:
+        prepare()
     launch.launch(importlib.import_module(script).main)
+
+
+class Running:
+    """A command under way: its processes, and what each has printed so far, by rank."""
+
+    def __init__(self, processes: dict[int, BaseProcess], folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.processes = processes
+        self._folder = folder
+
+    def text(self, rank: int, name: str = "output") -> str:
+        path = Path(self._folder.name, str(rank), name)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def until(self, pattern: str, rank: int = 0, seconds: float = 60) -> None:
+        """Return once a rank has printed what `pattern` matches."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.text(rank)):
+            said = f"no {pattern!r} in ...{self.text(rank)[-500:]} {self.text(rank, 'errors')[-500:]}"
+            assert time.monotonic() < deadline, said
+            assert any(process.is_alive() for process in self.processes.values()), said
+            time.sleep(0.02)
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to the ranks named, or to all."""
+        for rank in ranks or self.processes:
+            pid = self.processes[rank].pid
+            assert pid is not None
+            os.kill(pid, number)
+
+    def finish(self, seconds: float = 60) -> list[Outcome]:
+        """Wait for all ranks; one that is not gone in time is killed."""
+        deadline = time.monotonic() + seconds
+        outcomes = []
+        for rank, process in self.processes.items():
+            process.join(max(0.0, deadline - time.monotonic()))
+            killed = process.is_alive()
+            if killed:
+                process.kill()
+                process.join()
+            code = None if killed else process.exitcode
+            outcomes.append(Outcome(code, self.text(rank), self.text(rank, "errors")))
+        self._folder.cleanup()
+        return outcomes
+
+
+def begin(
+    script: str,
+    flags: Sequence[str],
+    *,
+    ranks: int = 1,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    present: Sequence[int] | None = None,
+) -> Running:
+    """Start a command on `ranks` processes, as torchrun would.
+
+    Args:
+        prepare: a module-level function called in each process before the command: a fault to put in.
+        present: the ranks that are really started; None for all.
+    """
+    common = dict(environment or {})
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    folder = tempfile.TemporaryDirectory()
+    processes: dict[int, BaseProcess] = {}
+    for rank in range(ranks) if present is None else present:
+        own = Path(folder.name, str(rank))
+        own.mkdir()
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        arguments = (script, list(flags), str(own), {**common, **place}, prepare)
+        process = _CONTEXT.Process(target=_enter, args=arguments)
+        process.start()
+        processes[rank] = process
+    return Running(processes, folder)
 
 
 def start(
@@ -57,31 +141,7 @@ def start(
     ranks: int = 1,
     environment: Mapping[str, str] | None = None,
     seconds: float = 60,
+    prepare: Callable[[], None] | None = None,
 ) -> list[Outcome]:
-    """Run a command on `ranks` processes, as torchrun would, and wait for all of them; the outcome of each."""
-    common = dict(environment or {})
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(ranks):
-            own = Path(folder, str(rank))
-            own.mkdir()
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            process = _CONTEXT.Process(target=_enter, args=(script, list(flags), str(own), {**common, **place}))
-            process.start()
-            processes.append(process)
-        outcomes = []
-        for rank, process in enumerate(processes):
-            process.join(seconds)
-            killed = process.is_alive()
-            if killed:
-                process.kill()
-                process.join()
-            texts = [Path(folder, str(rank), name) for name in ("output", "errors")]
-            output, errors = (text.read_text(errors="replace") if text.exists() else "" for text in texts)
-            outcomes.append(Outcome(None if killed else process.exitcode, output, errors))
-    return outcomes
+    """Run a command as `begin` does, and wait for all of its ranks; the outcome of each."""
+    return begin(script, flags, ranks=ranks, environment=environment, prepare=prepare).finish(seconds)

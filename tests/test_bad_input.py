@@ -710,6 +710,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         inside("data_position", states=standing_at(0, 0, 0, 99999)),
         "has no token 99999 in row 0",
     ),
+    "skipped steps as text": (in_run("skipped_steps", "x"), "run.skipped_steps is 'x'"),
+    "more in a row than in all": (
+        lambda folder: edit_manifest(folder, lambda content: content["run"].update(skipped_steps=1, skipped_in_row=2)),
+        "run.skipped_in_row is '2 of 1 skipped steps'",
+    ),
+    "more skipped than taken": (in_run("skipped_steps", 5), "run.skipped_in_row is '0 of 5 skipped steps'"),
+    "losses as a number": (in_run("loss_window", 3), "run.loss_window is 3"),
+    "a loss as text": (in_run("loss_window", [3.5, "x"]), """run.loss_window is "a list with 'x'\""""),
+    "a loss that is none": (in_run("loss_window", [float("nan")]), "run.loss_window is 'a list with nan'"),
+    "code as text": (in_run("code", "x"), "run.code is 'x'"),
+    "version as number": (in_run("code", {"version": 5}), "run.code.version is 5"),
     "head as number": (inside("data_position", head=5), "data position is damaged"),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colonnade.data.best_fit import best_fit_bins, bin_order
+from colonnade.data.best_fit import best_fit_bins
 
 
 def plain_best_fit(lengths: list[int], capacity: int) -> list[list[tuple[int, int, int]]]:
@@ -81,18 +81,3 @@ def test_what_cannot_be_packed() -> None:
         best_fit_bins(np.array([1]), 0)
     with pytest.raises(ValueError, match="length below 0"):
         best_fit_bins(np.array([-1]), 8)
-
-
-def test_order_of_bins_is_a_keyed_permutation() -> None:
-    order = bin_order(1000, (7, 0, 3))
-    assert sorted(order.tolist()) == list(range(1000))
-    assert np.array_equal(order, bin_order(1000, (7, 0, 3)))
-    others = [bin_order(1000, key) for key in [(8, 0, 3), (7, 1, 3), (7, 0, 4)]]
-    assert not any(np.array_equal(order, other) for other in others)
-    # Every place is as likely for every bin: over 4000 keys each of 5 x 5 is taken about 800 times (sigma 25).
-    counts = np.zeros((5, 5))
-    for key in range(4000):
-        counts[np.arange(5), bin_order(5, (key, 0, 0))] += 1
-    assert abs(counts - 800).max() < 150
-    # Fixed for good: a checkpoint counts on finding the same order again.
-    assert bin_order(8, (1, 2, 3)).tolist() == [1, 0, 5, 6, 3, 7, 2, 4]

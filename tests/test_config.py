@@ -71,6 +71,11 @@ VALUES: dict[str, tuple[str, Any]] = {
     "checkpoint_mode": ("sync", "sync"),
     "log_interval": ("1", 1),
     "fingerprint_interval": ("0", 0),
+    "drift_check_interval": ("5", 5),
+    "max_skipped_steps": ("3", 3),
+    "spike_sigma": ("4.5", 4.5),
+    "spike_window": ("50", 50),
+    "spike_action": ("skip", "skip"),
 }
 SWITCHES = sorted(name for name, spec in SPECS.items() if spec.type == "bool")
 
@@ -153,6 +158,11 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("checkpoint_interval", ["-1"], ["0"]),
     ("keep_checkpoints", ["-1"], ["0"]),
     ("log_interval", ["0", "-1"], ["1"]),
+    ("drift_check_interval", ["-1"], ["0"]),
+    ("max_skipped_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1"]),
+    ("spike_sigma", ["-1"], ["0"]),
+    ("spike_window", ["9", "10001"], ["10", "10000"]),
+    ("spike_action", ["stop", "Skip"], ["warn", "skip"]),
 ]
 
 
@@ -482,7 +492,10 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
 
 def test_identity_holds_what_shapes_the_loss_curve() -> None:
     quiet = {name for name in SPECS if name not in RunSettings().identity()}
+    spikes = {"spike_sigma", "spike_window", "spike_action"}
     assert quiet == {
+        *spikes,
+        *("max_skipped_steps", "drift_check_interval"),
         *("preset", "model_config", "data_glob", "tokenizer_path", "strict_data", "data_lanes"),
         *("tokenizer_backend", "trust_remote_code"),
         *("validation_glob", "validation_interval", "validation_chunks"),
@@ -491,4 +504,9 @@ def test_identity_holds_what_shapes_the_loss_curve() -> None:
         *("compile", "disable_compile", "checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_interval"),
         *("fingerprint_interval", "keep_every", "checkpoint_mode", "checkpoint_hash"),
     }
+    skipping = RunSettings(spike_sigma=4.0, spike_action="skip").identity()
+    assert skipping.keys() - RunSettings().identity().keys() == spikes
+    # A line changes nothing, and neither does an action without a limit.
+    for other in (RunSettings(spike_sigma=4.0, spike_window=50), RunSettings(spike_action="skip")):
+        assert other.identity() == RunSettings().identity()
     assert not set(string.ascii_uppercase) & set("".join(SPECS))

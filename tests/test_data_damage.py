@@ -18,32 +18,22 @@ from colonnade.data.text_filter import REASONS, judge
 from colonnade.errors import RunError, UsageError
 from colonnade.telemetry.data_ledger import data_ledger
 from data_helpers import (
+    BLOCK,
     assert_same_blocks,
     bad_utf8,
+    blocks_of,
     flip_bit,
+    open_stream,
     plain_blocks,
     plain_tokens,
     stdlib_texts,
-    tiny_tokenizer,
     write_shard,
 )
-from data_processing import DataPosition, TokenStream, filtered_rows, streaming_token_generator
+from data_processing import DataPosition, filtered_rows
 
-BLOCK = 32
 GROUP = 6
 # Uncompressed, not dictionary-encoded, no statistics: a text's bytes stand in the file once, in its page.
 PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-
-
-def open_stream(shards: list[Path], **settings: Any) -> TokenStream:
-    return streaming_token_generator(
-        shards, tiny_tokenizer(), **{"block_size": BLOCK, "lanes": 1, "workers": 2, **settings}
-    )
-
-
-def blocks_of(shards: list[Path], **settings: Any) -> list[np.ndarray]:
-    with open_stream(shards, **{"epochs": 1, **settings}) as stream:
-        return [chunk.tokens for chunk in stream]
 
 
 def verdicts(column: pa.Array) -> list[str]:

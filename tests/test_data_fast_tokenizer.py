@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from colonnade.config import RunSettings
@@ -31,10 +31,11 @@ from data_helpers import (
     qwen_tokenizer_folder,
     stdlib_texts,
     trained_backend,
+    trained_bpe,
     write_corpus,
 )
 from data_processing import load_tokenizer, streaming_token_generator
-from run_data import settle_backend
+from run_data import run_tokenizer, settle_backend
 
 fastokens = pytest.importorskip("fastokens")
 
@@ -56,25 +57,14 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @cache
 def trained(style: str) -> str:
-    """A byte-level BPE of 1,000 entries, serialised."""
-    tokenizer = Tokenizer(models.BPE())
-    if style == "gpt2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
+    """A `trained_bpe` of 1,000 entries."""
+    pre_tokenizer = None
+    if style != "gpt2":
         split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
         plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
-    if style.endswith("nfc"):
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=[EOS, BOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(stdlib_texts(), trainer)
-    return str(tokenizer.to_str())
+        pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    normalizer = normalizers.NFC() if style.endswith("nfc") else None
+    return trained_bpe(stdlib_texts(), 1000, pre_tokenizer=pre_tokenizer, normalizer=normalizer)
 
 
 def made(style: str) -> PreTrainedTokenizerBase:
@@ -309,16 +299,32 @@ def test_a_run_goes_on_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_
     write_corpus(tmp_path, stdlib_texts())
     settings = RunSettings(data_glob=str(tmp_path / "*.parquet"), tokenizer_path=str(tmp_path / "tokenizer"))
     notes: list[str] = []
-    chosen = settle_backend(settings, {}, notes)
+    tokenizer = run_tokenizer(settings)
+    chosen = settle_backend(settings, tokenizer, {}, notes)
     assert chosen.label == f"fastokens {fast_tokenization.package_version()}"
     monkeypatch.setitem(sys.modules, "fastokens", None)
     monkeypatch.setattr(fast_tokenization, "_shared", {})
-    assert settle_backend(settings, {"tokenizer_backend": chosen.label}, notes).label == "hf"
+    assert settle_backend(settings, tokenizer, {"tokenizer_backend": chosen.label}, notes).label == "hf"
     assert notes == [
         f"{chosen}",
         "tokenizer backend: hf (fastokens is not installed: pip install 'colonnade[fast]'); "
         f"{chosen.label} until now, the same ids",
     ]
+
+
+def test_the_first_rows_are_those_of_the_first_files_that_can_be_used(tmp_path: Path) -> None:
+    made("gpt2").save_pretrained(tmp_path / "tokenizer")
+    for index in range(5):
+        (tmp_path / f"bad_{index}.parquet").write_bytes(b"not a Parquet file")
+    settings = RunSettings(data_glob=f"{tmp_path}/*.parquet", tokenizer_path=str(tmp_path / "tokenizer"))
+    tokenizer = run_tokenizer(settings)
+    with pytest.raises(UsageError, match=r"bad_0\.parquet cannot be read"):
+        settle_backend(settings, tokenizer, {}, [])
+    write_corpus(tmp_path, stdlib_texts())  # after them in order
+    assert "and the first 60 rows" in settle_backend(settings, tokenizer, {}, []).reason
+    settings = settings.replace(data_glob=f"{tmp_path}/bad_0.parquet,memory://absent.parquet,{tmp_path}/part_0.parquet")
+    with pytest.raises(UsageError, match=r"absent\.parquet"):  # one that is missing is never skipped
+        settle_backend(settings, tokenizer, {}, [])
 
 
 # --- what is remembered ----------------------------------------------------------------------------------------------

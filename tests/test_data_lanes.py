@@ -119,6 +119,21 @@ def test_permutations_are_those_of_philox_in_any_version() -> None:
     assert order.tolist() != keyed_permutation(1000, "a", 2).tolist()
 
 
+def test_a_permutation_follows_from_its_whole_key_alone() -> None:
+    order = keyed_permutation(1000, 7, 0, 3)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert np.array_equal(order, keyed_permutation(1000, 7, 0, 3))
+    others = [keyed_permutation(1000, *key) for key in [(8, 0, 3), (7, 1, 3), (7, 0, 4)]]
+    assert not any(np.array_equal(order, other) for other in others)
+    # Every place is as likely for every number: over 4000 keys each of 5 x 5 is taken about 800 times (sigma 25).
+    counts = np.zeros((5, 5))
+    for key in range(4000):
+        counts[np.arange(5), keyed_permutation(5, key, 0, 0)] += 1
+    assert abs(counts - 800).max() < 150
+    # Fixed for good: a checkpoint counts on finding the same order again.
+    assert keyed_permutation(8, 1, 2, 3).tolist() == [2, 3, 7, 5, 0, 4, 1, 6]
+
+
 # --- several readers, cut anywhere -----------------------------------------------------------------------------------
 
 

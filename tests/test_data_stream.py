@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,8 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from colonnade.data.tokenization import EncoderPool
 from colonnade.errors import RunError, UsageError
 from data_helpers import (
+    BLOCK,
     EOS,
     assert_same_blocks,
+    blocks_of,
+    open_stream,
     plain_blocks,
     plain_tokens,
     stdlib_texts,
@@ -28,20 +33,7 @@ from data_helpers import (
     write_corpus,
     write_shard,
 )
-from data_processing import DataPosition, TokenStream, streaming_token_generator
-
-BLOCK = 64
-
-
-def open_stream(shards: list[Path], **settings: Any) -> TokenStream:
-    return streaming_token_generator(
-        shards, tiny_tokenizer(), **{"block_size": BLOCK, "lanes": 1, "workers": 2, **settings}
-    )
-
-
-def blocks_of(shards: list[Path], **settings: Any) -> list[np.ndarray]:
-    with open_stream(shards, **{"epochs": 1, **settings}) as stream:
-        return [chunk.tokens for chunk in stream]
+from data_processing import DataPosition, streaming_token_generator
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +302,48 @@ def test_a_closed_stream_does_not_look_like_one_that_ended(corpus: list[Path]) -
 def test_sizes_out_of_range_are_refused(corpus: list[Path], name: str, value: int) -> None:
     with pytest.raises(UsageError, match=name):
         open_stream(corpus, **{name: value})
+
+
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_place_of_a_chunk_is_where_its_text_is(tmp_path: Path, lanes: int, shuffle: bool) -> None:
+    """Against the shards read by pyarrow: the chunk's first tokens are in the row that is named (or its row group)."""
+    shards = write_corpus(tmp_path, stdlib_texts(), group=4)
+    seen, tails = set(), 0
+    with open_stream(shards, lanes=lanes, shuffle=shuffle, seed=3) as stream:
+        while stream.position.chunk < 400:
+            place = stream.describe(stream.position, 1)
+            chunk = next(stream)
+            found = re.fullmatch(
+                rf"chunks {chunk.number} to {chunk.number} of the data: row group (\d+) of (.+) from row (\d+)"
+                rf"( of its shuffled order)? on, epoch (\d+)",
+                place,
+            )
+            assert found is not None, place
+            group, path, row, shuffled, epoch = found.groups()
+            assert bool(shuffled) is shuffle
+            if chunk.epoch != int(epoch):  # what is named is an epoch's tail, less than a block, which is dropped
+                tails += 1
+                continue
+            texts = pq.ParquetFile(path).read_row_group(int(group)).column("text").to_pylist()
+            named = texts if shuffle else [texts[int(row)]]
+            tokens = [plain_tokens([text]) for text in named]
+            first = chunk.tokens.tolist()[:8]
+            # A row's last tokens may be fewer than those looked for; the next row's follow them.
+            assert any(
+                first[: len(document) - start] == document[start : start + 8]
+                for document in tokens
+                for start in range(len(document))
+            ), place
+            seen.add((path, group, epoch))
+    assert len({path for path, _, _ in seen}) == 3
+    assert {epoch for _, _, epoch in seen} >= {"0", "1"}
+    assert tails <= 2 * lanes
+
+
+def test_of_a_long_batch_three_places_are_told(tmp_path: Path) -> None:
+    with open_stream(write_corpus(tmp_path, stdlib_texts(), group=2), lanes=5) as stream:
+        line = stream.describe(stream.position, 12)
+    assert line.startswith("chunks 0 to 11 of the data: ")
+    assert line.count("row group ") == 3
+    assert line.endswith("; and 2 more lanes")

@@ -28,7 +28,7 @@ from data_helpers import (
     trained_backend,
     write_corpus,
 )
-from data_processing import boundary_tokens, load_tokenizer, streaming_token_generator
+from data_processing import boundary_tokens, load_tokenizer, streaming_token_generator, vocabulary_size
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
@@ -97,6 +97,11 @@ def test_code_of_a_tokenizer_does_not_run_unasked(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     assert type(load_tokenizer(str(tmp_path), trust_remote_code=True)).__name__ == "OwnTokenizer"
     assert (tmp_path / "ran").exists()
+
+
+def test_the_size_of_a_vocabulary_counts_gaps_between_ids() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 7})))
+    assert (vocabulary_size(tokenizer), len(tokenizer)) == (8, 2)
 
 
 # --- boundary tokens -------------------------------------------------------------------------------------------------

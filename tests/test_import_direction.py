@@ -31,9 +31,10 @@ PARTS = (
 ROOT_LEVELS = (
     ("data_processing", "model"),
     ("run_state",),
-    ("run_data", "run_measurements"),
+    ("run_checks", "run_data", "run_end", "run_measurements"),
     ("training_utils",),
     ("run_inputs",),
+    ("run_report",),
     ("run_assembly",),
     ("run_setup",),
 )

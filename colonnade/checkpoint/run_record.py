@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from colonnade.checkpoint.discover import CheckpointInfo
@@ -30,6 +31,10 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "fingerprint": (str, type(None)),
     "moments_fingerprint": (str, type(None)),
     "micro_batch_size": (int, type(None)),
+    "loss_window": (list, type(None)),
+    "skipped_steps": (int, type(None)),
+    "skipped_in_row": (int, type(None)),
+    "code": (dict, type(None)),
 }
 _SCHEDULE = ("rewarmup_start", "rewarmup_steps")
 
@@ -53,6 +58,15 @@ def run_record(info: CheckpointInfo) -> dict[str, Any]:
     for name, least in {"global_batch": 1, "tokens_seen": 0, "tp": 1, "dp": 1}.items():
         if record[name] < least:
             raise _unusable(source, name, record[name])
+    skipped, in_row = record["skipped_steps"] or 0, record["skipped_in_row"] or 0
+    if not 0 <= in_row <= skipped <= (info.step or 0):
+        raise _unusable(source, "skipped_in_row", f"{in_row} of {skipped} skipped steps")
+    for loss in record["loss_window"] or []:
+        if type(loss) is not float or not math.isfinite(loss):
+            raise _unusable(source, "loss_window", f"a list with {loss!r:.80}")
+    for name, value in (record["code"] or {}).items():
+        if not isinstance(value, str | None):
+            raise _unusable(source, f"code.{name}", value)
     record["settings"] = check_settings(record["settings"], f"{source}: run.settings")
     if record["global_batch"] * (record["settings"].get("block_size") or 1) > MAX_TOKENS_PER_STEP:
         raise _unusable(source, "global_batch", record["global_batch"])

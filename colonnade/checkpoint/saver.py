@@ -6,6 +6,7 @@ process group of its own: its collectives must not meet those of the steps that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -22,7 +23,7 @@ from colonnade.checkpoint.manifest import JSON
 from colonnade.checkpoint.save import Content, checkpoint_content, write_checkpoint
 from colonnade.checkpoint.state import model_tensors, optimizer_tensors
 from colonnade.errors import RunError
-from colonnade.parallel.mesh import COLLECTIVE_TIMEOUT
+from colonnade.parallel.mesh import STARTUP_SECONDS, time_limit
 from colonnade.parallel.vote import one_line, vote
 
 # Locked pages are worth their cost for what takes time to copy; a step count does not.
@@ -36,11 +37,16 @@ class CheckpointSaver:
         directory: the run folder.
         asynchronous: False makes `save` return when the checkpoint is durable.
         hashes: as for `save_checkpoint`.
+        timeout: seconds that a rank waits for the others in a save; 0 for ever.
+
+    Attributes:
+        longest_save: seconds of the longest save so far, from its beginning until it was durable and pruned.
     """
 
-    def __init__(self, directory: Path, *, asynchronous: bool, hashes: bool) -> None:
+    def __init__(self, directory: Path, *, asynchronous: bool, hashes: bool, timeout: float = STARTUP_SECONDS) -> None:
         self._directory, self._asynchronous, self._hashes = directory, asynchronous, hashes
-        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=time_limit(timeout))
+        self.longest_save = 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoint-save")
         self._started: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -98,9 +104,11 @@ class CheckpointSaver:
             self.wait()
 
     def _write(self, step: int, content: Callable[[], Content], after_commit: Callable[[Path], None] | None) -> None:
+        began = time.monotonic()
         path = write_checkpoint(self._directory, step, content, group=self._group, hashes=self._hashes)
         if after_commit is not None and dist.get_rank(self._group) == 0:
             after_commit(path)
+        self.longest_save = max(self.longest_save, time.monotonic() - began)
 
     @torch.no_grad()
     def _staged(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:

@@ -5,7 +5,6 @@ A document that fits into a block is never cut. Pure functions of their argument
 
 from __future__ import annotations
 
-import hashlib
 from heapq import heappop, heappush
 
 import numpy as np
@@ -75,13 +74,3 @@ def _place(sizes: list[int], capacity: int) -> Integers:
             heappush(rooms[left], chosen)
             occupied |= 1 << left
     return placed
-
-
-def bin_order(count: int, seed_key: tuple[int, int, int]) -> Integers:
-    """A permutation of `count` bins keyed by (seed, epoch, unit).
-
-    From Philox's raw stream, which NumPy keeps from version to version, where `Generator.permutation` may change.
-    """
-    digest = hashlib.blake2b(repr(tuple(map(int, seed_key))).encode(), digest_size=16).digest()
-    keys = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
-    return np.argsort(keys, kind="stable")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.data.lane_reader import Event, LaneReader, RowsJudged, UnitSkipped, WindowEnded
+from colonnade.data.lane_reader import Event, LaneReader, PortionEnded, RowsJudged, UnitSkipped
 from colonnade.data.packing import Block, create_packer
 from colonnade.data.position import LaneCounts, LaneCursor, LaneState, SkippedUnit
 from colonnade.data.text_filter import REASONS
@@ -36,7 +36,6 @@ class Lane:
 
     Attributes:
         state: after the last block.
-        skipped: with those found since.
     """
 
     def __init__(
@@ -54,7 +53,8 @@ class Lane:
         strict: bool,
     ) -> None:
         self.state = state
-        self.skipped = list(skipped)
+        self._skips = len(skipped)
+        self._found: list[SkippedUnit] = []
         self._title = title
         self._reader = reader
         self._block_size = block_size
@@ -62,18 +62,18 @@ class Lane:
         self._ahead = ahead
         self._pool = pool
         self._packer = create_packer(packing, block_size, state.cursor)
-        self._by_window = packing == "best-fit"
+        self._by_portion = reader.by_portion
         self._counts = state.counts
         self._judged: deque[RowsJudged] = deque()
         cursor = state.cursor
         # The token a resumed stream has to find again, until it has. A block of best-fit is found by its number.
-        self._wanted: LaneCursor | None = cursor if cursor.token and not self._by_window else None
+        self._wanted: LaneCursor | None = cursor if cursor.token and not self._by_portion else None
         self._epoch_is_whole = cursor[1:] == (0, 0, 0)
         self._epoch_blocks = self._epoch_tokens = 0
         self._source = reader.read(cursor, epochs, {skip.unit: skip for skip in skipped})
         self._pending: deque[Future[EncodedRows] | EncodedRows | Event] = deque()
-        # Best-fit counts a window's rows with its first block: where the cursor stands inside one, they are counted.
-        self._counted = cursor[:3] if self._by_window and cursor.token else None
+        # Best-fit counts a portion's rows with its first block: where the cursor stands inside one, they are counted.
+        self._counted = cursor[:3] if self._by_portion and cursor.token else None
 
     def fill(self) -> None:
         """Read ahead, so that the threads have work before the first block is asked for."""
@@ -109,6 +109,11 @@ class Lane:
         self.state = LaneState(block.cursor, self._counts)
         return block
 
+    def take_skipped(self) -> list[SkippedUnit]:
+        """The damaged units found since this was last called."""
+        found, self._found = self._found, []
+        return found
+
     def close(self) -> None:
         self._source.close()
         self._reader.close()
@@ -119,10 +124,10 @@ class Lane:
             self._epoch_tokens += len(event.tokens)
             self._packer.add(event, self._tokens_before_cursor(event))
         elif isinstance(event, RowsJudged):
-            if (event.epoch, event.unit, event.window) != self._counted:
+            if (event.epoch, event.unit, event.portion) != self._counted:
                 self._judged.append(event)
-        elif isinstance(event, WindowEnded):
-            self._packer.end_window(event)
+        elif isinstance(event, PortionEnded):
+            self._packer.end_portion(event)
         elif isinstance(event, UnitSkipped):
             self._skip(event)
         else:
@@ -133,7 +138,7 @@ class Lane:
         while self._judged:
             first = self._judged[0]
             before = len(first.verdicts)
-            if not self._by_window and (first.epoch, first.unit) >= cursor[:2]:
+            if not self._by_portion and (first.epoch, first.unit) >= cursor[:2]:
                 in_unit = (first.epoch, first.unit) == cursor[:2]
                 before = min(before, max(0, cursor.row - first.first_row)) if in_unit else 0
             self._count(first.verdicts[:before])
@@ -173,7 +178,8 @@ class Lane:
         if self._strict:
             raise RunError(f"{where} is damaged ({event.skip.reason}); repair it, or run without --strict-data")
         logger.warning("skipping %s, which is damaged (%s); recorded in the data position", where, event.skip.reason)
-        self.skipped.append(event.skip)
+        self._skips += 1
+        self._found.append(event.skip)
 
     def _end_epoch(self) -> None:
         if self._wanted is not None:
@@ -194,7 +200,7 @@ class Lane:
         message = (
             f"{self._title} holds {self._epoch_tokens} tokens, one block needs {self._block_size + 1} "
             f"(block size {self._block_size}): {rows} rows read, {kept} kept{reasons}, "
-            f"{len(self.skipped)} damaged row groups skipped; give more data or a smaller block size"
+            f"{self._skips} damaged row groups skipped; give more data or a smaller block size"
             f"{', or fewer --data-lanes' if self._title != 'the data' else ''}"
         )
         return UsageError(message) if self.state.counts.tokens_delivered == 0 else RunError(message)

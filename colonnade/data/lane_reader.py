@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from colonnade.data.order import keyed_permutation
+from colonnade.data.order import keyed_permutation, unit_order
 from colonnade.data.position import LaneCursor, SkippedUnit
 from colonnade.data.shards import DamagedUnit, UnitReader, Units
 from colonnade.data.text_filter import KEPT, judge
@@ -41,7 +41,7 @@ class RowsJudged:
 
     epoch: int
     unit: int
-    window: int
+    portion: int
     first_row: int
     verdicts: npt.NDArray[np.uint8]
 
@@ -54,12 +54,12 @@ class UnitSkipped:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowEnded:
+class PortionEnded:
     """All documents that are packed together have been yielded; `key` is what the order of their blocks depends on."""
 
     epoch: int
     unit: int
-    window: int
+    portion: int
     key: tuple[int | str, ...]
 
 
@@ -68,7 +68,7 @@ class EpochEnded:
     epoch: int
 
 
-Event = RowsJudged | UnitSkipped | WindowEnded | EpochEnded
+Event = RowsJudged | UnitSkipped | PortionEnded | EpochEnded
 
 
 class LaneReader:
@@ -81,7 +81,7 @@ class LaneReader:
         members: ordinals of the lane's units, ascending.
         batch_rows: rows encoded in one call.
         vocabulary_size: ids of token shards must be below it.
-        by_window: cursors count portions of a unit that are packed together (best-fit), instead of rows.
+        by_portion: cursors count portions of a unit that are packed together (best-fit), instead of rows.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class LaneReader:
         shuffle: bool,
         batch_rows: int,
         vocabulary_size: int,
-        by_window: bool,
+        by_portion: bool,
     ) -> None:
         self.corpus = corpus
         self.name = name
@@ -106,7 +106,7 @@ class LaneReader:
         self._shuffle = shuffle
         self._batch_rows = batch_rows
         self._vocabulary_size = vocabulary_size
-        self._by_window = by_window
+        self.by_portion = by_portion
         self._reader = UnitReader(text_column)
 
     def __len__(self) -> int:
@@ -114,10 +114,7 @@ class LaneReader:
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Ordinals of the lane's units, in the order of `epoch`."""
-        if not self._shuffle:
-            return self._members
-        key = (self._seed, self.name, "units", epoch, int(self._members[0]))
-        return self._members[keyed_permutation(len(self._members), *key)]
+        return unit_order(self._members, self._seed, self.name, epoch, shuffled=self._shuffle)
 
     def describe(self, epoch: int, unit: int) -> str:
         """The `unit`-th unit of an epoch, for messages."""
@@ -173,11 +170,11 @@ class LaneReader:
             key = (self._seed, self.name, epoch, ordinal, number)
             order = keyed_permutation(len(window), "rows", *key) if self._shuffle else None
             for begin, end in self._portions(window, order):
-                first = begin if self._by_window else max(begin, first_row - row)
-                if portion >= first_row if self._by_window else first < end:
+                first = begin if self.by_portion else max(begin, first_row - row)
+                if portion >= first_row if self.by_portion else first < end:
                     place = (epoch, unit, portion)
                     yield from self._read_rows(place, window, order, range(first, end), row)
-                    yield WindowEnded(*place, key=(self._seed, self.name, epoch, ordinal, portion))
+                    yield PortionEnded(*place, key=(self._seed, self.name, epoch, ordinal, portion))
                 portion += 1
             row, number = row + _rows_in(window), number + 1
             window = None  # or it would be in memory beside the next one
@@ -187,7 +184,7 @@ class LaneReader:
         """Ranges of a window's rows, in their order, that are packed for themselves. Without best-fit packing, which
         holds their tokens, it is one."""
         rows = _rows_in(window)
-        if not self._by_window or isinstance(window, np.ndarray):
+        if not self.by_portion or isinstance(window, np.ndarray):
             return [(0, rows)]
         import pyarrow.compute as pc
 

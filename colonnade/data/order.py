@@ -45,6 +45,15 @@ def deal_units(unit_bytes: Sequence[int], lanes: int, *key: int | str, shuffled:
     return [np.array(sorted(units), np.int64) for units in dealt]
 
 
+def unit_order(
+    members: npt.NDArray[np.int64], seed: int, name: str, epoch: int, *, shuffled: bool
+) -> npt.NDArray[np.int64]:
+    """The units of a lane (`members`, ascending) of corpus `name`, in the order they are read in `epoch`."""
+    if not shuffled:
+        return members
+    return members[keyed_permutation(len(members), seed, name, "units", epoch, int(members[0]))]
+
+
 def default_lanes(corpora: Sequence[Sequence[int]], block_size: int) -> int:
     """Lanes for a new run, from the sizes in bytes of each corpus's units.
 

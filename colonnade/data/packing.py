@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colonnade.data.best_fit import best_fit_bins
-from colonnade.data.lane_reader import WindowEnded
+from colonnade.data.lane_reader import PortionEnded
 from colonnade.data.order import keyed_permutation
 from colonnade.data.position import LaneCursor
 from colonnade.data.tokenization import EncodedRows
@@ -47,7 +47,7 @@ class Packer(Protocol):
     def add(self, encoded: EncodedRows, begin: int = 0) -> None:
         """Append documents; the first `begin` tokens are left out (only sensible where nothing is held)."""
 
-    def end_window(self, event: WindowEnded) -> None:
+    def end_portion(self, event: PortionEnded) -> None:
         """All documents that are packed together have been added."""
 
     def cut(self) -> Block:
@@ -81,7 +81,7 @@ class ConcatPacker:
             self._begin = begin if len(self._queue) == 1 else self._begin
             self._available += len(encoded.tokens) - begin
 
-    def end_window(self, event: WindowEnded) -> None:
+    def end_portion(self, event: PortionEnded) -> None:
         pass
 
     def cut(self) -> Block:
@@ -149,7 +149,7 @@ class BestFitPacker:
             self._held, self._bins, self._order, self._next = [], [], np.zeros(0, np.int64), 0
         self._held.append(encoded)
 
-    def end_window(self, event: WindowEnded) -> None:
+    def end_portion(self, event: PortionEnded) -> None:
         lengths = [np.diff(encoded.ends, prepend=0) for encoded in self._held]
         if not lengths:
             return
@@ -160,7 +160,7 @@ class BestFitPacker:
         self._bins = best_fit_bins(np.concatenate(lengths), self._width)
         self._order = keyed_permutation(len(self._bins), "blocks", *event.key)
         self._next, self._resume = self._resume, 0
-        self._place = LaneCursor(event.epoch, event.unit, event.window, 0)
+        self._place = LaneCursor(event.epoch, event.unit, event.portion, 0)
         if not len(self._order):
             self._held = []
 
@@ -174,8 +174,8 @@ class BestFitPacker:
             tokens[filled : filled + end - begin] = stretch
             filled += end - begin
         self._next += 1
-        epoch, unit, window, _ = self._place
-        cursor = LaneCursor(epoch, unit, window, self._next) if self.ready else LaneCursor(epoch, unit, window + 1, 0)
+        epoch, unit, portion, _ = self._place
+        cursor = LaneCursor(epoch, unit, portion, self._next) if self.ready else LaneCursor(epoch, unit, portion + 1, 0)
         return Block(tokens, starts, filled, filled, cursor, epoch)
 
     def drop_tail(self) -> int:

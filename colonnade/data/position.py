@@ -8,7 +8,7 @@ Nothing in it depends on batch rows, worker threads, or the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -46,7 +46,12 @@ class LaneCounts(NamedTuple):
 
     def plus(self, other: LaneCounts) -> LaneCounts:
         """The sum, field by field."""
-        return LaneCounts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return LaneCounts.sum((self, other))
+
+    @classmethod
+    def sum(cls, parts: Iterable[LaneCounts]) -> LaneCounts:
+        """The sum of any number of counts, field by field."""
+        return cls(*map(sum, zip(cls(), *parts, strict=True)))
 
 
 class LaneState(NamedTuple):
@@ -117,6 +122,11 @@ class StreamHead:
     filter_version: int
     text_column: str
 
+    @property
+    def by_portion(self) -> bool:
+        """Whether cursors count portions of a unit that are packed together, instead of rows."""
+        return self.packing == "best-fit"
+
     def differences(self, other: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> list[str]:
         """What differs in `other`, as `name old -> new`; `names` are the names of each corpus's files."""
         mine, theirs = ({corpus.name: corpus for corpus in head.corpora} for head in (self, other))
@@ -172,10 +182,10 @@ class DataPosition:
 
     def totals(self) -> dict[str, LaneCounts]:
         """What has been read of each corpus, over all lanes."""
-        totals = {}
-        for corpus, states in zip(self.head.corpora, self.states, strict=True):
-            totals[corpus.name] = LaneCounts(*map(sum, zip(*(state.counts for state in states), strict=True)))
-        return totals
+        return {
+            corpus.name: LaneCounts.sum(state.counts for state in states)
+            for corpus, states in zip(self.head.corpora, self.states, strict=True)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -263,7 +273,7 @@ class DataPosition:
             if index is not None and self.head.corpora[index].manifest == corpus.manifest:
                 same_files[index] = place
             if index is not None and index in same_files and keeps_order:
-                states.append(tuple(_after_row(state, head.packing) for state in self.states[index]))
+                states.append(tuple(_after_row(state, by_portion=head.by_portion) for state in self.states[index]))
             else:
                 counted = LaneState(counts=totals.get(corpus.name) or retired.pop(corpus.name, LaneCounts()))
                 states.append((counted, *(LaneState(),) * (head.lanes - 1)))
@@ -323,9 +333,9 @@ def lane_owners(lanes: int, readers: int, start: int) -> list[int]:
     return [(lane - start) % apart for lane in range(lanes)]
 
 
-def _after_row(state: LaneState, packing: str) -> LaneState:
+def _after_row(state: LaneState, *, by_portion: bool) -> LaneState:
     epoch, unit, row, token = state.cursor
-    begun = packing != "best-fit" and token > 0
+    begun = not by_portion and token > 0
     return LaneState(LaneCursor(epoch, unit, row + begun, 0), state.counts)
 
 

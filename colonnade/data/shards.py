@@ -57,18 +57,17 @@ def open_shards(paths: Sequence[str | Path], text_column: str) -> list[Shard]:
         UsageError: naming the first file (in order) that is missing or cannot be reached.
         BadShardError: the first one that cannot be used.
     """
-    shards, bad = open_usable_shards(paths, text_column)
-    if bad:
-        raise bad[0]
-    return shards
+    return open_usable_shards(paths, text_column, strict=True)[0]
 
 
-def open_usable_shards(paths: Sequence[str | Path], text_column: str) -> tuple[list[Shard], list[BadShardError]]:
+def open_usable_shards(
+    paths: Sequence[str | Path], text_column: str, *, strict: bool = False
+) -> tuple[list[Shard], list[BadShardError]]:
     """Describe the shards that can be used, and why the others cannot, both in order.
 
     Raises:
         UsageError: a file is missing or cannot be reached, which says nothing of what is in it.
-        BadShardError: none can be used; it is the first one's.
+        BadShardError: none can be used, or with `strict` not all of them; it is the first one's.
     """
     if not paths:
         raise UsageError("no data shards were given; give at least one file")
@@ -82,7 +81,7 @@ def open_usable_shards(paths: Sequence[str | Path], text_column: str) -> tuple[l
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(paths)), thread_name_prefix="footer") as pool:
         found = list(pool.map(describe, paths))
     bad = [each for each in found if isinstance(each, BadShardError)]
-    if len(bad) == len(found):
+    if len(bad) == len(found) or (strict and bad):
         raise bad[0]
     return [each for each in found if isinstance(each, Shard)], bad
 

@@ -14,11 +14,14 @@ from colonnade.data.blocks import pack_blocks
 from colonnade.data.lane import Lane
 from colonnade.data.lane_reader import LaneReader
 from colonnade.data.mixture import Mixture
-from colonnade.data.order import deal_units
+from colonnade.data.order import deal_units, unit_order
 from colonnade.data.position import DataPosition, LaneState, StreamHead
 from colonnade.data.shards import Units
 from colonnade.data.tokenization import EncoderPool
 from colonnade.errors import RunError, UsageError
+
+# Lanes of a batch whose place is told.
+_PLACES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class TokenStream:
                     shuffle=head.shuffle,
                     batch_rows=batch_rows,
                     vocabulary_size=vocabulary_size,
-                    by_window=head.packing == "best-fit",
+                    by_portion=head.by_portion,
                 )
                 self._lanes[index][lane] = Lane(
                     lane_reader,
@@ -156,8 +159,8 @@ class TokenStream:
         if block is None:
             raise StopIteration
         skipped = self.position.skipped
-        if new := [skip for skip in lane.skipped if skip not in skipped]:
-            skipped = tuple(sorted((*skipped, *new)))
+        if found := lane.take_skipped():  # none of them is known: no other lane has these units
+            skipped = tuple(sorted((*skipped, *found)))
         self._next += self.apart
         self.position = self.position.after(number, corpus, lane.state, skipped)
         tokens = block.tokens
@@ -165,6 +168,28 @@ class TokenStream:
             padding = np.arange(len(tokens)) >= block.filled
             tokens = pack_blocks(tokens, block.starts, padding)
         return TokenChunk(tokens, self.position, block.epoch, number)
+
+    def describe(self, position: DataPosition, count: int) -> str:
+        """Which the `count` chunks after `position` are, and where the text of each lane's first one begins.
+
+        At an epoch's end that may be its tail, less than a block, which is dropped for the next epoch's first text.
+
+        Args:
+            position: of this stream, as all its readers know it (`DataPosition.merged`).
+        """
+        head, mixture, first = position.head, Mixture(position.schedule), position.chunk
+        lanes = dict.fromkeys((mixture.corpus_of(chunk), chunk % head.lanes) for chunk in range(first, first + count))
+        places = []
+        for corpus, lane in [*lanes][:_PLACES_SHOWN]:
+            units, name = self.units[corpus], head.corpora[corpus].name
+            epoch, unit, row, _ = position.states[corpus][lane].cursor
+            dealt = deal_units(units.unit_bytes, head.lanes, head.seed, name, shuffled=head.shuffle)[lane]
+            order = unit_order(dealt, head.seed, name, epoch, shuffled=head.shuffle)
+            part = "portion" if head.packing == "best-fit" else "row"
+            shuffled = " of its shuffled order" if head.shuffle and part == "row" else ""
+            places.append(f"{units.describe(int(order[unit]))} from {part} {row}{shuffled} on, epoch {epoch}")
+        more = f"; and {len(lanes) - len(places)} more lanes" if len(lanes) > len(places) else ""
+        return f"chunks {first} to {first + count - 1} of the data: {'; '.join(places)}{more}"
 
     def close(self) -> None:
         """Stop the threads and close the files. The position stays readable."""

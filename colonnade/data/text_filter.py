@@ -36,12 +36,6 @@ class JudgedText(NamedTuple):
     verdicts: npt.NDArray[np.uint8]
 
 
-def count_reasons(verdicts: npt.NDArray[np.uint8]) -> dict[str, int]:
-    """Rows dropped, by reason; reasons without rows are left out."""
-    numbers = np.bincount(verdicts, minlength=len(REASONS) + 1)
-    return {name: int(numbers[code]) for code, name in REASONS.items() if numbers[code]}
-
-
 def judge(column: pa.Array) -> JudgedText:
     """Judge a column of strings, bytes, dictionary-encoded strings or nulls.
 

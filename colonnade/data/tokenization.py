@@ -107,6 +107,12 @@ def _tokenizer_class(folder: Path) -> Any:
     return AutoTokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id: what a model's vocabulary has to hold. Not the number of entries: ids may have
+    gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 # --- boundary tokens -------------------------------------------------------------------------------------------------
 
 

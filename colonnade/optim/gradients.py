@@ -80,7 +80,10 @@ def accumulate_in_tree(
 
 
 def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, *, fixed_order: bool = False) -> None:
-    """Sum gradients over the data-parallel ranks in place; each rank has normalised by the global batch already."""
+    """Sum gradients, and what goes with them, over the data-parallel ranks in place.
+
+    Each rank has normalised by the global batch already.
+    """
     size = dist.get_world_size(group)
     if size == 1:
         return
@@ -107,9 +110,7 @@ def global_norm(gradients: list[tuple[Tensor, bool]], group: TensorGroup) -> Ten
 
     Parts that only one rank holds are summed over the tensor-parallel group; what every rank holds counts once.
     """
-    sharded = _squared_norms([gradient for gradient, cut in gradients if cut]).sum()
-    whole = _squared_norms([gradient for gradient, cut in gradients if not cut]).sum()
-    return (group.sum_(sharded) + whole).sqrt().to(gradients[0][0].dtype)
+    return _norm_and_flag(gradients, group, torch.zeros((), dtype=torch.bool))[0]
 
 
 def fixed_order_norm(
@@ -121,6 +122,45 @@ def fixed_order_norm(
         gradients: of all parameters.
         pieces: a parameter each, the dimension it is cut along and the pieces that no rank cuts further.
     """
+    return _fixed_order_norm_and_flag(gradients, pieces, group, torch.zeros((), dtype=torch.bool))[0]
+
+
+def agreed_norm(
+    gradients: list[tuple[Tensor, bool]],
+    group: TensorGroup,
+    flag: Tensor,
+    pieces: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The global norm, and whether this step is not to be taken, in one collective; stays on the device.
+
+    Args:
+        flag: bool, a reason of this rank not to take it.
+        pieces: as in `fixed_order_norm`, for its order; None for the library's.
+
+    Returns:
+        (norm, bad): `bad` is 1.0 where a rank of the group raised its flag or holds a gradient that is not finite, be
+        it in its copy of a parameter alone; else 0.0. Both are the same on every rank of the group.
+    """
+    if pieces is None:
+        norm, flags = _norm_and_flag(gradients, group, flag)
+    else:
+        norm, flags = _fixed_order_norm_and_flag(gradients, pieces, group, flag)
+    # A NaN among the flags is not 0 either.
+    return norm, ((flags != 0) | ~torch.isfinite(norm)).float()
+
+
+def _norm_and_flag(gradients: list[tuple[Tensor, bool]], group: TensorGroup, flag: Tensor) -> tuple[Tensor, Tensor]:
+    device = gradients[0][0].device
+    sharded = _squared_norms([gradient for gradient, cut in gradients if cut], device).sum()
+    whole = _squared_norms([gradient for gradient, cut in gradients if not cut], device).sum()
+    # Zero, or NaN where this rank's copy of something is not finite: then all ranks are to see it.
+    told = group.sum_(torch.stack([sharded + whole * 0, flag.to(sharded)]))
+    return (told[0] + whole).sqrt().to(gradients[0][0].dtype), told[1]
+
+
+def _fixed_order_norm_and_flag(
+    gradients: list[tuple[Tensor, bool]], pieces: Sequence[tuple[int, int]], group: TensorGroup, flag: Tensor
+) -> tuple[Tensor, Tensor]:
     parts: list[Tensor] = []
     places: list[int] = []
     start = 0
@@ -133,19 +173,24 @@ def fixed_order_norm(
             places += range(first, first + local)
         start += count
     device = gradients[0][0].device
-    squares = torch.zeros(start, dtype=torch.float64, device=device)
-    squares[torch.tensor(places, device=device)] = _squared_norms(parts)
+    # The flags travel in the last place.
+    squares = torch.zeros(start + 1, dtype=torch.float64, device=device)
+    squares[torch.tensor(places, device=device)] = _squared_norms(parts, device)
+    squares[start] = flag
+    if group.rank > 0:
+        copies = _squared_norms([gradient for gradient, sharded in gradients if not sharded], device).sum()
+        squares[start] += copies * 0
     # Each square comes from one rank; the others add zeros to it, which is exact in any order.
     if group.communicates:
         dist.all_reduce(squares, group=group.group)
-    return squares.sum().sqrt().to(gradients[0][0].dtype)
+    flags = squares[start]
+    return (squares[:start].sum().sqrt() + flags * 0).to(gradients[0][0].dtype), flags
 
 
-def _squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+def _squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)]."""
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    device = tensors[0].device
+        return torch.zeros(0, dtype=torch.float64, device=device)
     size = NORM_PIECE if device.type == "cpu" else max(1, *(tensor.numel() for tensor in tensors))
     pieces = [tensor.reshape(-1).split(size) for tensor in tensors]
     norms = torch.stack(torch._foreach_norm([piece for group in pieces for piece in group]))

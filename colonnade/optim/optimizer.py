@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # The attribute through which a gradient scaler tells a fused optimizer to skip a step.
 FOUND_INF = "found_inf"
@@ -45,6 +45,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Set the rate of the next step for all groups."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Take a step, unless `skipped` is 1: then parameters, moments and step counts stay as they are, to the bit.
+
+    The fused update is told on the device, and no host waits. The other ones, on the CPU, are asked here.
+
+    Args:
+        skipped: float32 scalar on the parameters' device, 0 or 1.
+    """
+    if optimizer.defaults["fused"]:
+        setattr(optimizer, FOUND_INF, skipped)
+        optimizer.step()
+        delattr(optimizer, FOUND_INF)
+    elif not skipped:
+        optimizer.step()
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:

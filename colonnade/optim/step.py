@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,12 +14,13 @@ from torch.amp.grad_scaler import GradScaler
 from colonnade.data.blocks import counted_targets, unpack_blocks
 from colonnade.optim.gradients import (
     accumulate_in_tree,
+    agreed_norm,
     clip_by_norm,
-    fixed_order_norm,
-    global_norm,
     local_gradients,
     sum_over_data_parallel,
 )
+from colonnade.optim.loss_window import WindowStatistics
+from colonnade.optim.optimizer import step_unless
 from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.mesh import ParallelLayout
 
@@ -33,6 +35,23 @@ class SlicedModel(Protocol):
     def pieces(self) -> Sequence[tuple[int, int]]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def __call__(self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What came of a step: scalars on the device, the same on every rank.
+
+    Attributes:
+        loss: mean over the labels of the global batch that count.
+        grad_norm: of the whole model, before clipping.
+        skipped: 1.0 where parameters, moments and step counts were left as they were, else 0.0.
+        losses_before: what the losses before it were like, where spikes are looked for.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    losses_before: WindowStatistics | None = None
 
 
 def micro_batches_of(share: Tensor, count: int) -> list[Tensor]:
@@ -66,9 +85,13 @@ def optimizer_step(
     max_grad_norm: float,
     document_mask: bool = False,
     deterministic: bool = False,
+    skip_above: Tensor | None = None,
     after_backward: Callable[[], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> StepOutcome:
     """Train on this rank's share of the global batch. Collective.
+
+    A step whose loss or gradient norm is not finite is skipped, on all ranks: the decision is made from what has been
+    summed over them, and stays on the device.
 
     Args:
         share: [chunks, block_size + 1] blocks in the wire format (`colonnade/data/blocks.py`).
@@ -77,11 +100,8 @@ def optimizer_step(
         max_grad_norm: 0 for no clipping.
         document_mask: attention and loss stay within documents.
         deterministic: sum in the order that does not depend on the number of ranks; needs a model with fixed slices.
+        skip_above: a loss above it is skipped as well; NaN for none.
         after_backward: called while a device is still busy with what was launched.
-
-    Returns:
-        (this rank's part of the mean loss, the global gradient norm before clipping), both on the device: the mean loss
-        is the sum of the parts over the data-parallel ranks (`sum_over_data_parallel`).
     """
 
     def backward(micro_batch: Tensor) -> Tensor:
@@ -101,15 +121,18 @@ def optimizer_step(
     if after_backward is not None:
         after_backward()
     gradients = local_gradients(model.parameters())
-    sum_over_data_parallel([gradient for gradient, _ in gradients], model.layout.dp_group, fixed_order=deterministic)
+    summed = [*(gradient for gradient, _ in gradients), loss]
+    sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
     scaler.unscale_(optimizer)
-    if model.group.fixed_order:
-        norm = fixed_order_norm(gradients, model.pieces, model.group)
-    else:
-        norm = global_norm(gradients, model.group)
+    flag = ~torch.isfinite(loss)
+    if skip_above is not None:
+        flag |= loss > skip_above
+    pieces = model.pieces if model.group.fixed_order else None
+    norm, skipped = agreed_norm(gradients, model.group, flag, pieces)
     if max_grad_norm > 0:
         clip_by_norm(gradients, norm, max_grad_norm)
-    scaler.step(optimizer)
+    # Not `scaler.step`: it would tell the optimizer of overflows alone. Each of them makes the norm infinite or NaN.
+    step_unless(optimizer, skipped)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return StepOutcome(loss, norm, skipped)

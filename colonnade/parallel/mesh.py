@@ -7,18 +7,26 @@ neighbours (on one node, where the links are fast).
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from colonnade.errors import UsageError
+from colonnade.errors import LocalRunError, PeerError, UsageError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a rank: longer than reading a checkpoint or compiling takes the slowest."""
+STARTUP_SECONDS = 1800.0
+"""How long ranks wait for each other at first: longer than reading a checkpoint or compiling takes the slowest."""
+
+# What stands for no limit where torch wants one.
+_FOREVER = timedelta(days=365)
+# The CPU's collectives give up a little after the watchdog, which says more.
+_BEHIND_WATCHDOG = timedelta(minutes=1)
+JOIN_POLL_SECONDS = 0.1
+TRACE_PREFIX = "nccl_trace_rank_"
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,13 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_parallel(tensor_parallel_size: int | None, device: torch.device | None = None) -> ParallelLayout:
+def init_parallel(
+    tensor_parallel_size: int | None,
+    device: torch.device | None = None,
+    *,
+    timeout: float = STARTUP_SECONDS,
+    trace_folder: Path | None = None,
+) -> ParallelLayout:
     """Join the process group and lay the ("dp", "tp") mesh over it.
 
     Works without torchrun as well: one process is a 1 x 1 mesh with a process group of its own, so that
@@ -123,9 +137,12 @@ def init_parallel(tensor_parallel_size: int | None, device: torch.device | None 
     Args:
         tensor_parallel_size: ranks a model is cut over; None for all of them.
         device: where parameters live; None for the local accelerator, else the CPU.
+        timeout: seconds to wait for the other ranks, here and in every collective; 0 for ever.
+        trace_folder: where NCCL writes what it recorded when a collective hangs; None for its own choice.
 
     Raises:
         UsageError: the size does not divide the world size, or a local rank has no GPU.
+        RunError: a rank did not come in time; names it.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
     tp = resolve_tensor_parallel_size(world_size, tensor_parallel_size)
@@ -133,30 +150,101 @@ def init_parallel(tensor_parallel_size: int | None, device: torch.device | None 
     if not dist.is_initialized():
         # The gloo half serves object collectives and votes of a CUDA run without touching its streams.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=_rendezvous_store() if "RANK" in os.environ else dist.HashStore(),
-            rank=rank_from_environment(),
-            world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
+        if trace_folder is not None:
+            record_collectives(trace_folder)
+        rank, limit = rank_from_environment(), time_limit(timeout)
+        store = _rendezvous_store(limit) if "RANK" in os.environ else dist.HashStore()
+        await_all_ranks(store, rank, world_size, limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
     return ParallelLayout(mesh=mesh, device=device)
 
 
-def _rendezvous_store() -> dist.Store:
+def time_limit(seconds: float) -> timedelta:
+    """What `seconds` are to torch; 0 is for ever."""
+    return timedelta(seconds=seconds) if seconds else _FOREVER
+
+
+def record_collectives(folder: Path) -> None:
+    """Have NCCL record its last collectives and write them into `folder` when one hangs (its flight recorder).
+
+    What the environment says already is left. `python -m torch.distributed.flight_recorder.fr_trace` reads the files.
+    """
+    prefix = str(folder.absolute() / TRACE_PREFIX)
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,  # the name up to torch 2.11
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
+    """Change how long the collectives of a step wait for a rank; 0 for ever. Those under way keep their limit."""
+    limit = time_limit(seconds)
+    if layout.device.type != "cuda":
+        limit += _BEHIND_WATCHDOG
+    for group in (dist.group.WORLD, layout.tp_group, layout.dp_group):
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
+def await_all_ranks(store: dist.Store, rank: int, world_size: int, limit: timedelta) -> None:
+    """Return once all ranks have come to the store.
+
+    Raises:
+        LocalRunError, PeerError: some did not in time; the first of those that did names them, the others are silent.
+    """
+    keys = [f"colonnade/joined/{number}" for number in range(world_size)]
+    deadline = time.monotonic() + limit.total_seconds()
+    try:
+        store.set(keys[rank], "")
+        # Asked again and again: a wait that ends without success prints pages of torch's own stack.
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                missing = [number for number, key in enumerate(keys) if not store.check([key])]
+                break
+            time.sleep(JOIN_POLL_SECONDS)
+        else:
+            return
+    except dist.DistError as error:  # whoever held the store has named them, and is gone
+        raise PeerError("other ranks did not join") from error
+    if rank != min(set(range(world_size)) - set(missing)):
+        raise PeerError("other ranks did not join")
+    named = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+    raise LocalRunError(
+        f"{len(missing)} of {world_size} ranks did not join within {limit.total_seconds():g} s: rank {named}; look at "
+        "what they printed and at their nodes, or give more time with --startup-timeout"
+    )
+
+
+def _rendezvous_store(limit: timedelta) -> dist.Store:
     """The store torchrun hands its ranks, its keys apart from those of an attempt that failed.
 
     torchrun may keep one store over `--max-restarts`, and then ranks of a new attempt read addresses of dead ones (seen
     on torch 2.13 with gloo). The number of an attempt tells them apart on one node; over several nodes the agents count
     differently, so there torchrun has to be told to make a new store (`docs/usage.md`).
     """
-    try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
-    except ValueError as error:  # RANK alone, as some cluster schedulers set it
-        text = " ".join(str(error).split())
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:  # RANK alone, as some cluster schedulers set it
         raise UsageError(
-            f"RANK is set, and no way to the other ranks ({text}): start with torchrun, or unset it"
+            f"RANK is set, and no way to the other ranks (MASTER_ADDR {host!r}, MASTER_PORT {port!r}): start with "
+            "torchrun, or unset it"
+        )
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store: dist.Store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=not is_hosted and rank_from_environment() == 0,
+            timeout=limit,
+            wait_for_workers=False,  # `await_all_ranks` does, and names the missing
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        raise LocalRunError(
+            f"the rendezvous at {host}:{port} could not be reached within {limit.total_seconds():g} s; is rank 0's "
+            "node up, and the port open?"
         ) from error
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

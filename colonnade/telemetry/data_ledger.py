@@ -18,7 +18,7 @@ from colonnade.files import replace_file
 def data_metrics(position: DataPosition) -> dict[str, Any]:
     """The columns of a metrics row: tokens read, delivered again and lost, rows filtered, each corpus's share."""
     totals = position.totals()
-    total = _sum({**totals, **{f"retired {name}": counts for name, counts in position.retired}})
+    total = LaneCounts.sum([*totals.values(), *(counts for _, counts in position.retired)])
     row: dict[str, Any] = {
         "data_tokens_read": total.tokens_delivered + total.tokens_dropped,
         "data_tokens_repeated": total.tokens_repeated,
@@ -51,13 +51,14 @@ def data_summary(position: DataPosition) -> list[str]:
 def data_ledger(position: DataPosition) -> dict[str, Any]:
     """The whole account, as JSON."""
     totals, head = position.totals(), position.head
+    shares = _shares(totals)
     corpora = {}
     for index, (corpus, (name, counts)) in enumerate(zip(head.corpora, totals.items(), strict=True)):
         states = position.states[index]
         corpora[name] = {
             "files": corpus.files,
             "weight": position.weights[index],
-            "share": _shares(totals)[name],
+            "share": shares[name],
             "tokens_read": counts.tokens_delivered + counts.tokens_dropped,
             "tokens_delivered": counts.tokens_delivered,
             "tokens_repeated": counts.tokens_repeated,
@@ -96,12 +97,5 @@ def write_data_ledger(path: Path, position: DataPosition) -> None:
 
 
 def _shares(totals: dict[str, LaneCounts]) -> dict[str, float]:
-    delivered = max(1, _sum(totals).tokens_delivered)
+    delivered = max(1, LaneCounts.sum(totals.values()).tokens_delivered)
     return {name: counts.tokens_delivered / delivered for name, counts in totals.items()}
-
-
-def _sum(totals: dict[str, LaneCounts]) -> LaneCounts:
-    total = LaneCounts()
-    for counts in totals.values():
-        total = total.plus(counts)
-    return total

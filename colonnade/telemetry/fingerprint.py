@@ -59,13 +59,35 @@ class Fingerprint:
 
     def require_equal_copies(self, step: int) -> None:
         """Raises RunError, on all ranks, where ranks hold different copies of a tensor after `step`."""
-        if self.drifted:
-            (name, ranks), *others = self.drifted.items()
-            more = f" ({len(others)} other tensors differ as well)" if others else ""
-            raise RunError(
-                f"ranks hold different copies of {name} after step {step}: {ranks}{more}; memory or a device fails "
-                "there: go on from the last checkpoint without it"
-            )
+        _require_no_drift(self.drifted, step)
+
+
+def require_equal_parameters(model: nn.Module, step: int) -> None:
+    """Compare the parameters that several ranks hold, of a model of `DTensor`s, and no others. Collective.
+
+    Over a tensor-parallel group those it does not cut, over data-parallel ranks all of them.
+
+    Raises:
+        RunError: on all ranks, where copies differ: names the parameter and the ranks.
+    """
+    parameters = dict(model.named_parameters())
+    first = next(iter(parameters.values()))
+    assert isinstance(first, DTensor)
+    tp = first.device_mesh.size()
+    if dist.get_world_size() == tp:
+        parameters = {} if tp == 1 else {name: value for name, value in parameters.items() if not _is_cut(value)}
+    if parameters:
+        _require_no_drift(_drifted(parameters, _sums_of_ranks(parameters, first.device, tp)), step)
+
+
+def _require_no_drift(drifted: Mapping[str, str], step: int) -> None:
+    if drifted:
+        (name, ranks), *others = drifted.items()
+        more = f" ({len(others)} other tensors differ as well)" if others else ""
+        raise RunError(
+            f"ranks hold different copies of {name} after step {step}: {ranks}{more}; memory or a device fails "
+            "there: go on from the last checkpoint without it"
+        )
 
 
 def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fingerprint:
@@ -82,21 +104,39 @@ def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fing
     first = next(iter(parameters.values()))
     assert isinstance(first, DTensor)
     tensors = {**parameters, **states}
-    sums = torch.stack([_local_sums(tensor).to(first.device) for tensor in tensors.values()])
+    by_rank = _sums_of_ranks(tensors, first.device, first.device_mesh.size())
+    values = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        sums = by_rank[0, :, index]
+        total = sums.sum(dim=0) if _is_cut(tensor) else sums[0]
+        values[name] = "".join(f"{lane & (2**64 - 1):016x}" for lane in total.tolist())
+    return Fingerprint(
+        {name: values[name] for name in parameters},
+        {name: values[name] for name in states},
+        _drifted(tensors, by_rank),
+    )
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
+
+
+def _sums_of_ranks(tensors: Mapping[str, Tensor], device: torch.device, tp: int) -> Tensor:
+    """The sums of what each rank holds of each tensor, on the CPU of every rank. [dp, tp, tensors, lanes]"""
+    sums = torch.stack([_local_sums(tensor).to(device) for tensor in tensors.values()])
     held = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(held, sums)
-    # [dp, tp, tensors, lanes]
-    by_rank = torch.stack(held).cpu().unflatten(0, (-1, first.device_mesh.size()))
-    values, drifted = {}, {}
+    return torch.stack(held).cpu().unflatten(0, (-1, tp))
+
+
+def _drifted(tensors: Mapping[str, Tensor], by_rank: Tensor) -> dict[str, str]:
+    """The tensors whose copies differ, with the ranks that do in words."""
+    found = {}
     for index, (name, tensor) in enumerate(tensors.items()):
-        sums_of_ranks = by_rank[:, :, index]
-        is_cut = isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
-        total = sums_of_ranks[0].sum(dim=0) if is_cut else sums_of_ranks[0, 0]
-        values[name] = "".join(f"{lane & (2**64 - 1):016x}" for lane in total.tolist())
-        copies_agree = sums_of_ranks == (sums_of_ranks[:1] if is_cut else sums_of_ranks[:1, :1])
-        if not copies_agree.all():
-            drifted[name] = _who_differs(sums_of_ranks, is_cut=is_cut)
-    return Fingerprint({name: values[name] for name in parameters}, {name: values[name] for name in states}, drifted)
+        sums, is_cut = by_rank[:, :, index], _is_cut(tensor)
+        if not (sums == (sums[:1] if is_cut else sums[:1, :1])).all():
+            found[name] = _who_differs(sums, is_cut=is_cut)
+    return found
 
 
 def _who_differs(sums: Tensor, *, is_cut: bool) -> str:

@@ -90,7 +90,9 @@ def test_changed_data_needs_leave_and_is_recorded(flags, uninterrupted, tmp_path
     assert "corpus code 3 files with 20 rows" in refused
     assert "part_9.parquet" in refused
     output = run("resume_pretrain_tensor.py", [*given, "--allow-data-change"])
-    assert "the data is not the checkpoint's: corpus code" in output
+    (report,) = (line for line in output.splitlines() if line.startswith("changed since the checkpoint: "))
+    assert "; corpus code 3 files with 20 rows" in report
+    assert "part_9.parquet" in report
     changes = json.loads((directory / "data_ledger.json").read_text())["changes"]
     assert [change["at_chunk"] for change in changes] == [64]
     assert position(directory, STEPS)["chunk"] == STEPS * 8

@@ -234,7 +234,7 @@ def deterministic_steps(
     share = (tokens if packed is None else packed)[layout.dp_rank :: layout.dp]
     bits = []
     for _ in range(steps):
-        loss, norm = optimizer_step(
+        outcome = optimizer_step(
             model,
             optimizer,
             scaler,
@@ -245,8 +245,8 @@ def deterministic_steps(
             document_mask=packed is not None,
             deterministic=True,
         )
-        sum_over_data_parallel([loss], layout.dp_group, fixed_order=True)
-        bits.append((float32_bits(float(loss)), float32_bits(float(norm)), scaler.get_scale()))
+        loss, norm = float(outcome.loss), float(outcome.grad_norm)
+        bits.append((float32_bits(loss), float32_bits(norm), scaler.get_scale()))
     fingerprint = fingerprint_of(model, optimizer)
     assert not fingerprint.drifted
     result: dict[str, Any] = {"bits": bits, "fused": fused}
@@ -300,3 +300,69 @@ def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]]) -> 
         if layout.dp_rank * layout.tp + layout.tp_rank == rank:
             flip(model, optimizer, name)
     return before, fingerprint_of(model, optimizer)
+
+
+def steps_with_a_bad_one(
+    config: ModelConfig,
+    tp: int,
+    *,
+    bad: int,
+    poison: str | None,
+    rank: int = 0,
+    fused: bool = True,
+    deterministic: bool = False,
+    limit: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Five steps, each on a batch of its own, of which number `bad` is poisoned on one rank; None: it is left out.
+
+    Where the bad step is left out the loss scale is halved there, as an overflow would.
+
+    Returns:
+        `skipped` of each step; whether the bad step left this rank's tensors and step counts as they were (`kept`);
+        this rank's tensors at the end; the loss scale.
+    """
+    layout, model = build(config, tp, **options)
+    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    allocate_state(optimizer)
+    fp16 = options.get("compute_dtype") == torch.float16
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
+
+    def held() -> list[Tensor]:
+        tensors = list(model.parameters())
+        tensors += [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
+        return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+
+    def spoil() -> None:
+        if torch.distributed.get_rank() == rank and poison != "loss":
+            gradient = model.get_parameter(str(poison)).grad
+            assert isinstance(gradient, DTensor)
+            gradient.to_local().view(-1)[1] = float("inf") if fp16 else float("nan")
+
+    skipped, kept = [], None
+    for number in range(5):
+        tokens = torch.randint(0, config.vocab_size, (4, 17), generator=torch.Generator().manual_seed(number))
+        if number == bad and poison is None:
+            if fp16:
+                scaler.load_state_dict({**scaler.state_dict(), "scale": scaler.get_scale() / 2, "_growth_tracker": 0})
+            continue
+        is_bad = number == bad
+        before = held()
+        share = tokens[layout.dp_rank :: layout.dp]
+        outcome = optimizer_step(
+            model,
+            optimizer,
+            scaler,
+            share,
+            accumulation=share.shape[0] // 2,
+            targets=64,
+            max_grad_norm=0.5,
+            deterministic=deterministic,
+            skip_above=None if limit is None else torch.tensor(limit if is_bad else float("nan"), dtype=torch.float64),
+            after_backward=spoil if is_bad and limit is None else None,
+        )
+        skipped.append(float(outcome.skipped))
+        if is_bad:
+            kept = all(torch.equal(old, new) for old, new in zip(before, held(), strict=True))
+            assert limit is not None or not torch.isfinite(outcome.grad_norm)
+    return {"skipped": skipped, "kept": kept, "tensors": held(), "scale": scaler.get_scale()}

@@ -1,0 +1,53 @@
+"""The losses of the last steps that were taken, and when a loss stands out from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class WindowStatistics(NamedTuple):
+    """Mean and standard deviation (that of the population) of a window, and the loss above which is a spike.
+
+    float64 scalars on the device; `limit` is NaN, which no loss is above, while the window is less than half full.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    limit: Tensor
+
+
+class LossWindow:
+    """The last `size` losses, in the order of their steps. Stays on the device: neither method waits for it.
+
+    Skipped steps leave it as it is. The sums over it depend on its values alone, not on what came before them, so a run
+    that was stopped and went on makes the same decisions.
+    """
+
+    def __init__(self, size: int, device: torch.device, values: Sequence[float] = ()) -> None:
+        kept = list(values)[-size:]
+        # What has not been filled yet is NaN: a loss that is not finite is skipped, so none of them is.
+        padded = [float("nan")] * (size - len(kept)) + kept
+        self._values = torch.tensor(padded, dtype=torch.float64, device=device)
+
+    def append(self, loss: Tensor, skipped: Tensor) -> None:
+        """Take in the loss of a step, unless it was skipped. Both are scalars on the device."""
+        shifted = torch.cat([self._values[1:], loss.detach().double().reshape(1)])
+        self._values = torch.where(skipped > 0, self._values, shifted)
+
+    def statistics(self, sigma: float) -> WindowStatistics:
+        """The limit lies `sigma` standard deviations above the mean."""
+        filled = ~torch.isnan(self._values)
+        count = filled.sum()
+        mean = torch.where(filled, self._values, 0.0).sum() / count
+        deviation = (torch.where(filled, self._values - mean, 0.0).square().sum() / count).sqrt()
+        is_enough = 2 * count >= len(self._values)
+        return WindowStatistics(mean, deviation, torch.where(is_enough, mean + deviation * sigma, torch.nan))
+
+    def values(self) -> list[float]:
+        """The losses, the oldest first. Waits for the device."""
+        values: list[float] = self._values[~torch.isnan(self._values)].tolist()
+        return values

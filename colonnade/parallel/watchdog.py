@@ -1,0 +1,244 @@
+"""Threads beside the training thread, for what that one cannot notice while it stands in a collective.
+
+- **Signals.** SIGTERM, SIGINT and SIGUSR1 ask a run to stop. Python runs signal handlers on the main thread alone, and
+  not before a collective returns; the wakeup descriptor tells this thread at once.
+- **A peer that failed.** A failing rank cannot vote: its peers stand in a collective that it will never reach, and a
+  vote of its own would pair with theirs. So it leaves a key in the store of the rendezvous.
+- **A phase without an end.** Each thing the main thread does has a limit. Beyond it all ranks write the stacks of their
+  threads, say how far they are, and leave; so does a rank that was asked to stop and whose peers never come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+POLL_SECONDS = 1.0
+# A rank that was asked to stop needs the rest of its step, and torchrun kills it after 30 s unless told otherwise.
+STOP_GRACE_SECONDS = 20.0
+# How long a hung rank waits for the word of the others. Each looks once in POLL_SECONDS.
+GATHER_SECONDS = 5.0
+# NCCL's own watchdog writes its flight recorder when a collective exceeds the same limit; it needs a moment.
+NCCL_DUMP_SECONDS = 60.0
+
+_FAILED, _HUNG, _PLACE = "colonnade/peer_failed", "colonnade/peer_hung", "colonnade/place"
+
+
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether an error of a collective says that a peer is gone, rather than that something is wrong here."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the main thread does.
+
+    Attributes:
+        what: in words that follow "rank 3 is".
+        order: how many phases came before; the ranks enter the same phases in the same order.
+        limit: seconds it may take; 0 for no limit.
+        is_step: part of an optimizer step, which others wait for.
+        began: on the monotonic clock.
+    """
+
+    what: str
+    order: int
+    limit: float
+    is_step: bool
+    began: float
+
+
+class Watchdog:
+    """Watches over a training loop; a context manager, entered on the main thread.
+
+    Args:
+        folder: where the stacks of a hung rank go, as `rank_N.txt`; created when needed.
+        on_cuda: leave NCCL the time to write what it recorded.
+
+    Attributes:
+        stop_signal: the name of the signal that asked for a stop; None where none did.
+        longest_step: seconds of the longest part of a step so far; may be set.
+    """
+
+    def __init__(self, folder: Path, *, on_cuda: bool = False) -> None:
+        self.folder = folder
+        self.stop_signal: str | None = None
+        self.longest_step = 0.0
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._store = dist.distributed_c10d._get_default_store() if self._world > 1 else None
+        self._on_cuda = on_cuda
+        self._phase = Phase("starting", 0, 0.0, False, time.monotonic())
+        self._stop_asked_at = 0.0
+        self._handlers: dict[signal.Signals, object] = {}
+        self._wakeup, self._signalled = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._done = threading.Event()
+        self._peer_hangs = False
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        # Only a main thread may; a run inside another program has that program's handlers.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
+            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        self._thread.start()
+        if self._store is not None:
+            threading.Thread(target=self._listen, name="peer-watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._handlers:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        with contextlib.suppress(OSError):
+            self._wakeup.send(b"\0")
+        self._thread.join()
+        self._wakeup.close()
+        self._signalled.close()
+
+    def enter(self, what: str, limit: float, *, is_step: bool = False) -> None:
+        """The main thread begins something else, which may take `limit` seconds (0: any time)."""
+        now, last = time.monotonic(), self._phase
+        if last.is_step:
+            self.longest_step = max(self.longest_step, now - last.began)
+        self._phase = Phase(what, last.order + 1, limit, is_step, now)
+
+    def announce_failure(self) -> None:
+        """Tell all ranks that this one is leaving; call it before the exception that ends it."""
+        self._done.set()
+        if self._store is not None:
+            self._store.set(_FAILED, str(self._rank))
+
+    # ----------------------------------------------------------------------------------------- on the threads
+
+    def _watch(self) -> None:
+        """Signals and limits. Never asks the store, which may not answer where a network is gone."""
+        while not self._done.is_set():
+            if select.select([self._signalled], [], [], POLL_SECONDS)[0]:
+                self._take_signals(self._signalled.recv(64))
+            if self._done.is_set():
+                return
+            late = self._too_late()
+            if late is not None or self._peer_hangs:
+                self._leave_hung(late)
+
+    def _listen(self) -> None:
+        """What other ranks leave in the store."""
+        assert self._store is not None
+        try:
+            while not self._done.wait(POLL_SECONDS):
+                if self._store.check([_FAILED]) and not self._done.is_set():
+                    # The main thread may stand in a collective for good; nothing here is worth an orderly exit.
+                    _leave(1)
+                self._peer_hangs = self._store.check([_HUNG])
+        except dist.DistError:  # the store is gone: the launcher is taking the run down
+            return
+
+    def _take_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number not in STOP_SIGNALS:
+                continue
+            if number == signal.SIGINT and self.stop_signal == "SIGINT":
+                print("interrupted a second time: left without a save", file=sys.stderr)
+                _leave(130)
+            if self.stop_signal is None:
+                self._stop_asked_at = time.monotonic()
+            self.stop_signal = signal.Signals(number).name
+
+    def _too_late(self) -> str | None:
+        """What took too long, in words."""
+        phase, now = self._phase, time.monotonic()
+        if phase.limit and now - phase.began > phase.limit:
+            return f"{phase.what} took longer than {phase.limit:g} s"
+        if self.stop_signal is not None and phase.is_step:
+            grace = STOP_GRACE_SECONDS + 3 * self.longest_step
+            if now - max(phase.began, self._stop_asked_at) > grace:
+                return f"{self.stop_signal} asked for a stop, and {phase.what} did not end within {grace:.0f} s"
+        return None
+
+    def _leave_hung(self, late: str | None) -> None:
+        self._dump_stacks()
+        phase = self._phase
+        here = {"what": phase.what, "order": phase.order, "seconds": time.monotonic() - phase.began}
+        places: dict[int, dict[str, Any]] = {self._rank: here}
+        told = [late or "another rank hangs"]
+        if self._store is not None:
+            exchange = threading.Thread(target=self._exchange, args=(late, places, told), daemon=True)
+            exchange.start()
+            exchange.join(GATHER_SECONDS + POLL_SECONDS)
+        if self._rank == min(places):
+            where = f"{self.folder}/rank_*.txt"
+            print(f"error: {told[-1]}: {describe_places(places, self._world)}; stacks: {where}", file=sys.stderr)
+        sys.stderr.flush()
+        if self._on_cuda:
+            time.sleep(NCCL_DUMP_SECONDS)
+        _leave(1)
+
+    def _exchange(self, late: str | None, places: dict[int, dict[str, Any]], told: list[str]) -> None:
+        """Tell the others where this rank is, and gather what they say in time, and what the first noticed."""
+        assert self._store is not None
+        with contextlib.suppress(dist.DistError):
+            self._store.set(f"{_PLACE}/{self._rank}", json.dumps(places[self._rank]))
+            if late is not None and not self._store.check([_HUNG]):
+                self._store.set(_HUNG, late)
+            told.append(self._store.get(_HUNG).decode())
+            deadline = time.monotonic() + GATHER_SECONDS
+            while len(places) < self._world and time.monotonic() < deadline:
+                for rank in range(self._world):
+                    if rank not in places and self._store.check([f"{_PLACE}/{rank}"]):
+                        places[rank] = json.loads(self._store.get(f"{_PLACE}/{rank}"))
+                time.sleep(0.1)
+
+    def _dump_stacks(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"rank_{self._rank}.txt").open("a", encoding="utf-8") as file:
+                moment = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.write(f"{moment} {socket.gethostname()} process {os.getpid()}: {self._phase.what}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"the stacks of rank {self._rank} could not be written: {error}", file=sys.stderr)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+
+def describe_places(places: Mapping[int, Mapping[str, Any]], world: int) -> str:
+    """How far each rank of `world` is, the ones that the others wait for first; one line."""
+    silent = [rank for rank in range(world) if rank not in places]
+    parts = [f"rank {rank} gives no sign" for rank in silent]
+    last = max(place["order"] for place in places.values())
+    for rank in sorted(places, key=lambda rank: (places[rank]["order"], rank)):
+        place = places[rank]
+        behind = "behind, " if place["order"] < last else ""
+        parts.append(f"rank {rank} is {behind}in {place['what']} since {place['seconds']:.0f} s")
+    return "; ".join(parts)
+
+
+def _noted(number: int, frame: object) -> None:
+    """A handler that does nothing: with one in place the wakeup descriptor is written, and the process lives on."""
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,108 @@
+"""How a run ends, and how it began: what is printed, and what its folder says afterwards.
+
+COMPLETE.json    the last step was taken
+STOPPED.json     it was asked to stop, and goes on from where it is
+.launch.json     which launch works in the folder, so that a second attempt of it is told from a first
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+
+from colonnade.checkpoint.manifest import checkpoint_name
+from colonnade.errors import LocalRunError
+from colonnade.files import replace_file
+from colonnade.telemetry.data_ledger import data_summary
+from colonnade.telemetry.metrics import MetricsLog
+from colonnade.telemetry.plots import plot_loss
+from run_state import LEDGER_NAME, Run, whole_position
+
+METRICS_NAME, PLOT_NAME = "metrics.jsonl", "loss.png"
+LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMPLETE.json"
+
+
+def finish(run: Run, saved_step: int, metrics: MetricsLog | None, stop_reason: str | None) -> None:
+    """Close what is open, draw the plot, and say and write down how the run ended. Collective."""
+    position = whole_position(run)
+    run.feed.close()
+    if run.stream is not None:
+        run.stream.close()
+    if metrics is None:
+        return
+    metrics.close()
+    entropy = run.validation.unigram_entropy if run.validation is not None else None
+    drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
+    record_end(run, stop_reason, saved_step)
+    lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
+    if stop_reason is not None:
+        lines = [f"stopped after step {run.step} of {run.settings.total_steps} ({stop_reason}); it goes on from there"]
+    if position is not None:
+        lines += [f"  data        {line}" for line in data_summary(position)]
+    if run.validation is not None and run.validation_loss is not None:
+        lines.append(
+            f"  held out    {_with_perplexity(run.validation_loss)}; "
+            f"knowing the token frequencies alone: {_with_perplexity(run.validation.unigram_entropy)}"
+        )
+    if saved_step >= 0:
+        lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
+    lines.append(f"  metrics     {run.directory / METRICS_NAME}")
+    if saved_step >= 0:
+        lines.append(f"  data ledger {run.directory / LEDGER_NAME}")
+    if drawn:
+        lines.append(f"  plot        {run.directory / PLOT_NAME}")
+    print("\n".join(lines))
+
+
+def _with_perplexity(loss: float) -> str:
+    return f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.1f})"
+
+
+def record_end(run: Run, reason: str | None, saved_step: int) -> None:
+    """Write how the run ended into its folder: COMPLETE.json, or STOPPED.json with the reason. On one rank.
+
+    A run that failed, or is under way, has neither.
+    """
+    content = {
+        "step": run.step,
+        "total_steps": run.settings.total_steps,
+        "tokens_seen": run.tokens_seen,
+        "loss": run.loss if run.loss is not None and math.isfinite(run.loss) else None,
+        "validation_loss": run.validation_loss,
+        "checkpoint": checkpoint_name(saved_step) if saved_step >= 0 else None,
+        "ended_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if reason is not None:
+        content = {"reason": reason, **content}
+    path = run.directory / (COMPLETE_NAME if reason is None else STOPPED_NAME)
+    try:
+        replace_file(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise LocalRunError(f"{path} cannot be written: {error.strerror or error}; the checkpoint is whole") from error
+
+
+def record_launch(directory: Path, launched_by: list[str], step: int) -> None:
+    """Note who started these ranks, and from which step. A later attempt of the same launch finds it. Raises OSError.
+
+    A later attempt leaves the step of the first.
+    """
+    if step_of_launch(directory, launched_by) is None:
+        replace_file(directory / LAUNCH_NAME, json.dumps({"launched_by": launched_by, "step": step}) + "\n")
+
+
+def step_of_launch(directory: Path, launched_by: list[str]) -> int | None:
+    """The step at which the first attempt of this launch began in the folder; None where this is the first."""
+    try:
+        record = json.loads((directory / LAUNCH_NAME).read_text(encoding="utf-8"))
+        is_same = not set(record["launched_by"]).isdisjoint(launched_by)
+        return int(record["step"]) if is_same else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that tells nothing: a first attempt
+        return None
+
+
+def forget_end(directory: Path) -> None:
+    """The run goes on: it is neither complete nor stopped. Raises OSError."""
+    for name in (STOPPED_NAME, COMPLETE_NAME):
+        (directory / name).unlink(missing_ok=True)

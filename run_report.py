@@ -1,0 +1,67 @@
+"""What a start says before its first step of how it differs from the checkpoint it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from colonnade.checkpoint.manifest import library_versions
+from colonnade.config import RunSettings
+from colonnade.data.position import DataPosition
+from colonnade.telemetry.code_version import describe_code
+from run_data import weight_changes
+from run_inputs import arithmetic_changes
+from run_state import Run
+
+# What says where a run is, not what it is; ranks are told as such.
+_QUIET = {"tensor_parallel_size", "checkpoint_dir"}
+
+
+def resume_report(
+    run: Run, record: Mapping[str, Any], libraries: Mapping[str, str], actions: tuple[str, ...] = ()
+) -> str:
+    """One line: everything that differs from the checkpoint as `name old -> new`, or that nothing does.
+
+    Args:
+        record: the checkpoint's (`run_record`); empty for a single file, which tells nothing to compare with.
+        libraries: versions it was written with.
+        actions: what this start changes besides.
+    """
+    changes = [*_changes(run, record, libraries), *actions] if record else [*actions]
+    return "changed since the checkpoint: " + ("; ".join(changes) if changes else "nothing")
+
+
+def _changes(run: Run, record: Mapping[str, Any], libraries: Mapping[str, str]) -> list[str]:
+    settings, layout = run.settings, run.layout
+    # Settings that the checkpoint's version did not have were at their defaults.
+    old, new = RunSettings(**record["settings"]).to_dict(), settings.to_dict()
+    pairs: list[tuple[str, Any, Any]] = [(name, old[name], new[name]) for name in new if name not in _QUIET]
+    pairs += [
+        ("ranks", record["tp"] * record["dp"], layout.tp * layout.dp),
+        ("tp", record["tp"], layout.tp),
+        ("dp", record["dp"], layout.dp),
+        ("sequences a step", record["global_batch"], run.global_batch),
+        ("micro-batch", record["micro_batch_size"] or run.batch.micro_batch_size, run.batch.micro_batch_size),
+        ("tokenizer backend", record["tokenizer_backend"], run.tokenizer_backend.label),
+    ]
+    if record["code"] is not None:
+        pairs.append(("code", describe_code(record["code"]), describe_code(run.code)))
+    present = library_versions()
+    pairs += [(name, libraries.get(name), present.get(name)) for name in sorted({*libraries, *present})]
+    lines = [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]
+    # Told above, of every run.
+    told = ("torch ", "micro_batch_size ")
+    lines += [line for line in arithmetic_changes(record, settings, layout) if not line.startswith(told)]
+    return lines + weight_changes(record, settings) + _data_changes(run, record)
+
+
+def _data_changes(run: Run, record: Mapping[str, Any]) -> list[str]:
+    """What is not the checkpoint's of files and tokenizer, by their digests; on the ranks that read."""
+    if run.stream is None:
+        return []
+    before = DataPosition.from_dict(record["data_position"])
+    names = [[shard.name for shard in units.shards] for units in run.stream.units]
+    head = run.stream.start.head
+    return before.head.differences(
+        head, {corpus.name: files for corpus, files in zip(head.corpora, names, strict=True)}
+    )

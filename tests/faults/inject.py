@@ -1,0 +1,100 @@
+"""Faults to put into a command before it starts (`forked_commands.begin(prepare=...)`); `RANK` says where one is."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from typing import Any
+
+
+def is_rank(number: int) -> bool:
+    return os.environ.get("RANK", "0") == str(number)
+
+
+def at_step(step: int, fault: Any) -> None:
+    """Call `fault` just before optimizer step `step` is taken."""
+    import training_utils
+
+    train_step = training_utils.train_step
+
+    def failing(run: Any, batch: Any, learning_rate: float) -> Any:
+        if run.step + 1 == step:
+            fault()
+        return train_step(run, batch, learning_rate)
+
+    training_utils.train_step = failing
+
+
+def rank_1_reads_for_ever() -> None:
+    """Rank 1 does not get the data of step 5."""
+    from colonnade.data.feed import BatchFeed
+
+    take = BatchFeed.take
+    calls: list[int] = []
+
+    def hanging(feed: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5 and is_rank(1):
+            time.sleep(600)
+        return take(feed)
+
+    BatchFeed.take = hanging  # type: ignore[assignment,method-assign]
+
+
+def short_grace() -> None:
+    from colonnade.parallel import watchdog
+
+    watchdog.STOP_GRACE_SECONDS = 1.0
+
+
+def step_3_for_ever() -> None:
+    at_step(3, lambda: time.sleep(600))
+
+
+def rank_1_has_no_time() -> None:
+    """The clock of rank 1 says that the run began an hour ago."""
+    from colonnade.parallel import stopping
+
+    launched_at = stopping.launched_at
+    stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
+
+
+def first_attempt_dies_in_step_9() -> None:
+    """Under torchrun, rank 1 of the first attempt is killed."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
+        at_step(9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def first_attempt_aborts_at_its_exit() -> None:
+    """Under torchrun, rank 1 of the first attempt finishes the run, and aborts where it should exit with 0."""
+    from colonnade.parallel import launch
+
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
+        leave_group = launch._leave_group
+
+        def aborting() -> None:
+            leave_group()
+            os.abort()
+
+        launch._leave_group = aborting
+
+
+def step_9_for_ever() -> None:
+    at_step(9, lambda: time.sleep(600))
+
+
+def rank_1_has_no_room_at_step_12() -> None:
+    """The system refuses rank 1 files of more than 4 KiB from step 12 on."""
+    if is_rank(1):
+        at_step(12, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+
+
+def nothing_can_be_pruned() -> None:
+    from colonnade.checkpoint import prune
+
+    def refuse(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    prune.move_aside = refuse

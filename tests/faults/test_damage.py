@@ -1,0 +1,105 @@
+"""Checkpoints damaged on disk: an older one is taken and told why, or the start is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import STEPS
+from faults.runs import assert_same_end
+from forked_commands import start
+
+NEWEST = "streaming_checkpoint_step_18"
+
+
+def shard(checkpoint: Path) -> Path:
+    return sorted(checkpoint.glob("*.distcp"))[0]
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a bit flipped in a shard": (lambda path: flip_a_bit(shard(path)), "SHA-256"),
+    "a bit flipped in .metadata": (lambda path: flip_a_bit(path / ".metadata"), ".metadata"),
+    "a shard cut short": (lambda path: cut(shard(path)), "its manifest says"),
+    "a shard missing": (lambda path: shard(path).unlink(), "cannot be read: No such file"),
+    "a manifest cut short": (lambda path: cut(path / "MANIFEST.json"), "is damaged"),
+    "no manifest": (lambda path: (path / "MANIFEST.json").unlink(), "it has no MANIFEST.json"),
+}
+
+
+@pytest.fixture
+def unfinished(undisturbed: Path, tmp_path: Path) -> Path:
+    """A run whose newest checkpoint is that of step 18."""
+    directory = tmp_path / "run"
+    shutil.copytree(undisturbed, directory)
+    shutil.rmtree(directory / f"streaming_checkpoint_step_{STEPS}")
+    (directory / "COMPLETE.json").unlink()
+    return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_says_so(
+    flags: list[str], undisturbed: Path, unfinished: Path, tmp_path: Path, damage: str
+) -> None:
+    harm, reason = DAMAGE[damage]
+    harm(unfinished / NEWEST)
+    outcomes = start("training", [*flags, "--checkpoint-dir", str(unfinished)], ranks=2)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    (line,) = [line for line in outcomes[0].errors.splitlines() if NEWEST in line]
+    assert reason in line
+    assert "going back to step 12, 6 steps lost" in line
+    # Trained again, and saved in place of the damaged one.
+    assert_same_end(unfinished, undisturbed, STEPS, tmp_path)
+    assert_same_end(unfinished, undisturbed, 18, tmp_path)
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(unfinished: Path, tmp_path: Path) -> None:
+    flip_a_bit(shard(unfinished / NEWEST))
+    flags = ["--checkpoint-path", str(unfinished / NEWEST), "--checkpoint-dir", str(tmp_path / "other")]
+    (outcome,) = start("resume_pretrain_tensor", flags)
+    assert outcome.code == 2
+    assert "usage error" in outcome.errors
+    assert shard(unfinished / NEWEST).name in outcome.errors
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_starts_afresh_over_checkpoints_that_are_all_damaged(flags: list[str], unfinished: Path) -> None:
+    for checkpoint in unfinished.glob("streaming_*"):
+        flip_a_bit(shard(checkpoint))
+    before = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()}
+    (outcome,) = start("training", [*flags, "--checkpoint-dir", str(unfinished)])
+    assert outcome.code == 2
+    assert "holds 3 checkpoint(s) and none is usable" in outcome.errors
+    after = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file() and path in before}
+    assert after == before
+
+
+def test_broken_newer_folders_and_foreign_names_neither_count_nor_go(
+    flags: list[str], undisturbed: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    """Pruning keeps the newest two complete ones, and what it does not know is not its own."""
+    (unfinished / "streaming_checkpoint_step_900").mkdir()
+    cut(unfinished / NEWEST / "MANIFEST.json")
+    foreign = ["streaming_checkpoint_step_6_backup", "checkpoint_step_3", "notes"]
+    for name in foreign:
+        shutil.copytree(undisturbed / NEWEST, unfinished / name)
+    these = [*flags, "--checkpoint-dir", str(unfinished), "--keep-checkpoints", "2", "--checkpoint-interval", "4"]
+    (outcome,) = start("training", these)
+    assert outcome.code == 0, outcome.errors
+    names = {path.name for path in unfinished.iterdir() if path.is_dir()}
+    kept = {f"streaming_checkpoint_step_{step}" for step in (20, STEPS)}
+    assert kept | set(foreign) <= names
+    assert names - kept - set(foreign) <= {"streaming_checkpoint_step_900", NEWEST}

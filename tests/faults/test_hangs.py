@@ -1,0 +1,62 @@
+"""Ranks that do not come, at the start or in a step: they are named, and nobody waits for them for ever."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from colonnade.parallel.mesh import record_collectives
+from faults import inject
+from forked_commands import begin, start
+
+
+def test_a_rank_that_never_joins_is_named(flags: list[str], tmp_path: Path) -> None:
+    these = [*flags, "--checkpoint-dir", str(tmp_path / "run"), "--startup-timeout", "2"]
+    outcomes = begin("training", these, ranks=3, present=[0, 2]).finish()
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    said = [line for outcome in outcomes for line in outcome.errors.splitlines() if line.startswith("training.py")]
+    assert len(said) == 1
+    assert said[0].startswith("training.py: error: rank 0: 1 of 3 ranks did not join within 2 s: rank 1; ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rendezvous_that_is_not_there_is_named(flags: list[str], tmp_path: Path) -> None:
+    these = [*flags, "--checkpoint-dir", str(tmp_path / "run"), "--startup-timeout", "2"]
+    (outcome,) = begin("training", these, ranks=2, present=[1]).finish()
+    assert outcome.code == 1
+    last = outcome.errors.splitlines()[-1]
+    assert last.startswith("training.py: error: rank 1: the rendezvous at localhost:")
+    assert "could not be reached within 2 s" in last
+
+
+def test_a_rank_that_hangs_is_named_and_every_rank_writes_its_stacks(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory), "--step-timeout", "2"]
+    outcomes = start("training", these, ranks=2, prepare=inject.rank_1_reads_for_ever)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    said = [line for outcome in outcomes for line in outcome.errors.splitlines() if "error:" in line]
+    assert len(said) == 1
+    assert "took longer than 2 s: rank 1 is behind, in reading the data of step 5 since" in said[0]
+    assert "; rank 0 is in step 5 since" in said[0]
+    assert f"stacks: {directory}/hangs/rank_*.txt" in said[0]
+    stacks = [(directory / "hangs" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in train_step" in stacks[0]
+    assert "in hanging" in stacks[1]
+
+
+def test_nccl_records_into_the_folder_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What torch reads from the environment when a group is made; the user's own values are left."""
+    for name in list(os.environ):
+        if name.startswith(("TORCH_FR_", "TORCH_NCCL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    for name in ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    record_collectives(tmp_path / "hangs")
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        assert os.environ[name] == str(tmp_path / "hangs" / "nccl_trace_rank_")
