@@ -132,6 +132,7 @@ def _ways(folder: Path, millions: int) -> tuple[dict[str, Callable[[], None]], C
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import DTensor
 
+    from colonnade.checkpoint.manifest import JSON
     from colonnade.checkpoint.saver import CheckpointSaver
     from colonnade.checkpoint.state import model_tensors, optimizer_tensors
     from colonnade.optim.optimizer import allocate_state, create_adamw
@@ -156,7 +157,7 @@ def _ways(folder: Path, millions: int) -> tuple[dict[str, Callable[[], None]], C
     allocate_state(optimizer)
     savers = {mode: CheckpointSaver(folder, asynchronous=mode == "async", hashes=True) for mode in ("async", "sync")}
     savers["async"].reserve(model, optimizer)
-    manifest = {"settings": {}, "loss": 2.5}
+    manifest: dict[str, JSON] = {"settings": {}, "loss": 2.5}
 
     def save(mode: str) -> None:
         savers[mode].save(1, model=model, optimizer=optimizer, manifest=manifest)
