@@ -61,10 +61,10 @@ def rank_1_has_no_time() -> None:
     stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
 
 
-def first_attempt_dies_in_step_9() -> None:
+def first_attempt_dies_in_step_15() -> None:
     """Under torchrun, rank 1 of the first attempt is killed."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
-        at_step(9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        at_step(15, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def first_attempt_aborts_at_its_exit() -> None:
