@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from colonnade.checkpoint.hashing import HashingFileSystem
+from colonnade.checkpoint.hashing import HashingFileSystem, crc32_left_out
 from colonnade.checkpoint.manifest import (
     JSON,
     TEMPORARY_PREFIX,
@@ -190,9 +190,10 @@ class CommittingWriter(dcp.FileSystemWriter):
         return StorageMeta(checkpoint_id=self.target.name, save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
         if self.hashes is None:
-            return written
+            return super().write_data(plan, planner)
+        with crc32_left_out():
+            written = super().write_data(plan, planner)
         known = self.hashes.sha256
         hashed: Future[list[WriteResult]] = Future()
         hashed.set_result(
