@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults.test_skipped_steps import poisoned, rows_of, steps_of
 
 import colonnade.telemetry.fingerprint as fingerprint
 import forked_commands
@@ -14,7 +15,6 @@ from colonnade.telemetry.fingerprint import require_equal_parameters
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
-from distributed.test_skipped_steps import poisoned, rows_of, steps_of
 from distributed.workers import build
 from forked_commands import Outcome
 
