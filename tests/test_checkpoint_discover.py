@@ -149,6 +149,33 @@ def test_damaged_newest_falls_back_with_one_line(tmp_path: Path, caplog: pytest.
         resolve_checkpoint(newest)
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (7, "7"),
+        (None, "None"),
+        ("", "''"),
+        ("A" * 64, "'AAAAAAAAAAAAA"),
+        ("0" * 63, "'0000000000"),
+        ("0" * 64 + "\n", "'0000000000"),
+        (["0" * 64], r"\['000000000"),
+        ("x" * 10**6, "'xxxxxxxxxx"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_hash_that_is_none_is_refused(tmp_path: Path, value: Any, shown: str) -> None:
+    folder = make(tmp_path, 3)
+    rewrite(folder, lambda content: [facts.update(sha256="0" * 64) for facts in content["files"].values()])
+    assert read_manifest(folder).sha256 == dict.fromkeys(("__0_0.distcp", ".metadata"), "0" * 64)
+    rewrite(folder, lambda content: content["files"][".metadata"].update(sha256=value))
+    with pytest.raises(UsageError, match=rf"MANIFEST.json is damaged: the SHA-256 of '.metadata' is {shown}") as caught:
+        resolve_checkpoint(folder)
+    assert len(str(caught.value)) < 500
+    rewrite(folder, lambda content: content["files"][".metadata"].pop("sha256"))
+    with pytest.raises(UsageError, match=r"MANIFEST.json is damaged: the SHA-256 of '.metadata' is missing"):
+        resolve_checkpoint(folder)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "sub/file", "a\\b", "", "a\0b"])
 def test_a_manifest_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path, 3)
@@ -222,6 +249,21 @@ def test_prune_keeps_all_or_the_newest(tmp_path: Path) -> None:
     assert steps(tmp_path) == [3]
     with pytest.raises(UsageError, match="cannot keep -1"):
         prune_checkpoints(tmp_path, -1)
+
+
+def test_milestones_stay_and_do_not_count(tmp_path: Path) -> None:
+    for step in (50, 100, 150, 200, 250, 300, 350):
+        make(tmp_path, step)
+    removed = prune_checkpoints(tmp_path, 2, keep_every=100)
+    assert [path.name for path in removed] == [checkpoint_name(step) for step in (150, 50)]
+    assert steps(tmp_path) == [350, 300, 250, 200, 100]
+    assert prune_checkpoints(tmp_path, 1, keep_every=50) == []
+    # What is known to be damaged takes no other's place, whatever its sizes say, and is left alone.
+    removed = prune_checkpoints(tmp_path, 1, damaged=[tmp_path / "." / checkpoint_name(350)])
+    assert steps(tmp_path) == [350, 300]
+    assert len(removed) == 3
+    with pytest.raises(UsageError, match="cannot keep every -1th step"):
+        prune_checkpoints(tmp_path, 1, keep_every=-1)
 
 
 def test_a_failed_prune_warns(
