@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from faults.test_skipped_steps import poisoned, rows_of, steps_of
 
 import colonnade.telemetry.fingerprint as fingerprint
 import forked_commands
@@ -16,6 +15,7 @@ from distributed.launching import make_inputs
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
 from distributed.workers import build
+from faults.test_skipped_steps import poisoned, rows_of, steps_of
 from forked_commands import Outcome
 
 NORM, CUT = "model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
