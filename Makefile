@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format bench bits
+.PHONY: help install quickstart test faults check format bench bits
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,7 +32,10 @@ quickstart: install ## train the tiny preset on two CPU processes and generate a
 	$(BIN)/python generate.py --checkpoint-path $(QUICKSTART) --prompt 'def ' --max-new-tokens 80
 
 test: install ## run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
+
+faults: install ## run every fault of docs/reliability.md, those that take minutes too
+	$(BIN)/python -m pytest -q tests/faults
 
 check: install ## lint, formatting and types
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -49,7 +50,7 @@ def test_spikes_are_numpys(sigma: float, skips: bool) -> None:
 
 def test_statistics_are_numpys_and_come_with_half_a_window() -> None:
     window = LossWindow(10, torch.device("cpu"))
-    losses = np.float32([3.25, 2.5, 2.75, 1.125, 9.5])
+    losses = np.array([3.25, 2.5, 2.75, 1.125, 9.5], np.float32)
     for number, loss in enumerate(losses.tolist()):
         assert math.isnan(window.statistics(1.0).limit), number
         window.append(scalar(loss), scalar(0.0))
@@ -70,7 +71,7 @@ def test_a_skipped_loss_leaves_the_window() -> None:
 
 
 def bits(window: LossWindow) -> list[str]:
-    return [value.item().hex() for value in window.statistics(4.0)]
+    return [float(value).hex() for value in window.statistics(4.0)]
 
 
 @pytest.mark.parametrize("stop", [3, 10, 77])
@@ -93,11 +94,13 @@ def test_a_window_of_another_size_takes_the_newest() -> None:
     assert LossWindow(40, torch.device("cpu"), range(30)).values() == list(range(30))
 
 
-def curve(kind: str, steps: int = 200) -> np.ndarray:
+def curve(kind: str, steps: int = 200) -> npt.NDArray[np.float64]:
     """Losses of which the window is 100 steps and the rest is what follows."""
     step = np.arange(steps, dtype=np.float64)
     noise = 0.05 * np.random.default_rng(1).standard_normal(steps)
-    return {"flat": 3.0 + noise, "line": 9 - 0.03 * step + noise, "falling": 6 * np.exp(-step / 80) + 1 + noise}[kind]
+    means = {"flat": 3.0 + 0 * step, "line": 9 - 0.03 * step, "falling": 6 * np.exp(-step / 80) + 1}
+    curve: npt.NDArray[np.float64] = means[kind] + noise
+    return curve
 
 
 @pytest.mark.parametrize("kind", ["flat", "line", "falling"])
@@ -114,8 +117,9 @@ def test_a_loss_that_goes_on_is_told_with_its_figures(kind: str) -> None:
 @pytest.mark.parametrize("jump", [0.6, -0.6])
 def test_a_loss_that_jumps_is_a_warning(kind: str, jump: float) -> None:
     losses = curve(kind)
-    spread = np.polynomial.Polynomial.fit(np.arange(100), losses[:100], 1, full=True)[1][0][0]
-    distance = jump * (1 + 10 * np.sqrt(spread / 98))
+    fit = np.polynomial.Polynomial.fit(np.arange(100), losses[:100], 1)
+    spread = np.sqrt(np.square(losses[:100] - fit(np.arange(100))).sum() / 98)
+    distance = jump * (1 + 10 * spread)
     if kind == "line":
         distance *= 3  # a loss that has been falling may level off, or be where it was a while ago
     line = loss_continuity(losses[:100].tolist(), (losses[100:105] + distance).tolist())

@@ -21,15 +21,26 @@ class HashingStream:
 
     Args:
         stream: the file; this object closes it.
+
+    Attributes:
+        failure: why the last write that failed did.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, "checkpoint-hash")
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`, whose memory may be changed or freed afterwards; the number of bytes."""
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if view.nbytes < _WORTH_A_THREAD:
             self._digest.update(view)
@@ -79,7 +90,11 @@ class HashingFileSystem(FileSystem):
                 yield plain
             return
         with HashingStream(cast("IO[bytes]", Path(path).open(mode))) as stream:
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:
+                # Where a write fails, torch.save tells of a position in its archive and keeps the reason to itself.
+                raise stream.failure or error from error
             self.sha256[Path(path).name] = stream.hexdigest()
 
 

@@ -155,7 +155,11 @@ def failure_line(error: BaseException) -> str:
     """What went wrong on which rank, on one line, without the tracebacks a CheckpointException carries."""
     if not isinstance(error, CheckpointException):
         return one_line(error)
-    return "; ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
+    causes = {rank: one_line(cause) for rank, (cause, _) in sorted(error.failures.items())}
+    return "; ".join(
+        f"rank {rank}: {text}" + (" (is the disk full?)" if "inline_container" in text else "")
+        for rank, text in causes.items()
+    )
 
 
 @dataclass(frozen=True)

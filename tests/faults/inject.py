@@ -61,10 +61,10 @@ def rank_1_has_no_time() -> None:
     stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
 
 
-def first_attempt_dies_in_step_9() -> None:
+def first_attempt_dies_in_step_15() -> None:
     """Under torchrun, rank 1 of the first attempt is killed."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
-        at_step(9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        at_step(15, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def first_attempt_aborts_at_its_exit() -> None:
@@ -98,3 +98,62 @@ def nothing_can_be_pruned() -> None:
         raise PermissionError(13, "Permission denied")
 
     prune.move_aside = refuse
+
+
+def _die_at(owner: Any, name: str, rank: int, call: int) -> None:
+    """SIGKILL a rank as it makes the `call`-th call of `owner.name`."""
+    real = getattr(owner, name)
+    calls: list[int] = []
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call and is_rank(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def dies_in_the_middle_of_a_shard() -> None:
+    """In the second save, after some of its writes."""
+    from colonnade.checkpoint import hashing, save
+
+    write_data = save.CommittingWriter.write_data
+    saves: list[int] = []
+
+    def counting(*args: Any) -> Any:
+        saves.append(1)
+        if len(saves) == 2:
+            _die_at(hashing.HashingStream, "write", rank=1, call=100)
+        return write_data(*args)
+
+    save.CommittingWriter.write_data = counting  # type: ignore[assignment,method-assign]
+
+
+def dies_before_the_metadata() -> None:
+    from colonnade.checkpoint import save
+
+    _die_at(save.CommittingWriter, "finish", rank=0, call=2)
+
+
+def dies_before_the_manifest() -> None:
+    from colonnade.checkpoint import save
+
+    _die_at(save, "write_manifest", rank=0, call=2)
+
+
+def dies_before_the_rename() -> None:
+    from colonnade.checkpoint import save
+
+    _die_at(save, "commit", rank=0, call=2)
+
+
+def dies_in_the_middle_of_a_prune() -> None:
+    """One file of the checkpoint that is pruned is gone, the others are not."""
+    from colonnade.checkpoint import prune
+
+    def dying(path: Any, *args: Any, **kwargs: Any) -> None:
+        next(path.glob("*.distcp")).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    prune.shutil.rmtree = dying  # type: ignore[assignment]

