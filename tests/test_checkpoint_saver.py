@@ -74,7 +74,7 @@ class Gate:
 def a_save_holds_the_moment_it_was_asked_for(folder: Path) -> None:
     saver = CheckpointSaver(folder / "async", asynchronous=True, hashes=True)
     model, optimizer = trained(3)
-    manifest = {"loss": 2.5, "nested": {"rows": [1, 2]}}
+    manifest: dict[str, Any] = {"loss": 2.5, "nested": {"rows": [1, 2]}}
     committed: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
@@ -83,7 +83,7 @@ def a_save_holds_the_moment_it_was_asked_for(folder: Path) -> None:
         # Everything changes while nothing has been written yet.
         step_on(model, optimizer, 4, 5)
         manifest["loss"] = 0.0
-        manifest["nested"]["rows"].append(3)  # type: ignore[index]
+        manifest["nested"]["rows"].append(3)
         gate.opened.set()
         # Collectives of the steps that go on, beside those of the save.
         for number in range(200):

@@ -28,8 +28,6 @@ CONFIG = ModelConfig(
     num_key_value_heads=2,  # fewer than four ranks: each pair holds the same head
     head_dim=8,
     max_position_embeddings=32,
-    attention_bias=True,
-    mlp_bias=True,
 )
 
 
