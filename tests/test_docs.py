@@ -26,11 +26,17 @@ COMMANDS = (
     ["benchmarks/data.py"],
     ["benchmarks/data_memory.py"],
     ["benchmarks/step.py"],
+    ["benchmarks/checkpoint.py"],
     ["benchmarks/packing.py"],
     ["benchmarks/document_mask.py"],
     ["-m", "colonnade.data.sample_corpus"],
 )
 
+# Of sbatch and srun (Slurm 24.05), which are not here to be asked.
+SLURM = {
+    *("--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),
+    *("--open-mode", "--signal", "--kill-on-bad-exit"),
+}
 # What these folders hold is in the repository; other paths in the docs belong to a user's machine.
 FOLDERS = ("colonnade/", "tests/", "docs/", "presets/", "benchmarks/", ".ci/")
 SUFFIXES = (".py", ".md", ".toml", ".txt")
@@ -103,7 +109,7 @@ def test_every_flag_in_the_docs_exists(own_flags: dict[str, set[str]]) -> None:
     from torch.distributed.run import get_args_parser
 
     torchrun = {name.replace("_", "-") for name in get_args_parser()._option_string_actions}
-    known = torchrun.union(*own_flags.values())
+    known = torchrun.union(SLURM, *own_flags.values())
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", page.read_text(encoding="utf-8")))
         unknown = {flag for flag in named if flag.replace("_", "-") not in known}
@@ -149,6 +155,16 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_every_test_of_the_fault_table_exists_and_no_fault_is_left_out() -> None:
+    """A row names `file.py::test`, in tests/faults/ or from tests/ on."""
+    named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    for file, test in named:
+        path = ROOT / "tests" / file if "/" in file else ROOT / "tests" / "faults" / file
+        assert re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE), f"{file}::{test}"
+    files = {path.name for path in (ROOT / "tests" / "faults").glob("test_*.py")}
+    assert files <= {file for file, _ in named}
 
 
 def test_the_metrics_keys_are_those_of_a_run() -> None:

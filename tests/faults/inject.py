@@ -91,6 +91,12 @@ def rank_1_has_no_room_at_step_12() -> None:
         at_step(12, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
 
 
+def rank_1_has_no_room_at_the_end() -> None:
+    """The same, in the last step."""
+    if is_rank(1):
+        at_step(24, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+
+
 def nothing_can_be_pruned() -> None:
     from colonnade.checkpoint import prune
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +21,28 @@ def checkpoints(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name != "hangs")
 
 
-@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize(
+    ("mode", "fault", "step"),
+    [
+        ("async", inject.rank_1_has_no_room_at_step_12, 12),
+        ("sync", inject.rank_1_has_no_room_at_step_12, 12),
+        ("async", inject.rank_1_has_no_room_at_the_end, STEPS),
+    ],
+)
 def test_a_disk_that_is_full_for_one_rank_ends_the_run_and_loses_nothing(
-    flags: list[str], undisturbed: Path, tmp_path: Path, mode: str
+    flags: list[str], undisturbed: Path, tmp_path: Path, mode: str, fault: Callable[[], None], step: int
 ) -> None:
-    """Rank 1 may write no file as large as its shard from step 12 on: the save fails on all ranks."""
+    """Rank 1 may write no file as large as its shard from a step on: the save fails on all ranks, the last one too."""
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory), "--checkpoint-mode", mode]
-    outcomes = start("training", these, ranks=2, prepare=inject.rank_1_has_no_room_at_step_12)
+    outcomes = start("training", these, ranks=2, prepare=fault)
     assert [outcome.code for outcome in outcomes] == [1, 1], outcomes
     (line,) = [line for line in outcomes[0].errors.splitlines() if "error" in line]
-    assert "checkpoint of step 12 was not saved" in line
+    assert f"checkpoint of step {step} was not saved" in line
     assert "rank 1: " in line
     assert "File too large" in line
-    assert checkpoints(directory) == ["streaming_checkpoint_step_6"]
+    assert checkpoints(directory) == sorted(f"streaming_checkpoint_step_{done}" for done in range(6, step, 6))
+    assert not (directory / "COMPLETE.json").exists()
     outcomes = start("training", these, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert_same_end(directory, undisturbed, STEPS, tmp_path)
