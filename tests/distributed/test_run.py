@@ -2,12 +2,12 @@
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import yaml
 
+import forked_commands
 from data_processing import load_tokenizer, streaming_token_generator
 from dense_reference import dense_loss
 from distributed.launching import MODEL, losses, make_inputs, run
@@ -131,14 +131,12 @@ def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all(rank_pool):
 
 
 def test_commands_end_with_code_0_and_silence_20_times_of_20(flags, tmp_path):
-    def once(number):
+    for number in range(20):
         directory = tmp_path / str(number)
         these = [*flags, "--total-steps", "1", "--checkpoint-dir", str(directory)]
-        return run("training.py", these, ranks=2 if number % 2 else 1)
-
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(once, range(20)))
-    for output in outputs:
-        assert "terminate called" not in output
-        assert "Traceback" not in output
-        assert "finished at step 1" in output
+        outcomes = forked_commands.start("training", these, ranks=1 + number % 2)
+        assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes
+        for outcome in outcomes:
+            assert "terminate called" not in outcome.errors
+            assert "Traceback" not in outcome.errors
+        assert "finished at step 1" in outcomes[0].output
