@@ -155,7 +155,8 @@ def assemble(
             hashes=settings.checkpoint_hash,
             timeout=settings.startup_timeout,
         )
-        saver.reserve(model, optimizer)  # before the tuner looks at how much memory there is
+        with vote():
+            saver.reserve(model, optimizer)  # before the tuner looks at how much memory there is
     batch, depends_on = _tune_batch(model, settings, layout, global_batch, micro_batch)
     size = batch.micro_batch_size
     if global_batch is None:

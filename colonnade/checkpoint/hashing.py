@@ -1,58 +1,36 @@
-"""Writing files while their SHA-256 is taken: by a thread beside the one that writes."""
+"""Writing files whose SHA-256 is taken while the disk is waited for."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.serialization import get_crc32_options, set_crc32_options
 
-_WORTH_A_THREAD = 1 << 20
+from colonnade.checkpoint.manifest import file_sha256
 
 
-class HashingStream:
-    """A binary file open for writing that knows the SHA-256 of what was written. Use it as a context manager.
+class HashedFile:
+    """A file open for writing, whose bytes are hashed by a thread while they are made durable.
 
-    Args:
-        stream: the file; this object closes it.
-
-    Attributes:
-        failure: why the last write that failed did.
+    Whoever writes asks for the descriptor when all is written, in order to `fsync`. From then on the disk is busy and
+    the processor is not: the thread reads the file back from the page cache, and hashlib lets go of the interpreter's
+    lock. Hashing what is written piece by piece would take the processor from the writing instead.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._digest = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "checkpoint-hash")
-        self.failure: OSError | None = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = cast("IO[bytes]", path.open("wb"))
+        self._thread = ThreadPoolExecutor(1, "checkpoint-hash")
+        self._begun: tuple[int, Future[str]] | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`, whose memory may be changed or freed afterwards; the number of bytes."""
-        try:
-            return self._write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def _write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if view.nbytes < _WORTH_A_THREAD:
-            self._digest.update(view)
-            self._stream.write(view)
-        else:
-            # Both let go of the interpreter's lock.
-            hashed = self._hasher.submit(self._digest.update, view)
-            try:
-                self._stream.write(view)
-            finally:
-                hashed.result()
-        return view.nbytes
+        return self._stream.write(data)
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -61,20 +39,33 @@ class HashingStream:
         self._stream.flush()
 
     def fileno(self) -> int:
+        """The descriptor of a file whose bytes so far have left this process, and are being hashed."""
+        self._begin_hashing()
         return self._stream.fileno()
 
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+    def _begin_hashing(self) -> None:
+        self._stream.flush()
+        size = self._stream.tell()
+        if self._begun is None or self._begun[0] != size:
+            self._begun = (size, self._thread.submit(file_sha256, self._path))
 
     def close(self) -> None:
-        self._hasher.shutdown()
-        self._stream.close()
+        """Waits for the thread."""
+        if not self._stream.closed:
+            self._begin_hashing()
+            self._thread.shutdown()
+            self._stream.close()
 
-    def __enter__(self) -> HashingStream:
-        return self
+    def hexdigest(self) -> str:
+        """SHA-256 of the closed file. Raises the OSError that the thread met."""
+        assert self._begun is not None
+        return self._begun[1].result()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def abandon(self) -> None:
+        """Close it as it is, after an error that is to be heard instead of what closing it may raise."""
+        self._thread.shutdown(cancel_futures=True)
+        with suppress(OSError):
+            self._stream.close()
 
 
 class HashingFileSystem(FileSystem):
@@ -89,13 +80,14 @@ class HashingFileSystem(FileSystem):
             with super().create_stream(path, mode) as plain:
                 yield plain
             return
-        with HashingStream(cast("IO[bytes]", Path(path).open(mode))) as stream:
-            try:
-                yield stream
-            except RuntimeError as error:
-                # Where a write fails, torch.save tells of a position in its archive and keeps the reason to itself.
-                raise stream.failure or error from error
-            self.sha256[Path(path).name] = stream.hexdigest()
+        file = HashedFile(Path(path))
+        try:
+            yield file
+            file.close()
+        except BaseException:
+            file.abandon()
+            raise
+        self.sha256[Path(path).name] = file.hexdigest()
 
 
 @contextmanager

@@ -52,9 +52,19 @@ class CheckpointSaver:
         self._buffers: dict[str, Tensor] = {}
 
     def reserve(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Take the host memory for the copies now, rather than in the first save. No collective."""
-        if self._asynchronous:
+        """Take the host memory for the copies now, rather than in the first save. No collective.
+
+        Raises:
+            RunError: there is not enough of it.
+        """
+        if not self._asynchronous:
+            return
+        try:
             self._staged({**model_tensors(model), **optimizer_tensors(model, optimizer)})
+        except (RuntimeError, MemoryError) as error:
+            raise RunError(
+                f"no host memory for the copy that --checkpoint-mode async writes ({one_line(error)}); sync needs none"
+            ) from error
 
     @property
     def has_failed(self) -> bool:
@@ -91,12 +101,17 @@ class CheckpointSaver:
                 content = replace(content, tensors=staged)
         except RunError as error:  # the other ranks are on their way into this save: it is told there
             content = error
+        except (RuntimeError, MemoryError) as error:  # of the device
+            content = RunError(one_line(error))
 
         def given() -> Content:
             if isinstance(content, RunError):
                 raise content
             if ready is not None:
-                ready.synchronize()
+                try:
+                    ready.synchronize()
+                except RuntimeError as error:
+                    raise RunError(one_line(error)) from error
             return content
 
         self._started = self._thread.submit(self._write, step, given, after_commit)

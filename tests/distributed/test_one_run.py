@@ -81,9 +81,11 @@ def test_each_script_goes_on_from_the_other(flags, uninterrupted, tmp_path):
     output = run("resume_pretrain_tensor.py", ["--checkpoint-path", str(directory), "--keep-optimizer"])
     assert "tp 2 -> 1" in output
     shutil.rmtree(directory / "streaming_checkpoint_step_24")
-    output = run("training.py", [*flags, "--checkpoint-dir", str(directory), "--keep-checkpoints", "1"])
+    keep = ["--keep-checkpoints", "1", "--keep-every", "12"]
+    output = run("training.py", [*flags, "--checkpoint-dir", str(directory), *keep])
     assert "step 18" in output
-    assert [path.name for path in directory.glob("streaming_*")] == ["streaming_checkpoint_step_24"]
+    # The newest that is no milestone, and the milestones.
+    assert {path.name.rpartition("_")[2] for path in directory.glob("streaming_*")} == {"12", "18", "24"}
     expected, actual = losses(uninterrupted), losses(directory)
     assert {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()} == actual
 

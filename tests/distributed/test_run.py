@@ -110,11 +110,15 @@ def test_the_run_leaves_what_it_says(finished):
 def test_other_precisions_learn_like_fp32(flags, tmp_path, precision):
     these = [*flags, "--total-steps", "8", "--tensor-parallel-size", "2"]
     run("training.py", [*these, "--precision", precision, "--checkpoint-dir", str(tmp_path / precision)], ranks=2)
-    run("training.py", [*these, "--checkpoint-dir", str(tmp_path / "fp32")], ranks=2)
+    otherwise = ["--checkpoint-mode", "sync", "--no-checkpoint-hash"]
+    run("training.py", [*these, *otherwise, "--checkpoint-dir", str(tmp_path / "fp32")], ranks=2)
     expected, actual = losses(tmp_path / "fp32"), losses(tmp_path / precision)
     assert expected[8] < expected[1]
     assert actual == {step: pytest.approx(loss, rel=5e-3) for step, loss in expected.items()}
+    plain = json.loads((tmp_path / "fp32" / "streaming_checkpoint_step_8" / "MANIFEST.json").read_text())
+    assert {key for facts in plain["files"].values() for key in facts} == {"bytes"}
     manifest = json.loads((tmp_path / precision / "streaming_checkpoint_step_8" / "MANIFEST.json").read_text())
+    assert all(facts.keys() == {"bytes", "sha256"} for facts in manifest["files"].values())
     scaler = manifest["run"]["scaler"]
     assert (scaler is not None and scaler["scale"] > 0) == (precision == "fp16")
 

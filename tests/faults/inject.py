@@ -130,7 +130,7 @@ def dies_in_the_middle_of_a_shard() -> None:
     def counting(*args: Any) -> Any:
         saves.append(1)
         if len(saves) == 2:
-            _die_at(hashing.HashingStream, "write", rank=1, call=100)
+            _die_at(hashing.HashedFile, "write", rank=1, call=100)
         return write_data(*args)
 
     save.CommittingWriter.write_data = counting  # type: ignore[assignment,method-assign]
