@@ -21,6 +21,9 @@ class HashedFile:
     Whoever writes asks for the descriptor when all is written, in order to `fsync`. From then on the disk is busy and
     the processor is not: the thread reads the file back from the page cache, and hashlib lets go of the interpreter's
     lock. Hashing what is written piece by piece would take the processor from the writing instead.
+
+    Attributes:
+        failure: why a write failed; None where none did.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,9 +31,14 @@ class HashedFile:
         self._stream = cast("IO[bytes]", path.open("wb"))
         self._thread = ThreadPoolExecutor(1, "checkpoint-hash")
         self._begun: tuple[int, Future[str]] | None = None
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -84,8 +92,11 @@ class HashingFileSystem(FileSystem):
         try:
             yield file
             file.close()
-        except BaseException:
+        except BaseException as error:
             file.abandon()
+            if isinstance(error, RuntimeError) and file.failure is not None:
+                # torch.save tells of a position in its archive, and keeps the reason to itself.
+                raise file.failure from error
             raise
         self.sha256[Path(path).name] = file.hexdigest()
 
