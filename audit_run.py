@@ -39,6 +39,7 @@ class Stretch:
 
     Attributes:
         data_glob, tokenizer_path: where the run's data are now; None where they have not moved.
+        trust_remote_code: run code that comes with the tokenizer.
     """
 
     directory: Path
@@ -47,6 +48,7 @@ class Stretch:
     tensor_parallel_size: int | None
     data_glob: str | None
     tokenizer_path: str | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def parse_audit(arguments: list[str] | None = None) -> Stretch:
         ("--tokenizer-path", None, "PATH", "where its tokenizer is now, if it has moved"),
     ):
         parser.add_argument(flag, default=default, metavar=unit, help=text)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     given = parser.parse(arguments)
     if not given["run"]:
         raise UsageError("--run is missing: give the folder of a run that was trained with --deterministic")
@@ -86,7 +89,8 @@ def parse_audit(arguments: list[str] | None = None) -> Stretch:
     if last is not None and last <= first:
         raise UsageError(f"--to-step {last} is not after --from-step {first}: there is no step between them")
     ranks = _whole_number("--tensor-parallel-size", given["tensor_parallel_size"])
-    return Stretch(Path(given["run"]), first, last, ranks, given["data_glob"], given["tokenizer_path"])
+    place = given["data_glob"], given["tokenizer_path"], given["trust_remote_code"]
+    return Stretch(Path(given["run"]), first, last, ranks, *place)
 
 
 def _whole_number(flag: str, text: str | None) -> int | None:
@@ -113,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         end,
         data_glob=stretch.data_glob,
         tokenizer_path=stretch.tokenizer_path,
+        trust_remote_code=stretch.trust_remote_code,
     )
     try:
         recorded = on_first_rank(lambda: read_recorded(stretch.directory, run.step, end))

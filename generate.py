@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = run_record(found)
     settings = record["settings"]
     path = options.tokenizer_path or settings["tokenizer_path"]
-    tokenizer = load_tokenizer(path, trust_remote_code=settings["trust_remote_code"])
+    tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False)
     end = tokenizer.eos_token_id
     if settings["add_document_boundary_tokens"]:
@@ -107,6 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     parser.add_argument("--tokenizer-path", metavar="PATH", help="where the run's tokenizer is now, if it was moved")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     options = argparse.Namespace(**parser.parse(arguments))
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")

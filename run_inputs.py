@@ -68,10 +68,13 @@ def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launch
     torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
     """
     path = Path(resume.checkpoint_path)
-    of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
-    directory = Path(checkpoint_dir or of_run)
-    began = step_of_launch(directory, launched_by)
-    saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
+    try:
+        of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
+        directory = Path(checkpoint_dir or of_run)
+        began = step_of_launch(directory, launched_by)
+        saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
+    except OSError:  # the search for the checkpoint will say what is wrong with the path
+        return resume
     if began is None or not saved or (saved[0] or 0) <= began:
         return resume
     return replace(resume, checkpoint_path=str(directory), keep_optimizer=True)

@@ -244,6 +244,7 @@ def replay_run(
     *,
     data_glob: str | None = None,
     tokenizer_path: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Run:
     """The deterministic run of a folder as it stood at its newest checkpoint up to step `first`, or at its beginning.
 
@@ -263,7 +264,10 @@ def replay_run(
         own = run_record(start) if start is not None else {}
         record = run_record(told_by)
         settings = RunSettings(**record["settings"]).replace(
-            tensor_parallel_size=layout.tp, checkpoint_dir=str(directory), validation_glob=None
+            tensor_parallel_size=layout.tp,
+            checkpoint_dir=str(directory),
+            validation_glob=None,
+            trust_remote_code=trust_remote_code,
         )
         moved = {"data_glob": data_glob, "tokenizer_path": tokenizer_path}
         settings = settings.replace(**{name: value for name, value in moved.items() if value is not None})

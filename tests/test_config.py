@@ -30,6 +30,7 @@ from colonnade.config import (
 )
 from colonnade.errors import UsageError
 from colonnade.flags import parse_resume, parse_training
+from colonnade.setting_values import wall_time_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = {spec.name: spec for spec in dataclasses.fields(RunSettings)}
@@ -69,6 +70,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "keep_checkpoints": ("0", 0),
     "keep_every": ("500", 500),
     "checkpoint_mode": ("sync", "sync"),
+    "wall_time": ("1-23:30:00", "1-23:30:00"),
+    "startup_timeout": ("60", 60.0),
+    "step_timeout": ("2.5", 2.5),
     "log_interval": ("1", 1),
     "fingerprint_interval": ("0", 0),
     "drift_check_interval": ("5", 5),
@@ -198,12 +202,28 @@ def test_finite_numbers(name: str, tmp_path: Path) -> None:
         assert "it must be a finite number" in refusal("--config", write(tmp_path / "c.yaml", {name: value}))
 
 
-@pytest.mark.parametrize("name", [name for name in numeric("str") if name != "initial_batch_size"])
+@pytest.mark.parametrize("name", [name for name in numeric("str") if name not in ("initial_batch_size", "wall_time")])
 def test_texts(name: str, tmp_path: Path) -> None:
     assert "must be" in refusal(flag(name), "")
     assert "must be" in refusal(flag(name), " ")
     for value in ({"a": "b"}, ["a"], 5, True, "a\0b"):
         assert "it must be text" in refusal("--config", write(tmp_path / "c.yaml", {name: value}))
+
+
+def test_wall_times(tmp_path: Path) -> None:
+    """Also as YAML 1.1 reads them: 4:00:00 is a number to the base 60."""
+    for text, seconds in {"00:00:30": 30, "4:00:00": 14400, "04:00:00": 14400, "2-01:00:05": 176405}.items():
+        for parsed in (
+            parse_training(["--wall-time", text]),
+            parse_training(["--config", write(tmp_path / "c.yaml", {"wall_time": text})]),
+        ):
+            assert wall_time_seconds(parsed["wall_time"]) == seconds
+    (tmp_path / "d.yaml").write_text("wall_time: 4:00:00\n")
+    assert wall_time_seconds(parse_training(["--config", str(tmp_path / "d.yaml")])["wall_time"]) == 14400
+    for text in ("", "90", "10:00", "00:00:00", "1:60:00", "-01:00:00", "1-2", "x"):
+        assert "it must be a time above zero as [DAYS-]HH:MM:SS" in refusal(f"--wall-time={text}")
+    for value in ({"a": "b"}, ["a"], True, 1.5, -5):
+        assert "[DAYS-]HH:MM:SS" in refusal("--config", write(tmp_path / "c.yaml", {"wall_time": value}))
 
 
 def test_a_setting_that_needs_a_value_is_not_null(tmp_path: Path) -> None:
@@ -503,6 +523,7 @@ def test_identity_holds_what_shapes_the_loss_curve() -> None:
         *("tensor_parallel_size", "replicate_embeddings", "disable_gradient_checkpointing"),
         *("compile", "disable_compile", "checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_interval"),
         *("fingerprint_interval", "keep_every", "checkpoint_mode", "checkpoint_hash"),
+        *("wall_time", "startup_timeout", "step_timeout"),
     }
     skipping = RunSettings(spike_sigma=4.0, spike_action="skip").identity()
     assert skipping.keys() - RunSettings().identity().keys() == spikes

@@ -23,7 +23,7 @@ class HashedFile:
     lock. Hashing what is written piece by piece would take the processor from the writing instead.
 
     Attributes:
-        failure: why the last write that failed did.
+        failure: why a write failed; None where none did.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,8 +94,8 @@ class HashingFileSystem(FileSystem):
             file.close()
         except BaseException as error:
             file.abandon()
-            # Where a write fails, torch.save tells of a position in its archive and keeps the reason to itself.
             if isinstance(error, RuntimeError) and file.failure is not None:
+                # torch.save tells of a position in its archive, and keeps the reason to itself.
                 raise file.failure from error
             raise
         self.sha256[Path(path).name] = file.hexdigest()

@@ -68,6 +68,8 @@ def run_record(info: CheckpointInfo) -> dict[str, Any]:
         if not isinstance(value, str | None):
             raise _unusable(source, f"code.{name}", value)
     record["settings"] = check_settings(record["settings"], f"{source}: run.settings")
+    # Only who starts a program may let it run the code of a tokenizer, not a file that was fetched from somewhere.
+    record["settings"]["trust_remote_code"] = False
     if record["global_batch"] * (record["settings"].get("block_size") or 1) > MAX_TOKENS_PER_STEP:
         raise _unusable(source, "global_batch", record["global_batch"])
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -103,3 +104,33 @@ def test_broken_newer_folders_and_foreign_names_neither_count_nor_go(
     kept = {f"streaming_checkpoint_step_{step}" for step in (20, STEPS)}
     assert kept | set(foreign) <= names
     assert names - kept - set(foreign) <= {"streaming_checkpoint_step_900", NEWEST}
+
+
+def test_a_checkpoint_cannot_ask_for_code_to_be_run(unfinished: Path, tmp_path: Path) -> None:
+    """Its manifest names a tokenizer that brings code, and says that it is trusted."""
+    own, ran = tmp_path / "tokenizer", tmp_path / "ran"
+    manifest = unfinished / NEWEST / "MANIFEST.json"
+    content = json.loads(manifest.read_text())
+    shutil.copytree(content["run"]["settings"]["tokenizer_path"], own)
+    config = json.loads((own / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    (own / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(ran)!r}).touch()\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    content["run"]["settings"] |= {"trust_remote_code": True, "tokenizer_path": str(own)}
+    manifest.write_text(json.dumps(content))
+    for script, flags in (
+        ("generate", ["--checkpoint-path", str(unfinished), "--prompt", "def", "--max-new-tokens", "2"]),
+        ("resume_pretrain_tensor", ["--checkpoint-path", str(unfinished), "--total-steps", "30"]),
+        ("audit_run", ["--run", str(unfinished), "--from-step", "12", "--to-step", "18"]),
+    ):
+        (outcome,) = start(script, flags)
+        assert outcome.code == 2, outcome
+        assert "it comes with code of its own" in outcome.errors
+        assert not ran.exists()
+    asked = ["--checkpoint-path", str(unfinished), "--prompt", "def", "--max-new-tokens", "2", "--trust-remote-code"]
+    (outcome,) = start("generate", asked)
+    assert outcome.code == 0, outcome.errors
+    assert ran.exists()
