@@ -6,6 +6,7 @@ and backward of each micro-batch, next batch staged, gradients summed and clippe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,8 +88,7 @@ class _Loop:
         self._stopping = StopVote(
             self.watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time)
         )
-        # The first step compiles, and has the time of a start.
-        self._step_limit, self._first_step = settings.startup_timeout, run.step + 1
+        self._first_step, self._longest_step = run.step + 1, 0.0
         self._metrics = _open_log(run, METRICS_NAME)
         has_fingerprints = settings.fingerprint_interval or settings.deterministic
         self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
@@ -99,13 +99,21 @@ class _Loop:
             self.progress.message(note)
 
     def take_step(self) -> _Step:
-        run = self.run
-        self.watch.enter(f"reading the data of step {run.step + 1}", self._step_limit, is_step=True)
+        run, began = self.run, time.monotonic()
+        # The first one compiles: it has the time of a start, and says nothing of the others.
+        is_first = run.step + 1 == self._first_step
+        limit = self.settings.startup_timeout if is_first else self.settings.step_timeout
+        self.watch.enter(f"reading the data of step {run.step + 1}", limit, is_step=True, is_first=is_first)
         batch = run.feed.take()
         self._meter.data_wait += batch.wait_seconds
         learning_rate = run.schedule(run.step)
-        self.watch.enter(f"step {run.step + 1}", self._step_limit, is_step=True)
-        return _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+        self.watch.enter(f"step {run.step + 1}", limit, is_step=True, is_first=is_first)
+        step = _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+        if is_first:
+            set_collective_timeout(run.layout, self.settings.step_timeout)
+        else:
+            self._longest_step = max(self._longest_step, time.monotonic() - began)
+        return step
 
     def commit(self, step: _Step) -> None:
         """From here on the step has happened, be it skipped."""
@@ -114,18 +122,13 @@ class _Loop:
         run.tokens_seen += run.tokens_per_step
         before, run.position = run.position, step.batch.position
         self._guard.note(step.outcome, before)
-        if run.step == self._first_step:
-            self._step_limit, self.watch.longest_step = self.settings.step_timeout, 0.0
-            set_collective_timeout(run.layout, self._step_limit)
 
     def vote(self) -> None:
         """Every rank comes to this vote after the same step: whether to stop, and whether a save has failed."""
         saver = self.run.saver
         assert saver is not None
         save_seconds = max(_expected_save_seconds(self.run), saver.longest_save)
-        self.stop_reason = self._stopping.reason(
-            2 * self.watch.longest_step + save_seconds, save_failed=saver.has_failed
-        )
+        self.stop_reason = self._stopping.reason(2 * self._longest_step + save_seconds, save_failed=saver.has_failed)
         if self.stop_reason == SAVE_FAILED:
             saver.wait()
 
