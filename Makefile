@@ -35,7 +35,8 @@ test: install ## run the tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
 faults: install ## run every fault of docs/reliability.md, those that take minutes too
-	$(BIN)/python -m pytest -q tests/faults
+	$(BIN)/python -m pytest -q tests/faults tests/test_checkpoint_safety.py tests/distributed/test_elastic.py \
+	  tests/distributed/test_one_run.py tests/distributed/test_run.py
 
 check: install ## lint, formatting and types
 	$(BIN)/ruff check

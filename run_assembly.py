@@ -40,7 +40,7 @@ from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_s
 from colonnade.tuning.memory import trial_runner
 from model import ModelConfig, TensorParallelModel
 from run_data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
-from run_end import forget_end, record_launch
+from run_end import record_launch
 from run_inputs import (
     check_shares,
     check_step_size,
@@ -231,11 +231,10 @@ def _make_folder(lock: RunLock, *, is_fresh: bool) -> None:
 
 
 def _record_start(run: Run, launched_by: list[str]) -> None:
-    """Write what this start is into the run's folder; how an earlier one ended no longer holds."""
+    """Write what this start is into the run's folder."""
     try:
         write_settings(run.settings, run.directory / SETTINGS_NAME)
         record_launch(run.directory, launched_by, run.step)
-        forget_end(run.directory)
     except OSError as error:
         raise RunError(f"{run.directory}: the start cannot be recorded: {error.strerror or error}") from error
 

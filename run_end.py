@@ -103,6 +103,9 @@ def step_of_launch(directory: Path, launched_by: list[str]) -> int | None:
 
 
 def forget_end(directory: Path) -> None:
-    """The run goes on: it is neither complete nor stopped. Raises OSError."""
-    for name in (STOPPED_NAME, COMPLETE_NAME):
-        (directory / name).unlink(missing_ok=True)
+    """The run has gone on: it is neither complete nor stopped. Raises LocalRunError."""
+    try:
+        for name in (STOPPED_NAME, COMPLETE_NAME):
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise LocalRunError(f"{directory}: {error.strerror or error}; the last checkpoint stands") from error

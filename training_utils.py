@@ -6,6 +6,7 @@ and backward of each micro-batch, next batch staged, gradients summed and clippe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from colonnade.telemetry.progress import ProgressReport
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
 from run_checks import StepGuard, check_before_save
-from run_end import METRICS_NAME, finish
+from run_end import METRICS_NAME, finish, forget_end
 from run_measurements import Meter, validate
 from run_state import HANGS_NAME, Run, save
 
@@ -53,6 +54,7 @@ def train(run: Run) -> None:
                 step = loop.take_step()
                 loop.commit(step)
                 loop.vote()
+                loop.decide_on_saving()
                 fingerprint = loop.log(step)
                 loop.validate()
                 loop.save(fingerprint)
@@ -87,8 +89,8 @@ class _Loop:
         self._stopping = StopVote(
             self.watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time)
         )
-        # The first step compiles, and has the time of a start.
-        self._step_limit, self._first_step = settings.startup_timeout, run.step + 1
+        self._first_step, self._longest_step, self._longest_validation = run.step + 1, 0.0, 0.0
+        self._is_saved = self._owes_save = False
         self._metrics = _open_log(run, METRICS_NAME)
         has_fingerprints = settings.fingerprint_interval or settings.deterministic
         self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
@@ -99,13 +101,24 @@ class _Loop:
             self.progress.message(note)
 
     def take_step(self) -> _Step:
-        run = self.run
-        self.watch.enter(f"reading the data of step {run.step + 1}", self._step_limit, is_step=True)
+        run, began = self.run, time.monotonic()
+        # The first one compiles: it has the time of a start, and says nothing of the others.
+        is_first = run.step + 1 == self._first_step
+        limit = self.settings.startup_timeout if is_first else self.settings.step_timeout
+        self.watch.enter(f"reading the data of step {run.step + 1}", limit, is_step=True, is_first=is_first)
         batch = run.feed.take()
         self._meter.data_wait += batch.wait_seconds
         learning_rate = run.schedule(run.step)
-        self.watch.enter(f"step {run.step + 1}", self._step_limit, is_step=True)
-        return _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+        self.watch.enter(f"step {run.step + 1}", limit, is_step=True, is_first=is_first)
+        step = _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+        if is_first:
+            # From here on the run is neither stopped nor complete: it is further than it was then.
+            if run.layout.is_main:
+                forget_end(run.directory)
+            set_collective_timeout(run.layout, self.settings.step_timeout)
+        else:
+            self._longest_step = max(self._longest_step, time.monotonic() - began)
+        return step
 
     def commit(self, step: _Step) -> None:
         """From here on the step has happened, be it skipped."""
@@ -114,20 +127,32 @@ class _Loop:
         run.tokens_seen += run.tokens_per_step
         before, run.position = run.position, step.batch.position
         self._guard.note(step.outcome, before)
-        if run.step == self._first_step:
-            self._step_limit, self.watch.longest_step = self.settings.step_timeout, 0.0
-            set_collective_timeout(run.layout, self._step_limit)
 
     def vote(self) -> None:
         """Every rank comes to this vote after the same step: whether to stop, and whether a save has failed."""
         saver = self.run.saver
         assert saver is not None
-        save_seconds = max(_expected_save_seconds(self.run), saver.longest_save)
-        self.stop_reason = self._stopping.reason(
-            2 * self.watch.longest_step + save_seconds, save_failed=saver.has_failed
-        )
+        # In the background one save may be under way when the last one is due.
+        saves = 2 if self.settings.checkpoint_mode == "async" else 1
+        reserve = 2 * self._longest_step + saves * max(_expected_save_seconds(self.run), saver.longest_save)
+        if _is_due(self.run.step, self.settings.validation_interval):
+            reserve += self._longest_validation
+        self.stop_reason = self._stopping.reason(reserve, save_failed=saver.has_failed)
         if self.stop_reason == SAVE_FAILED:
             saver.wait()
+
+    def decide_on_saving(self) -> None:
+        """Whether this step is saved. One that is due among skipped steps is owed until a step has been taken.
+
+        Parameters are then as they were before the first of these steps, and may be what makes them bad: such a
+        checkpoint would be the newest, and push the last good one out.
+        """
+        self._owes_save |= _is_due(self.run.step, self.settings.checkpoint_interval)
+        must = self._is_last or self.stop_reason is not None
+        if self._owes_save or must:
+            self._guard.settle()
+        self._is_saved = must or (self._owes_save and self.run.skipped_in_row == 0)
+        self._owes_save &= not self._is_saved
 
     def log(self, step: _Step) -> Fingerprint | None:
         """The metrics of the step where they are due, with a fingerprint where one is, which is returned."""
@@ -162,7 +187,9 @@ class _Loop:
         if run.validation is None or not is_due:
             return
         self.watch.enter(f"the validation after step {run.step}", self.settings.startup_timeout)
+        began = time.monotonic()
         held_out = validate(run, run.validation)
+        self._longest_validation = max(self._longest_validation, time.monotonic() - began)
         run.validation_loss = held_out["validation_loss"]
         self._report({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
         self._meter.restart()
@@ -193,11 +220,6 @@ class _Loop:
     @property
     def _is_last(self) -> bool:
         return self.run.step == self.settings.total_steps
-
-    @property
-    def _is_saved(self) -> bool:
-        is_due = _is_due(self.run.step, self.settings.checkpoint_interval)
-        return self._is_last or self.stop_reason is not None or is_due
 
     def _report(self, row: Mapping[str, Any]) -> None:
         self.progress.log_line(row)

@@ -625,6 +625,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     file = folder / "MANIFEST.json"
     content = json.loads(file.read_text())
     change(content)
+    content.pop("sha256", None)
     file.write_text(json.dumps(content))
 
 

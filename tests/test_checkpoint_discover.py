@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def make_file(directory: Path, step: int) -> Path:
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / "MANIFEST.json").read_text())
+    content.pop("sha256", None)
     change(content)
     (folder / "MANIFEST.json").write_text(json.dumps(content))
 
@@ -316,3 +318,23 @@ def test_a_commit_cut_short_is_finished(tmp_path: Path) -> None:
 def test_finding_checkpoints_does_not_import_torch() -> None:
     code = "import sys, colonnade.checkpoint.discover, colonnade.checkpoint.prune; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen_or_says_the_same(tmp_path: Path) -> None:
+    folder = make(tmp_path, 3)
+    file = folder / "MANIFEST.json"
+    content = file.read_bytes()
+    meant = json.loads(content)
+    dice = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        flipped = bytearray(content)
+        flipped[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            read_manifest(folder)
+        except UsageError:
+            refused += 1
+        else:
+            assert json.loads(flipped) == meant
+    assert refused > 300

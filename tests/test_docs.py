@@ -157,6 +157,12 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_every_root_file_is_installed() -> None:
+    listed = re.search(r"py-modules = \[(.*)\]", (ROOT / "pyproject.toml").read_text())
+    assert listed is not None
+    assert set(re.findall(r'"(\w+)"', listed.group(1))) == {path.stem for path in ROOT.glob("*.py")}
+
+
 def test_every_test_of_the_fault_table_exists_and_no_fault_is_left_out() -> None:
     """A row names `file.py::test`, in tests/faults/ or from tests/ on."""
     named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text()))

@@ -25,6 +25,8 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 FORMAT = "colonnade-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
+OWN_HASH = "sha256"
+_KEYS = {"format", "format_version", "step", "optimizer", "libraries", "files", "run", OWN_HASH}
 TEMPORARY_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 SINGLE_FILE_SUFFIX = ".pth"
@@ -72,7 +74,17 @@ class Manifest:
             },
             "run": self.run,
         }
-        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+        return json.dumps({**content, OWN_HASH: content_hash(content)}, indent=2, allow_nan=False) + "\n"
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content without its own hash, however the file is laid out.
+
+    Raises:
+        ValueError, TypeError: as `Manifest.to_json`.
+    """
+    plain = {key: value for key, value in content.items() if key != OWN_HASH}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def checkpoint_name(step: int) -> str:
@@ -127,7 +139,13 @@ def read_manifest(path: Path) -> Manifest:
         raise UsageError(
             f"{file} has format version {content.get('format_version')!r}, this version reads {FORMAT_VERSION}"
         )
-    return _parse(file, content)
+    manifest = _parse(file, content)
+    if unknown := sorted(content.keys() - _KEYS):
+        raise UsageError(f"{file} is damaged: it has an entry {unknown[0][:40]!r} that no manifest has")
+    # One without a hash of its own was edited by somebody who took it out.
+    if OWN_HASH in content and content[OWN_HASH] != content_hash(content):
+        raise UsageError(f"{file} is damaged: its content does not have the SHA-256 that it records of itself")
+    return manifest
 
 
 def _parse(file: Path, content: dict[str, Any]) -> Manifest:

@@ -223,7 +223,7 @@ def _rendezvous_store(limit: timedelta) -> dist.Store:
 
     torchrun may keep one store over `--max-restarts`, and then ranks of a new attempt read addresses of dead ones (seen
     on torch 2.13 with gloo). The number of an attempt tells them apart on one node; over several nodes the agents count
-    differently, so there torchrun has to be told to make a new store (`docs/usage.md`).
+    differently, so there torchrun has to be told to make a new store (`docs/scaling.md`).
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:  # RANK alone, as some cluster schedulers set it

@@ -53,7 +53,8 @@ class Phase:
         what: in words that follow "rank 3 is".
         order: how many phases came before; the ranks enter the same phases in the same order.
         limit: seconds it may take; 0 for no limit.
-        is_step: part of an optimizer step, which others wait for.
+        is_step: part of an optimizer step, in which ranks wait for each other.
+        is_first: of the first one, which compiles: a stop may have to wait for it.
         began: on the monotonic clock.
     """
 
@@ -61,6 +62,7 @@ class Phase:
     order: int
     limit: float
     is_step: bool
+    is_first: bool
     began: float
 
 
@@ -73,17 +75,16 @@ class Watchdog:
 
     Attributes:
         stop_signal: the name of the signal that asked for a stop; None where none did.
-        longest_step: seconds of the longest part of a step so far; may be set.
     """
 
     def __init__(self, folder: Path, *, on_cuda: bool = False) -> None:
         self.folder = folder
         self.stop_signal: str | None = None
-        self.longest_step = 0.0
+        self._longest_step = 0.0
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store() if self._world > 1 else None
         self._on_cuda = on_cuda
-        self._phase = Phase("starting", 0, 0.0, False, time.monotonic())
+        self._phase = Phase("starting", 0, 0.0, False, False, time.monotonic())
         self._stop_asked_at = 0.0
         self._handlers: dict[signal.Signals, object] = {}
         self._wakeup, self._signalled = socket.socketpair()
@@ -116,12 +117,12 @@ class Watchdog:
         self._wakeup.close()
         self._signalled.close()
 
-    def enter(self, what: str, limit: float, *, is_step: bool = False) -> None:
+    def enter(self, what: str, limit: float, *, is_step: bool = False, is_first: bool = False) -> None:
         """The main thread begins something else, which may take `limit` seconds (0: any time)."""
         now, last = time.monotonic(), self._phase
         if last.is_step:
-            self.longest_step = max(self.longest_step, now - last.began)
-        self._phase = Phase(what, last.order + 1, limit, is_step, now)
+            self._longest_step = max(self._longest_step, now - last.began)
+        self._phase = Phase(what, last.order + 1, limit, is_step, is_first, now)
 
     def announce_failure(self) -> None:
         """Tell all ranks that this one is leaving; call it before the exception that ends it."""
@@ -170,8 +171,9 @@ class Watchdog:
         phase, now = self._phase, time.monotonic()
         if phase.limit and now - phase.began > phase.limit:
             return f"{phase.what} took longer than {phase.limit:g} s"
-        if self.stop_signal is not None and phase.is_step:
-            grace = STOP_GRACE_SECONDS + 3 * self.longest_step
+        # Alone there is no peer that may never come: a stop waits for the step, however long it takes.
+        if self.stop_signal is not None and phase.is_step and not phase.is_first and self._world > 1:
+            grace = STOP_GRACE_SECONDS + 3 * self._longest_step
             if now - max(phase.began, self._stop_asked_at) > grace:
                 return f"{self.stop_signal} asked for a stop, and {phase.what} did not end within {grace:.0f} s"
         return None

@@ -83,12 +83,13 @@ def tamper(checkpoint: Path, key: str) -> None:
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
     for facts in manifest["files"].values():
         del facts["sha256"]
+    del manifest["sha256"]
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
 def forget_fingerprints(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    del manifest["run"]["fingerprint"], manifest["run"]["moments_fingerprint"]
+    del manifest["run"]["fingerprint"], manifest["run"]["moments_fingerprint"], manifest["sha256"]
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 

@@ -62,6 +62,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = directory / "streaming_checkpoint_step_16" / "MANIFEST.json"
     content = json.loads(file.read_text())
     change(content)
+    content.pop("sha256", None)
     file.write_text(json.dumps(content))
 
 

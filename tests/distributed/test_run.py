@@ -96,7 +96,7 @@ def test_the_run_leaves_what_it_says(finished):
     directory, output = finished
     kept = sorted(path.name for path in directory.iterdir() if path.name.startswith("streaming"))
     assert kept == ["streaming_checkpoint_step_12", "streaming_checkpoint_step_8"]
-    assert not [path.name for path in directory.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in directory.iterdir() if path.name.startswith(".")] == [".launch.json"]
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "knowing the token frequencies alone" in output
     assert str(directory / "streaming_checkpoint_step_12") in output

@@ -163,3 +163,9 @@ def dies_in_the_middle_of_a_prune() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     prune.shutil.rmtree = dying  # type: ignore[assignment]
+
+
+def first_step_takes_long() -> None:
+    """As compiling does; what a stop leaves a later step is over by then."""
+    short_grace()
+    at_step(1, lambda: time.sleep(6))

@@ -89,6 +89,16 @@ def test_sigterm_with_a_peer_that_never_comes_ends_the_rank(flags: list[str], tm
     assert not (directory / "STOPPED.json").exists()
 
 
+def test_a_stop_waits_for_a_first_step_that_compiles(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory)]
+    running = begin("training", these, ranks=2, prepare=inject.first_step_takes_long)
+    running.until("sequences of 64 tokens a step")
+    time.sleep(1)
+    running.signal(signal.SIGTERM)
+    assert assert_stopped(directory, running.finish(), "SIGTERM") == 1
+
+
 def test_a_second_interrupt_leaves_at_once(flags: list[str], tmp_path: Path) -> None:
     running = begin("training", [*flags, "--checkpoint-dir", str(tmp_path / "run")], prepare=inject.step_3_for_ever)
     running.until(r"step +2/")
