@@ -212,7 +212,6 @@ def without_hashes(folder: Path) -> None:
     saver.save(2, model=model, optimizer=optimizer, manifest={})
     manifest = read_manifest(folder / "plain" / "streaming_checkpoint_step_2")
     assert manifest.sha256 == {}
-    assert "sha256" not in manifest.to_json()
     assert_holds(folder / "plain" / "streaming_checkpoint_step_2", 2)
     assert local(next(model.parameters())).shape[0] in (5, 6)
     saver.close()
