@@ -100,6 +100,10 @@ def _measure(folder: Path, millions: int, rounds: int) -> tuple[list[dict[str, f
         if dist.get_rank() == 0:
             for path in folder.iterdir():
                 shutil.rmtree(path)
+        dist.barrier()
+        _touch_page_cache(folder / f"{dist.get_rank()}.touch", size // RANKS)
+        dist.barrier()
+        if dist.get_rank() == 0:
             os.sync()
         dist.barrier()
         begin = time.perf_counter()
@@ -123,6 +127,19 @@ def _measure(folder: Path, millions: int, rounds: int) -> tuple[list[dict[str, f
             row |= measured(way)
         rows.append(row)
     return rows, size
+
+
+def _touch_page_cache(path: Path, size: int) -> None:
+    """Write and remove a file as large as what is written next.
+
+    On a virtual machine memory that has lain free is fetched from the host page by page when it is used again. That can
+    take longer than all the rest, and hits whichever way comes first.
+    """
+    block = bytes(1 << 20)
+    with path.open("wb") as file:
+        for _ in range(size >> 20):
+            file.write(block)
+    path.unlink()
 
 
 def _ways(folder: Path, millions: int) -> tuple[dict[str, Callable[[], None]], Callable[[], None], int]:

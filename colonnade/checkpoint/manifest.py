@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -97,6 +98,7 @@ def step_of_name(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+@cache
 def library_versions() -> dict[str, str]:
     """Versions of the installed libraries that decide what a checkpoint holds."""
     found = {}
