@@ -135,7 +135,7 @@ def test_an_fp16_overflow_is_a_skipped_step(flags: list[str], tmp_path: Path) ->
     assert record(tmp_path / "run", 2)["scaler"]["scale"] == 2.0**15
 
 
-def test_too_many_in_a_row_stop_all_ranks_and_a_resumed_run_counts_on(flags: list[str], tmp_path: Path) -> None:
+def test_too_many_in_a_row_stop_all_ranks_and_nothing_is_saved_among_them(flags: list[str], tmp_path: Path) -> None:
     """Steps 3 to 6 are bad. The checkpoint due at 4 waits for 7: what it would hold may be what makes them bad."""
     directory, whole = tmp_path / "run", tmp_path / "whole"
     these = [*flags, "--deterministic", "--tensor-slices", "4"]
