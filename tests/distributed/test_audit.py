@@ -83,13 +83,14 @@ def tamper(checkpoint: Path, key: str) -> None:
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
     for facts in manifest["files"].values():
         del facts["sha256"]
-    del manifest["sha256"]
+    manifest.pop("sha256", None)
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
 def forget_fingerprints(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    del manifest["run"]["fingerprint"], manifest["run"]["moments_fingerprint"], manifest["sha256"]
+    manifest.pop("sha256", None)
+    del manifest["run"]["fingerprint"], manifest["run"]["moments_fingerprint"]
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
