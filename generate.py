@@ -8,8 +8,9 @@ The continuation appears as it is sampled. Every step computes the whole context
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from colonnade.errors import UsageError
 from colonnade.flags import OneLineParser
@@ -22,32 +23,26 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     # torch takes seconds to import: not before the flags have been found right.
-    from colonnade.checkpoint.run_record import run_record
-    from colonnade.checkpoint.verify import verified
     from colonnade.parallel.mesh import init_parallel
-    from data_processing import boundary_tokens, load_tokenizer
+    from data_processing import boundary_tokens
+    from trained_model import open_trained
 
     layout = init_parallel(None)
-    found, _ = verified(Path(options.checkpoint_path))
-    if found.manifest is None:
-        raise UsageError(f"--checkpoint-path {found.path}: a single file names no tokenizer; give a run's checkpoint")
-    record = run_record(found)
-    settings = record["settings"]
-    path = options.tokenizer_path or settings["tokenizer_path"]
-    tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
+    trained = open_trained(
+        Path(options.checkpoint_path),
+        tokenizer_path=options.tokenizer_path,
+        trust_remote_code=options.trust_remote_code,
+    )
+    tokenizer = trained.tokenizer
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False)
     end = tokenizer.eos_token_id
-    if settings["add_document_boundary_tokens"]:
+    if trained.settings.add_document_boundary_tokens:
         begin, end = boundary_tokens(tokenizer)
         prompt = [token for token in (begin, *prompt) if token is not None]
     if not prompt:
         raise UsageError("--prompt '' has no tokens, and this run was trained without a token to begin with: give text")
 
-    vocabulary = record["model_config"]["vocab_size"]
-    if max(prompt) >= vocabulary:
-        raise UsageError(f"--tokenizer-path {path}: id {max(prompt)} is outside the model's vocabulary of {vocabulary}")
-
-    model = _load_model(found.path, record["model_config"], layout)
+    model = trained.load(layout)
     shown = options.prompt
     if layout.is_main:
         print(shown, end="", flush=True)
@@ -65,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         print()
 
 
-def sample(model: TensorParallelModel, prompt: list[int], count: int, temperature: float, seed: int) -> Any:
+def sample(model: TensorParallelModel, prompt: list[int], count: int, temperature: float, seed: int) -> Iterator[int]:
     """Yield `count` token ids that continue `prompt`; the likeliest each time at temperature 0.
 
     The context is cut to the model's from the left. All ranks draw the same tokens, from generators of one seed.
@@ -84,17 +79,6 @@ def sample(model: TensorParallelModel, prompt: list[int], count: int, temperatur
             token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         tokens.append(token)
         yield token
-
-
-def _load_model(path: Path, sizes: dict[str, Any], layout: Any) -> TensorParallelModel:
-    from colonnade.checkpoint.load import load_model_and_optimizer
-    from colonnade.parallel.vote import vote
-    from model import ModelConfig, TensorParallelModel
-
-    with vote():
-        model = TensorParallelModel(ModelConfig.from_dict(sizes), layout)
-    load_model_and_optimizer(path, model=model, optimizer=None)
-    return model
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -20,10 +20,7 @@ from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.checkpoint.single_file import load_single_file
-from colonnade.config import (
-    RunSettings,
-    write_settings,
-)
+from colonnade.config import write_settings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
@@ -34,6 +31,7 @@ from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.run_settings import RunSettings
 from colonnade.telemetry.code_version import code_version
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from colonnade.config import RunSettings
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.mixture import normalized, parse_data_glob
 from colonnade.data.position import DataPosition
@@ -19,6 +18,7 @@ from colonnade.errors import RunError, UsageError
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.parallel.vote import one_line
+from colonnade.run_settings import RunSettings
 from data_processing import (
     DEFAULT_GLOBS,
     TokenChunk,

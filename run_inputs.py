@@ -20,13 +20,14 @@ from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified
-from colonnade.config import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings, complete_settings, load_preset
+from colonnade.config import complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
+from colonnade.run_settings import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size

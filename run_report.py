@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from colonnade.checkpoint.manifest import library_versions
-from colonnade.config import RunSettings
 from colonnade.data.position import DataPosition
+from colonnade.run_settings import RunSettings
 from colonnade.telemetry.code_version import describe_code
 from run_data import weight_changes
 from run_inputs import arithmetic_changes

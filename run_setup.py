@@ -20,18 +20,14 @@ from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified, verified
-from colonnade.config import (
-    ResumeSettings,
-    RunSettings,
-    check_contradictions,
-    override,
-)
+from colonnade.config import check_contradictions, override
 from colonnade.data.position import DataPosition
 from colonnade.errors import ColonnadeError, UsageError
 from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
+from colonnade.run_settings import ResumeSettings, RunSettings
 from run_assembly import Origin, assemble
 from run_data import resolve_data, weight_changes
 from run_inputs import (

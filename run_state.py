@@ -17,13 +17,13 @@ from torch.amp.grad_scaler import GradScaler
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
-from colonnade.config import RunSettings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenizer_backend import Backend
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import CosineSchedule
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.run_settings import RunSettings
 from colonnade.telemetry.data_ledger import write_data_ledger
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, Fingerprint
 from colonnade.tuning.autotuner import TunedMicroBatch

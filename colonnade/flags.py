@@ -1,4 +1,4 @@
-"""The command lines of `training.py` and `resume_pretrain_tensor.py`: flags made from the tables in `config.py`.
+"""The command lines of `training.py` and `resume_pretrain_tensor.py`: flags made from the tables in `run_settings.py`.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -13,14 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from colonnade.config import (
-    ResumeSettings,
-    RunSettings,
-    complete_settings,
-    override,
-    read_settings,
-)
+from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
+from colonnade.run_settings import ResumeSettings, RunSettings
 from colonnade.setting_values import check_field
 
 _TRAINING = (

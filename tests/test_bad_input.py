@@ -21,7 +21,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colonnade.config import RunSettings
+from colonnade.run_settings import RunSettings
 from data_helpers import stdlib_texts, tiny_tokenizer, write_corpus, write_shard
 from forked_commands import ROOT, Outcome, start
 from model import ModelConfig

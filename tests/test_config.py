@@ -18,18 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
-from colonnade.config import (
-    MAX_STEPS,
-    MAX_TOKENS_PER_STEP,
-    RunSettings,
-    complete_settings,
-    load_preset,
-    override,
-    preset_names,
-    write_settings,
-)
+from colonnade.config import complete_settings, load_preset, override, preset_names, write_settings
 from colonnade.errors import UsageError
 from colonnade.flags import parse_resume, parse_training
+from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.setting_values import wall_time_seconds
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,13 +15,13 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from colonnade.config import RunSettings
 from colonnade.data import fast_tokenization, tokenizer_backend
 from colonnade.data.fast_tokenization import BackendUnavailableError, FastEncoder
 from colonnade.data.flat_ids import FlatIds, flatten, to_lists
 from colonnade.data.tokenization import BoundaryTokens, Encoder
 from colonnade.data.tokenizer_backend import Backend, hard_texts, open_encoder, random_texts
 from colonnade.errors import UsageError
+from colonnade.run_settings import RunSettings
 from data_helpers import (
     BOS,
     EOS,

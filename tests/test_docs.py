@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from colonnade.config import ResumeSettings, RunSettings
+from colonnade.run_settings import ResumeSettings, RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,6 +16,7 @@ PARTS = (
     "errors",
     "files",
     "setting_values",
+    "run_settings",
     "config",
     "flags",
     "model_config",
@@ -34,7 +35,7 @@ ROOT_LEVELS = (
     ("run_checks", "run_data", "run_end", "run_measurements"),
     ("training_utils",),
     ("run_inputs",),
-    ("run_report",),
+    ("run_report", "trained_model"),
     ("run_assembly",),
     ("run_setup",),
 )

@@ -7,8 +7,9 @@ from typing import Any
 
 from colonnade.checkpoint.discover import CheckpointInfo
 from colonnade.checkpoint.manifest import MANIFEST_NAME
-from colonnade.config import MAX_TOKENS_PER_STEP, check_settings
+from colonnade.config import check_settings
 from colonnade.errors import UsageError
+from colonnade.run_settings import MAX_TOKENS_PER_STEP
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "settings": (dict,),

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from colonnade.config import TOKENIZER_BACKENDS
 from colonnade.data.fast_tokenization import PACKAGE, BackendUnavailableError
 from colonnade.data.flat_ids import FlatIds, to_lists
 from colonnade.data.shards import DamagedUnit, UnitReader, Units
@@ -34,6 +33,7 @@ from colonnade.data.text_filter import KEPT, judge
 from colonnade.data.tokenization import Encoder, workers_setting
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
+from colonnade.run_settings import TOKENIZER_BACKENDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

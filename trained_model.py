@@ -1,0 +1,108 @@
+"""A trained model and what belongs to it, for the commands that use one: tokenizer, sizes, the run's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from colonnade.checkpoint.load import load_model_and_optimizer
+from colonnade.checkpoint.run_record import run_record
+from colonnade.checkpoint.single_file import load_single_file
+from colonnade.checkpoint.verify import verified
+from colonnade.config import check_contradictions, complete_settings
+from colonnade.errors import UsageError
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.vote import on_first_rank, vote
+from colonnade.run_settings import RunSettings
+from data_processing import vocabulary_size
+from model import ModelConfig, TensorParallelModel
+from run_data import require_vocabulary, run_tokenizer
+from run_inputs import model_of_record, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint that was found and verified, before its weights are read.
+
+    Attributes:
+        path: the checkpoint's folder, or the `.pth` file.
+        step: optimizer steps taken, where it tells.
+        record: what its manifest says of the run (`run_record`); empty for a `.pth` file.
+        settings: those of the run; of a `.pth` file, what was given for it and the defaults.
+    """
+
+    path: Path
+    step: int | None
+    record: Mapping[str, Any]
+    settings: RunSettings
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(
+        self,
+        layout: ParallelLayout,
+        *,
+        param_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ) -> TensorParallelModel:
+        """The model, cut over these ranks, with the checkpoint's weights. Collective.
+
+        Raises:
+            UsageError: the sizes cannot be cut over these ranks, or the weights are not of these sizes.
+        """
+        with vote():
+            model = TensorParallelModel(self.config, layout, param_dtype=param_dtype, compute_dtype=compute_dtype)
+            if not self.record:
+                load_single_file(self.path, model=model, vocabulary_size=self.config.vocab_size)
+        if self.record:
+            load_model_and_optimizer(self.path, model=model, optimizer=None)
+        return model
+
+
+def open_trained(
+    path: Path,
+    *,
+    tokenizer_path: str | None = None,
+    preset: str | None = None,
+    model_config: str | None = None,
+    trust_remote_code: bool = False,
+) -> TrainedModel:
+    """The checkpoint meant by `path`: a run's folder (its newest one), one checkpoint, or a `.pth` file. Collective.
+
+    Args:
+        tokenizer_path: where the run's tokenizer is, if it was moved; a `.pth` file names none, and needs it.
+        preset, model_config: the sizes of a `.pth` file, which needs one of them; a checkpoint has its own.
+        trust_remote_code: run code that comes with the tokenizer.
+
+    Raises:
+        UsageError: there is none, it is damaged, or something that belongs to it is missing or does not fit.
+    """
+    found, _ = verified(path)
+    with vote():
+        record = run_record(found)
+        given = {"preset": preset, "model_config": model_config, "tokenizer_path": tokenizer_path}
+        given = {name: value for name, value in given.items() if value is not None}
+        if record:
+            if preset or model_config:
+                raise UsageError(f"{found.path} has sizes of its own: leave out {preset or model_config}")
+            settings = check_contradictions(RunSettings(**record["settings"]).replace(**given))
+        else:
+            if tokenizer_path is None or not (preset or model_config):
+                raise UsageError(
+                    f"--checkpoint-path {found.path}: a single file names neither sizes nor a tokenizer; give "
+                    "--tokenizer-path, and --preset or --model-config"
+                )
+            settings = complete_settings(given)
+        settings = settings.replace(trust_remote_code=trust_remote_code)
+    config = on_first_rank(lambda: model_of_record(found.path, record) if record else resolve_model(settings))
+    with vote():
+        tokenizer = run_tokenizer(settings)
+        require_vocabulary(settings, vocabulary_size(tokenizer), config)
+    return TrainedModel(found.path, found.step, record, settings, config, tokenizer)
