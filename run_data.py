@@ -63,8 +63,10 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
         settings = settings.replace(
             data_glob=corpus.train_glob,
             validation_glob=settings.validation_glob or corpus.validation_glob,
-            tokenizer_path=settings.tokenizer_path or corpus.tokenizer_path,
+            tokenizer_path=settings.tokenizer_path or settings.init_from or corpus.tokenizer_path,
         )
+    if settings.tokenizer_path is None and settings.init_from is not None:
+        settings = settings.replace(tokenizer_path=settings.init_from)
     if settings.tokenizer_path is None:
         raise UsageError("--tokenizer-path is missing: give a tokenizer's folder or hub name")
     if settings.validation_glob is not None:

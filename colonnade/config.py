@@ -98,6 +98,11 @@ def complete_settings(given: Mapping[str, Any]) -> RunSettings:
     if settings.preset is not None:
         if settings.model_config is not None:
             raise UsageError(f"--preset {settings.preset} and --model-config {settings.model_config}: give one of them")
+        if settings.init_from is not None:
+            raise UsageError(
+                f"--preset {settings.preset} and --init-from {settings.init_from}: its weights have an architecture of "
+                "their own; leave --preset out"
+            )
         settings = RunSettings(**override(load_preset(settings.preset)[1], given))
     return check_contradictions(settings)
 

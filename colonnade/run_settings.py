@@ -41,6 +41,13 @@ class RunSettings:
     model_config: str | None = _setting(
         None, "model", "Hugging Face config.json (or its folder) instead of a preset", unit="PATH"
     )
+    init_from: str | None = _identity(
+        None,
+        "model",
+        "Hugging Face folder whose weights a fresh run begins with, instead of random ones; architecture and tokenizer "
+        "are its own unless given",
+        unit="PATH",
+    )
 
     # Data
     data_glob: str | None = _setting(

@@ -32,7 +32,7 @@ PARTS = (
 ROOT_LEVELS = (
     ("data_processing", "model"),
     ("run_state",),
-    ("run_checks", "run_data", "run_end", "run_measurements"),
+    ("run_checks", "run_data", "run_end", "run_measurements", "text_generation"),
     ("training_utils",),
     ("run_inputs",),
     ("run_report", "trained_model"),

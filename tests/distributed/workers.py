@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
@@ -366,3 +368,14 @@ def steps_with_a_bad_one(
             kept = all(torch.equal(old, new) for old, new in zip(before, held(), strict=True))
             assert limit is not None or not torch.isfinite(outcome.grad_norm)
     return {"skipped": skipped, "kept": kept, "tensors": held(), "scale": scaler.get_scale()}
+
+
+def imported_loss_and_gradients(folder: Path, tp: int, tokens: Tensor, **options: Any) -> dict[str, Any]:
+    """A forward and backward pass of the model in a Hugging Face folder; merged results from rank 0."""
+    config = ModelConfig.from_json(folder)
+    layout, model = build(config, tp, **options)
+    load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    result = {"loss": loss.detach(), "gradients": whole(model, gradients=True), "logits": model.logits(tokens[:, :-1])}
+    return result if layout.is_main else {}
