@@ -44,7 +44,7 @@ from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.rotary import rotary_tables
 from colonnade.parallel.segments import Segments
-from colonnade.parallel.sharding import Cut, check_slices, cut_of, piece_count
+from colonnade.parallel.sharding import VOCABULARY_PARAMETERS, Cut, check_slices, cut_of, piece_count
 from colonnade.parallel.slices import cut_slices, fixed_layout, local_part, split_slices
 from colonnade.parallel.vocabulary import cross_entropy_sum, embed_tokens
 
@@ -286,7 +286,7 @@ class TensorParallelModel(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             fill_normal_(local, name=name, shape=size, dim=cut.dim, offset=offsets[cut.dim], seed=seed, std=std)
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            if name.endswith(VOCABULARY_PARAMETERS):
                 local[max(0, self.config.vocab_size - offsets[0]) :].zero_()
         strides = (shape[1], 1) if len(shape) == 2 else (1,)
         return nn.Parameter(
@@ -307,7 +307,7 @@ class TensorParallelModel(nn.Module):
         """Parameters of the whole model, padding left out; without embedding and head on request."""
         count = 0
         for name, parameter in self.named_parameters():
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            if name.endswith(VOCABULARY_PARAMETERS):
                 count += self.config.vocab_size * self.config.hidden_size if embeddings else 0
             else:
                 count += parameter.numel()
@@ -423,10 +423,24 @@ class TensorParallelModel(nn.Module):
             self._rotary = rotary_tables(self.config, block, self.layout.device)
         return self._rotary[0][:block], self._rotary[1][:block]
 
+    def whole_shapes(self) -> dict[str, torch.Size]:
+        """The shape of each whole parameter by name, the vocabulary without padding."""
+        return {
+            name: torch.Size((self._rows(name, parameter), *parameter.shape[1:]))
+            for name, parameter in self.named_parameters()
+        }
+
+    def whole_parameter(self, name: str) -> Tensor:
+        """The whole value of a parameter, the vocabulary without padding. Collective."""
+        parameter = self.get_parameter(name)
+        value = parameter.detach()
+        assert isinstance(value, DTensor)
+        return value.full_tensor()[: self._rows(name, parameter)]
+
+    def _rows(self, name: str, parameter: nn.Parameter) -> int:
+        return self.config.vocab_size if name.endswith(VOCABULARY_PARAMETERS) else parameter.shape[0]
+
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole value of each parameter, one at a time, the vocabulary without padding. Collective."""
-        for name, parameter in self.named_parameters():
-            value = parameter.detach()
-            assert isinstance(value, DTensor)
-            value = value.full_tensor()
-            yield name, value[: self.config.vocab_size] if "embed_tokens" in name or "lm_head" in name else value
+        """Name and whole value of each parameter, one at a time. Collective."""
+        for name, _ in self.named_parameters():
+            yield name, self.whole_parameter(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,16 @@ def settle_backend(
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
     return backend
+
+
+def first_texts(settings: RunSettings, count: int = 64) -> list[str]:
+    """The first documents of the run's data; none where they cannot be read any more."""
+    if settings.data_glob is None:
+        return []
+    try:
+        return list(islice(read_first_rows(Units(_first_usable_shards(settings)), settings.text_column), count))
+    except (UsageError, RunError):
+        return []
 
 
 def _first_usable_shards(settings: RunSettings) -> list[Shard]:

@@ -19,7 +19,7 @@ from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.sharding import default_slices
 from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
-from data_processing import vocabulary_size
+from data_processing import boundary_tokens, vocabulary_size
 from model import ModelConfig, TensorParallelModel
 from run_data import require_vocabulary, run_tokenizer
 from run_inputs import model_of_record, resolve_model
@@ -77,6 +77,15 @@ class TrainedModel:
         if self.record:
             load_model_and_optimizer(self.path, model=model, optimizer=None)
         return model
+
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids of the tokens that begin, end and fill up a text, under their keys of a `config.json`."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self.settings.add_document_boundary_tokens:
+            begin, end = boundary_tokens(self.tokenizer)
+        pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
+        return {key: value for key, value in ids.items() if value is not None}
 
 
 def open_trained(

@@ -35,7 +35,7 @@ ROOT_LEVELS = (
     ("run_checks", "run_data", "run_end", "run_measurements", "text_generation"),
     ("training_utils",),
     ("run_inputs",),
-    ("run_report", "trained_model"),
+    ("run_card", "run_report", "trained_model"),
     ("run_assembly",),
     ("run_setup",),
 )

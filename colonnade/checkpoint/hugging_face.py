@@ -14,10 +14,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
+from colonnade.parallel.sharding import VOCABULARY_PARAMETERS
 from colonnade.parallel.vote import one_line
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-VOCABULARY_PARAMETERS = ("embed_tokens.weight", "lm_head.weight")
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 """Written by older Hugging Face versions; they follow from the configuration."""
 

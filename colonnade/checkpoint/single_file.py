@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colonnade.checkpoint.hugging_face import DERIVED_BUFFERS, VOCABULARY_PARAMETERS, copy_part
+from colonnade.checkpoint.hugging_face import DERIVED_BUFFERS, copy_part
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
+from colonnade.parallel.sharding import VOCABULARY_PARAMETERS
 from colonnade.parallel.vote import one_line
 
 WEIGHTS_KEY = "model_state_dict"
