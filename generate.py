@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     from trained_model import dtype_of_precision, open_trained
 
     layout = init_parallel(None)
+    if options.output is not None:
+        on_first_rank(lambda: _require_new(Path(options.output)))
     trained = open_trained(
         Path(options.checkpoint_path),
         tokenizer_path=options.tokenizer_path,
@@ -52,8 +54,6 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = [encoder.encode(text, source) for text in texts]
     context = trained.config.max_position_embeddings
     check_length(prompts, options.max_new_tokens, context, "--max-new-tokens")
-    if options.output is not None:
-        on_first_rank(lambda: _require_new(Path(options.output)))
     if options.deterministic:
         fix_arithmetic(compiled=False)
     dtype = dtype_of_precision(options.precision, layout)

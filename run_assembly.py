@@ -50,6 +50,7 @@ from run_inputs import (
 )
 from run_measurements import device_peak_flops
 from run_report import resume_report
+from run_samples import read_sample_prompts
 from run_state import Run, restore_rng
 
 SETTINGS_NAME = "run.yaml"
@@ -120,6 +121,10 @@ def assemble(
             if layout.is_main:
                 notes += stream_notes(stream, position)
     validation = on_first_rank(lambda: read_validation(settings, tokenizer(), backend))
+    sample_prompts = None
+    if lock is not None and settings.sample_interval > 0:
+        context = config.max_position_embeddings
+        sample_prompts = on_first_rank(lambda: read_sample_prompts(settings, tokenizer(), context))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
         config,
@@ -208,6 +213,8 @@ def assemble(
         resumed_from=origin.path,
         damaged=origin.damaged,
         saver=saver,
+        sample_prompts=sample_prompts,
+        tokenizer=tokenizer() if layout.tp_rank == 0 else None,
         lock=lock,
         notes=notes,
     )

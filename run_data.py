@@ -45,6 +45,8 @@ _SAMPLED_SHARDS = 4
 
 def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
+    if settings.init_from is not None and not Path(settings.init_from, "config.json").is_file():
+        raise UsageError(f"--init-from {settings.init_from} holds no config.json; give a Hugging Face folder")
     if settings.data_glob is not None:
         _require_shards("--data-glob", settings.data_glob)
     elif shards := find_default_shards():

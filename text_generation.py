@@ -97,7 +97,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     count: int,
     sampling: Sampling,
-    end: Collection[int],
+    end: Collection[int | None],
     *,
     first_row: int = 0,
 ) -> Iterator[list[int | None]]:

@@ -116,6 +116,8 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
             f"--tokens-per-step {settings.tokens_per_step} and --gradient-accumulation-steps "
             f"{settings.gradient_accumulation_steps}: accumulation follows from the tokens; give one of them"
         )
+    if settings.sample_interval > 0 and settings.sample_prompts is None:
+        raise UsageError(f"--sample-interval {settings.sample_interval} needs prompts: give --sample-prompts FILE")
     if settings.deterministic and settings.replicate_embeddings:
         raise UsageError(
             "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "

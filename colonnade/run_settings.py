@@ -251,6 +251,24 @@ class RunSettings:
         minimum=0,
     )
 
+    # Samples
+    sample_interval: int = _steps(
+        0,
+        "samples",
+        "step of the first samples of the model's text; the next come after twice as many, and so on, and at the end; "
+        "0 for none",
+        minimum=0,
+    )
+    sample_prompts: str | None = _setting(
+        None, "samples", "prompts that are continued: one a line, or in a .jsonl file one object a line", unit="FILE"
+    )
+    sample_tokens: int = _setting(
+        64, "samples", "most tokens that are added to a prompt", minimum=1, maximum=2**20, unit="TOKENS"
+    )
+    sample_temperature: float = _setting(
+        0.8, "samples", "temperature they are drawn at; 0 for the likeliest token each time", minimum=0.0
+    )
+
     # Stopping and hangs
     wall_time: str | None = _setting(
         None,

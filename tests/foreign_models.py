@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def foreign_model(family: str, seed: int = 0) -> PreTrainedModel:
+def foreign_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of the family with random sizes of the seed, every parameter random, norms and biases too."""
     model_type, particular = FAMILIES[family]
     draw = random.Random(f"{family}/{seed}")
@@ -66,6 +66,7 @@ def foreign_model(family: str, seed: int = 0) -> PreTrainedModel:
             "bos_token_id": 1,
             "eos_token_id": 2,
             **particular,
+            **changes,
         }
     )
     config._attn_implementation = "eager"
@@ -78,8 +79,8 @@ def foreign_model(family: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def save_foreign_model(folder: Path, family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+def save_foreign_model(folder: Path, family: str, max_shard_size: str = "1GB", **changes: Any) -> Any:
     """`foreign_model`, in a folder as `save_pretrained` leaves it."""
-    model = foreign_model(family, seed)
-    model.save_pretrained(folder, **options)
+    model = foreign_model(family, **changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model

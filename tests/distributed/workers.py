@@ -24,6 +24,7 @@ from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import fingerprint_of, float32_bits
 from model import Attention, ModelConfig, TensorParallelModel
+from text_generation import Sampling, generate_tokens
 
 
 def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
@@ -379,3 +380,14 @@ def imported_loss_and_gradients(folder: Path, tp: int, tokens: Tensor, **options
     loss.backward()
     result = {"loss": loss.detach(), "gradients": whole(model, gradients=True), "logits": model.logits(tokens[:, :-1])}
     return result if layout.is_main else {}
+
+
+def generated(
+    folder: Path, tp: int, prompts: list[list[int]], count: int, sampling: Sampling, **options: Any
+) -> list[list[int]]:
+    """The tokens that the model in a Hugging Face folder adds to each prompt."""
+    config = ModelConfig.from_json(folder)
+    _, model = build(config, tp, **options)
+    load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
+    steps = generate_tokens(model, prompts, count, sampling, ())
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
