@@ -93,9 +93,10 @@ class Attention(nn.Module):
         if not self.has_rope:
             cos = sin = None
         views = fan_out(x, self.group)
-        slices = zip(views, self._slice_weights(x.dtype), strict=True)
         if cache is None:
+            slices = zip(views, self._slice_weights(x.dtype), strict=True)
             return [segments.attention(view, weights, cos, sin, mask) for view, weights in slices]
+        slices = zip(views, cache.once(self, partial(self._slice_weights, x.dtype)), strict=True)
         visible = cache.visible(x.shape[1])
         return [
             segments.cached_attention(view, weights, cos, sin, visible, partial(cache.extend, self.layer, number))
@@ -141,12 +142,18 @@ class MLP(nn.Module):
         self.down_proj = make("down_proj", hidden, inner, bias)
         self.group = group
 
-    def partials(self, x: Tensor, segments: Segments) -> list[Tensor]:
-        """The partial output [B, T, H] of each local slice."""
-        gates, ups = (split_slices(part.local(), self.group, x.dtype) for part in (self.gate_proj, self.up_proj))
-        downs = cut_slices(local_part(self.down_proj.weight), self.group, x.dtype, dim=1)
-        views = fan_out(x, self.group)
-        return [segments.mlp(*slice_) for slice_ in zip(views, gates, ups, downs, strict=True)]
+    def partials(self, x: Tensor, segments: Segments, cache: KeyValueCache | None = None) -> list[Tensor]:
+        """The partial output [B, T, H] of each local slice. With a cache, the slices are cut once for all tokens."""
+        weights = (
+            self._slice_weights(x.dtype) if cache is None else cache.once(self, lambda: self._slice_weights(x.dtype))
+        )
+        return [segments.mlp(view, *slice_) for view, slice_ in zip(fan_out(x, self.group), weights, strict=True)]
+
+    def _slice_weights(self, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+        """(gate, up, down) of each local slice."""
+        gates, ups = (split_slices(part.local(), self.group, dtype) for part in (self.gate_proj, self.up_proj))
+        downs = cut_slices(local_part(self.down_proj.weight), self.group, dtype, dim=1)
+        return list(zip(gates, ups, downs, strict=True))
 
 
 class Block(nn.Module):
@@ -173,7 +180,7 @@ class Block(nn.Module):
         partials = self.self_attn.partials(normed, cos, sin, segments, mask, cache)
         update = with_bias(reduce_partials(partials, self.group), self.self_attn.o_proj)
         x, normed = segments.residual_norm(x, update, local_part(self.post_attention_layernorm.weight))
-        partials = self.mlp.partials(normed, segments)
+        partials = self.mlp.partials(normed, segments, cache)
         return x + with_bias(reduce_partials(partials, self.group), self.mlp.down_proj)
 
 

@@ -6,8 +6,13 @@ of one slice, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class KeyValueCache:
@@ -25,6 +30,13 @@ class KeyValueCache:
         self.filled = 0
         self._is_padded = bool(padding.any())
         self._stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._weights: dict[object, Any] = {}
+
+    def once(self, part: object, cut: Callable[[], T]) -> T:
+        """The weights of a part of the model as its slices need them: cut and cast for the first token alone."""
+        if part not in self._weights:
+            self._weights[part] = cut()
+        return cast(T, self._weights[part])
 
     def positions(self, count: int) -> Tensor:
         """int64 [B, T]: each new token's distance from the beginning of its row; 0 for padding."""

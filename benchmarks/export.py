@@ -1,0 +1,85 @@
+"""Memory of an export: the peak over what the weights take.
+
+    python benchmarks/export.py --json export.json
+
+1. A run of one step makes a checkpoint of a Llama of about 200 million parameters, and one of a tiny model.
+2. `export_hf.py` exports each in a process of its own, whose anonymous memory is sampled: what the process holds,
+   without files that the system has mapped and can let go.
+3. The peak, less that of the tiny model, over the bytes of the weights in float32. Holding the model twice would be 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from colonnade.data.sample_corpus import build_sample_corpus
+from colonnade.model_config import ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "data" / "sample"
+LARGE = ModelConfig(32000, 1024, 2816, 12, 16, 8, 64, 256)
+SMALL = ModelConfig(4096, 64, 128, 2, 4, 2, 16, 256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak memory of export_hf.py over the bytes of the weights.")
+    parser.add_argument("--json", metavar="FILE")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: trained(Path(folder), name, config) for name, config in (("large", LARGE), ("small", SMALL))}
+        ratios = {}
+        for kind in ("float32", "bfloat16", "pth"):
+            peaks = {name: exported(run, kind) for name, run in runs.items()}
+            ratios[f"export_peak_over_weights/{kind}"] = (peaks["large"] - peaks["small"]) / (4 * LARGE.num_parameters)
+            print(
+                f"{kind:10s} peak {peaks['large'] / 1e9:.2f} GB, of a tiny model {peaks['small'] / 1e9:.2f} GB, ",
+                end="",
+            )
+            print(f"over the weights {ratios[f'export_peak_over_weights/{kind}']:.2f}")
+    if given.json:
+        Path(given.json).write_text(json.dumps({"ratios": ratios}, indent=2) + "\n")
+
+
+def trained(folder: Path, name: str, config: ModelConfig) -> Path:
+    """The folder of a run of one step."""
+    corpus = build_sample_corpus(SAMPLE)
+    (folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
+    flags = ["--model-config", folder / f"{name}.json", "--data-glob", corpus.train_glob, "--total-steps", "1"]
+    flags += ["--tokenizer-path", corpus.tokenizer_path, "--checkpoint-dir", folder / name, "--block-size", "64"]
+    flags += ["--initial-batch-size", "1", "--tokenizer-backend", "hf", "--no-checkpoint-hash"]
+    command = [sys.executable, ROOT / "training.py", *flags]
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder / name
+
+
+def exported(run: Path, kind: str) -> int:
+    """Peak anonymous memory, in bytes, of the export of a run."""
+    output = run.parent / f"{run.name}-{kind}{'.pth' if kind == 'pth' else ''}"
+    flags = ["--checkpoint-path", run, "--output", output, "--dtype", "float32" if kind == "pth" else kind]
+    command = [str(part) for part in (sys.executable, ROOT / "export_hf.py", *flags)]
+    child = psutil.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while child.poll() is None:
+        try:
+            memory = child.memory_info()
+            peak = max(peak, memory.rss - memory.shared)
+        except psutil.Error:  # it has just ended
+            break
+        time.sleep(0.005)
+    if child.wait() != 0:
+        sys.exit(f"error: the export of {run} failed")
+    return peak
+
+
+if __name__ == "__main__":
+    main()
