@@ -196,6 +196,8 @@ def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
 
 def resolve_model_settings(settings: RunSettings, config: ModelConfig) -> RunSettings:
     minimum = settings.min_learning_rate
+    if minimum is None and settings.schedule != "constant":
+        minimum = settings.learning_rate / 10
     if settings.deterministic:
         interval = settings.fingerprint_interval
         settings = settings.replace(
@@ -204,7 +206,7 @@ def resolve_model_settings(settings: RunSettings, config: ModelConfig) -> RunSet
         )
     return settings.replace(
         block_size=settings.block_size or config.max_position_embeddings,
-        min_learning_rate=settings.learning_rate / 10 if minimum is None else minimum,
+        min_learning_rate=minimum,
     )
 
 
