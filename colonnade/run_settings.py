@@ -186,7 +186,7 @@ class RunSettings:
     muon_momentum: float = _identity(
         0.95,
         "optimization",
-        "decay of Muon's momentum",
+        "decay of Muon's momentum; 0 for none",
         minimum=0.0,
         below=1.0,
         only_with=("optimizer", ("muon",)),

@@ -45,6 +45,12 @@ VALUES: dict[str, tuple[str, Any]] = {
     "learning_rate": ("1e-3", 0.001),
     "min_learning_rate": ("0", 0.0),
     "warmup_steps": ("0", 0),
+    "schedule": ("wsd", "wsd"),
+    "schedule_steps": ("88", 88),
+    "decay_steps": ("9", 9),
+    "decay_shape": ("linear", "linear"),
+    "optimizer": ("muon", "muon"),
+    "muon_momentum": ("0.9", 0.9),
     "weight_decay": ("1e-1", 0.1),
     "adam_beta1": ("0", 0.0),
     "adam_beta2": (".99", 0.99),
@@ -102,13 +108,25 @@ def test_every_setting_has_a_sample() -> None:
     assert VALUES.keys() | set(SWITCHES) == SPECS.keys()
 
 
+def flags_of(settings: Mapping[str, str]) -> list[str]:
+    return [part for name, value in settings.items() for part in (flag(name), value)]
+
+
+def beside(name: str) -> dict[str, str]:
+    """The other setting that a setting needs to mean something, where that is not the default."""
+    other, values = SPECS[name].metadata.get("only_with", (None, ()))
+    return {} if other is None or SPECS[other].default in values else {other: values[0]}
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_a_flag_and_a_file_mean_the_same(name: str, tmp_path: Path) -> None:
     text, meaning = VALUES[name]
-    assert parse_training([flag(name), text]) == {name: meaning}
-    assert parse_training(["--config", write(tmp_path / "c.yaml", {name: text})]) == {name: meaning}
+    others = beside(name)
+    expected = {**others, name: meaning}
+    assert parse_training([flag(name), text, *flags_of(others)]) == expected
+    assert parse_training(["--config", write(tmp_path / "c.yaml", {**others, name: text})]) == expected
     # As YAML's own type, where it has one.
-    assert parse_training(["--config", write(tmp_path / "c.yaml", {name: meaning})]) == {name: meaning}
+    assert parse_training(["--config", write(tmp_path / "c.yaml", expected)]) == expected
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -140,6 +158,12 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("learning_rate", ["0", "-1e-3", "1e-400", "11"], ["1e-30", "10"]),
     ("min_learning_rate", ["-1e-9"], ["0"]),
     ("warmup_steps", ["-1", str(MAX_STEPS + 1)], ["0"]),
+    ("schedule", ["WSD", "cos", "none"], ["cosine", "wsd", "constant"]),
+    ("schedule_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1", str(MAX_STEPS)]),
+    ("decay_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1"]),
+    ("decay_shape", ["sqrt", "1-SQRT"], ["1-sqrt", "linear", "cosine"]),
+    ("optimizer", ["adam", "Muon"], ["adamw", "muon"]),
+    ("muon_momentum", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
     ("weight_decay", ["-0.1"], ["0"]),
     ("adam_beta1", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
     ("adam_beta2", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
@@ -169,7 +193,7 @@ def test_limits(name: str, refused: list[str], allowed: list[str]) -> None:
         assert line.startswith(f"{flag(name)} is ")
         assert "; it must be " in line
     for text in allowed:
-        assert str(parse_training([flag(name), text])[name])
+        assert str(parse_training([flag(name), text, *flags_of(beside(name))])[name])
 
 
 def numeric(kind: str) -> list[str]:
@@ -508,6 +532,7 @@ def test_identity_holds_what_shapes_the_loss_curve() -> None:
     assert quiet == {
         *spikes,
         *("max_skipped_steps", "drift_check_interval"),
+        *("decay_steps", "decay_shape", "muon_momentum"),  # where they say something, they are
         *("preset", "model_config", "data_glob", "tokenizer_path", "strict_data", "data_lanes"),
         *("tokenizer_backend", "trust_remote_code"),
         *("validation_glob", "validation_interval", "validation_chunks"),

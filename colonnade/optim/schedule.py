@@ -60,7 +60,7 @@ class Schedule:
         decayed = step - (self.horizon - self.decay_steps)
         if decayed < 0:
             return self.peak
-        progress = min(1.0, decayed / max(1, self.decay_steps))
+        progress = min(1.0, decayed / self.decay_steps) if self.decay_steps else 1.0
         return self.minimum + (self.peak - self.minimum) * decay_factor(self.decay_shape, progress)
 
     def to_dict(self) -> dict[str, Any]:

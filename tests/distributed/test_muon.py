@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 
+import forked_commands
 from colonnade.optim.muon import newton_schulz
 from colonnade.optim.optimizer import allocate_state
 from colonnade.parallel.mesh import init_parallel
 from dense_reference import dense_loss
+from distributed.launching import make_inputs
 from distributed.pool import RankPool
 from distributed.test_bits import MODELS, STEPS, differing
 from distributed.test_elastic import CONFIG as ELASTIC
@@ -188,3 +191,47 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     assert float(brought.max()) < 1.3
     # Singular vectors stay: in their basis nothing stands beside the diagonal.
     assert float((found - found.diagonal().diag()).norm()) < 0.05 * float(found.norm())
+
+
+def test_a_run_is_audited_and_gone_on_with(tmp_path: Path) -> None:
+    """Two ranks train, one audits; the horizon is moved exactly, and the optimizer changed from weights alone."""
+
+    def command(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
+        first, *_ = outcomes = forked_commands.start(script, list(flags), ranks=ranks)
+        assert {outcome.code for outcome in outcomes} == {code}, outcomes
+        return first.output + first.errors
+
+    def rates(folder: str) -> dict[int, float]:
+        rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+
+    inputs = make_inputs(tmp_path)
+    run = str(tmp_path / "run")
+    given = (
+        "--deterministic",
+        "--initial-batch-size",
+        "2",
+        "--checkpoint-interval",
+        "2",
+        "--fingerprint-interval",
+        "2",
+    )
+    schedule = ("--optimizer", "muon", "--schedule", "wsd", "--decay-steps", "2", "--total-steps", "4")
+    command("training", *inputs, *given, *schedule, "--checkpoint-dir", run, ranks=2)
+    audited = command("audit_run", "--run", run, "--from-step", "2", "--to-step", "4")
+    assert "steps 3 to 4 are the same to the bit" in audited
+    assert rates("run")[4] == pytest.approx(1e-4 + 9e-4 * (1 - 0.5**0.5))
+
+    longer = ("--checkpoint-path", run, "--total-steps", "6", "--checkpoint-dir")
+    said = command("resume_pretrain_tensor", *longer, str(tmp_path / "longer"), "--keep-optimizer")
+    assert "total_steps 4 -> 6" in said
+    assert "learning rate of step 5 0.0001 -> 0.001" in said
+    assert rates("longer") == pytest.approx({5: 1e-3, 6: 1e-4 + 9e-4 * (1 - 0.5**0.5)})
+
+    other = (*longer, str(tmp_path / "other"), "--optimizer", "adamw")
+    said = command("resume_pretrain_tensor", *other, "--keep-optimizer", code=2)
+    assert "holds the state of muon, which --optimizer adamw has no use for; leave out one of them" in said
+    assert not (tmp_path / "other").exists()
+    said = command("resume_pretrain_tensor", *other, "--rewarmup-steps", "2")
+    assert "optimizer muon -> adamw" in said
+    assert rates("other") == pytest.approx({5: 5e-4, 6: 1e-4 + 9e-4 * (1 - 0.5**0.5)})
