@@ -29,6 +29,7 @@ from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_enviro
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.run_settings import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
+from colonnade.tuning.cost_model import Placement, state_memory
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run_data import require_vocabulary, run_tokenizer, weight_changes
@@ -171,19 +172,23 @@ def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
 def resolve_model(settings: RunSettings) -> ModelConfig:
     """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
     entries = vocabulary_size(run_tokenizer(settings))
-    if settings.model_config is not None:
-        config = ModelConfig.from_json(settings.model_config, vocab_size=entries)
-    else:
-        assert settings.preset is not None
-        sizes = load_preset(settings.preset)[0]
-        known = [field.name for field in fields(ModelConfig)]
-        for key in sizes:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-                raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
-        config = ModelConfig.from_dict(sizes, vocab_size=entries)
+    config = named_model(settings, entries)
     require_vocabulary(settings, entries, config)
     return config
+
+
+def named_model(settings: RunSettings, vocab_size: int | None) -> ModelConfig:
+    """The architecture that --model-config or --preset names; `vocab_size` is used where it names none itself."""
+    if settings.model_config is not None:
+        return ModelConfig.from_json(settings.model_config, vocab_size=vocab_size)
+    assert settings.preset is not None
+    sizes = load_preset(settings.preset)[0]
+    known = [field.name for field in fields(ModelConfig)]
+    for key in sizes:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
+    return ModelConfig.from_dict(sizes, vocab_size=vocab_size)
 
 
 def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
@@ -219,18 +224,21 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
             "give at most that"
         )
     check_slices(config, layout.tp, settings.tensor_slices)
-    _require_memory(config, layout)
+    _require_memory(settings, config, layout)
 
 
-def _require_memory(config: ModelConfig, layout: ParallelLayout) -> None:
-    """Refuse a model whose parameters, gradients and AdamW moments, 16 bytes a parameter, exceed all there is."""
+def _require_memory(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuse a model whose parameters, gradients and optimizer state exceed all the memory there is."""
     if layout.device.type == "cuda":
         ranks, memory = 1, torch.cuda.mem_get_info(layout.device)[1]
     else:
         import psutil
 
         ranks, memory = local_world_size_from_environment(), psutil.virtual_memory().total
-    needed = 16 * config.num_parameters // layout.tp * ranks
+    placement = Placement(
+        tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
+    )
+    needed = state_memory(config, placement).total * ranks
     if needed > memory:
         shared = f" on the {ranks} ranks of a node" if ranks > 1 else ""
         raise UsageError(
