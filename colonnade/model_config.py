@@ -152,7 +152,10 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The parameters outside of layers, by name; the vocabulary without padding."""
     table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": table,
+        "model.norm.weight": (config.hidden_size,),
+    }
     return shapes if config.tie_word_embeddings else {**shapes, "lm_head.weight": table}
 
 

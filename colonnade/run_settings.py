@@ -354,3 +354,46 @@ class ResumeSettings:
     allow_data_change: bool = _setting(
         False, "resuming", "go on where data, tokenizer or block size are others than the checkpoint's, and record it"
     )
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What `plan_run.py` is told beside the settings of the run it plans."""
+
+    gpus: int = _setting(1, "planning", "devices, one rank each", minimum=1, maximum=2**20, unit="COUNT")
+    gpu: str | None = _setting(
+        None,
+        "planning",
+        "device, as H100 or A100 80GB: its memory and peak are known (default neither is)",
+        unit="NAME",
+    )
+    tokens: int | None = _setting(
+        None, "planning", "tokens to train on", minimum=1, maximum=MAX_STEPS * MAX_TOKENS_PER_STEP, unit="TOKENS"
+    )
+    tokens_per_parameter: float = _setting(
+        22.0, "planning", "tokens for each parameter, embeddings included, where --tokens is not given", above=0.0
+    )
+    micro_batch_size: int | None = _setting(
+        None,
+        "planning",
+        "sequences a rank computes at once (default the most that fit, where the memory is known)",
+        minimum=1,
+        maximum=2**16,
+        unit="COUNT",
+    )
+    utilisation: float = _setting(
+        0.4, "planning", "part of the devices' peak that training is assumed to reach (MFU)", above=0.0, maximum=1.0
+    )
+    vocab_size: int | None = _setting(
+        None,
+        "planning",
+        "entries of the vocabulary, where neither the model's config nor a tokenizer tells",
+        minimum=1,
+        maximum=2**31 - 1,
+        unit="ENTRIES",
+    )
+    count_parameters: bool = _setting(False, "planning", "print the table of parameters by module, and nothing else")
+    json: bool = _setting(False, "planning", "print one JSON object")
+    output: str = _setting("run.yaml", "planning", "file for training.py --config", unit="YAML")
+    write: bool = _setting(True, "planning", "write that file")
+    force: bool = _setting(False, "planning", "replace the file if it is there")

@@ -22,6 +22,7 @@ COMMANDS = (
     ["generate.py"],
     ["audit_run.py"],
     ["check_bits.py"],
+    ["plan_run.py"],
     ["benchmarks/checkpoint.py"],
     ["benchmarks/data.py"],
     ["benchmarks/data_memory.py"],

@@ -152,7 +152,7 @@ class _LayerSizes:
         return self.hidden * (FLOAT32 + 2 * self.e) + FLOAT32
 
     def kept_a_token(self) -> int:
-        """Two norms; query, key, value, result and the sum of exponentials of attention; gate, its SiLU, up, product."""
+        """Two norms; of attention query, key, value, result, sums of exponentials; gate, its SiLU, up, the product."""
         attention = self.e * (2 * self.query + 2 * self.key_value) + FLOAT32 * self.heads
         return 2 * self.norm_a_token() + attention + 4 * self.e * self.inner
 
@@ -161,7 +161,7 @@ class _LayerSizes:
         return self.vocabulary * (self.e + FLOAT32 + (FLOAT32 if self.e != FLOAT32 else 0))
 
     def gradients_a_token(self) -> int:
-        """In the feed-forward's backward pass: gradients of up and gate, the product being gone, and of the residual."""
+        """In the feed-forward's backward pass, its product being gone: gradients of up, gate and the residual."""
         return self.e * (2 * self.inner + 2 * self.hidden)
 
 

@@ -27,8 +27,8 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bMI3(00X|25X)\b", {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4, "fp8": 2614.9}),
 )
 
-# Memory in GB from the same data sheets, which call 2^30 bytes a GB; what a driver reports is up to 2% less. Where a name
-# covers several sizes, the smallest.
+# Memory in GB from the same data sheets, which call 2^30 bytes a GB; what a driver reports is up to 2% less. Where a
+# name covers several sizes, the smallest.
 _MEMORY_GB: tuple[tuple[str, int], ...] = (
     (r"\bB200\b", 180),
     (r"\bG?H200\b", 141),
