@@ -70,8 +70,8 @@ class Schedule:
 def decay_factor(shape: str, progress: float) -> float:
     """Of the way from the peak to the minimum what is left: 1 at `progress` 0, 0 at `progress` 1.
 
-    `1-sqrt` is that of "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv:2405.18392,
-    equation 3), which found it better than a straight line.
+    `1-sqrt` is that of "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv:2405.18392),
+    which found it better than a straight line.
     """
     if shape == "linear":
         return 1.0 - progress

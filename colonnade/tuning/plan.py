@@ -71,7 +71,7 @@ def warmup_of(steps: int) -> int:
 
 
 def recommended_step(flops: float) -> float:
-    """Tokens a step for a compute budget in FLOPs (DeepSeek LLM, arXiv:2401.02954, equation 1)."""
+    """Tokens a step for a compute budget in FLOPs, those of the vocabulary left out (arXiv:2401.02954, section 3.1)."""
     return float(0.2920 * flops**0.3271)
 
 
@@ -141,7 +141,8 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
             f"one sequence of {block} tokens on each of {asked.gpus} devices is more than the {MAX_TOKENS_PER_STEP:,} "
             "tokens that a step can have; lower one of them"
         )
-    best = min(recommended_step(run_flops(config, tokens, block)), MAX_TOKENS_PER_STEP)
+    head = 6 * config.hidden_size * config.vocab_size * tokens
+    best = min(recommended_step(run_flops(config, tokens, block) - head), MAX_TOKENS_PER_STEP)
     # A power of two sequences for each device: it can be shared out in many ways.
     return share * 2 ** max(0, round(math.log2(best / share))) if best > share else share
 
@@ -226,7 +227,7 @@ def _assumptions(
     if asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
     if settings.tokens_per_step is None:
-        yield "tokens a step: 0.292 x FLOPs^0.3271 (arXiv:2401.02954), to a power of two sequences a device"
+        yield "tokens a step: 0.292 x FLOPs^0.3271 without the head (arXiv:2401.02954), 2^n sequences a device"
     if not warmup_is_given:
         yield f"warm-up: a hundredth of the steps, {SHORTEST_WARMUP} to {LONGEST_WARMUP}, at most half of them"
     kept = "one layer at a time computed again" if placement.gradient_checkpointing else "all activations kept"
