@@ -13,7 +13,8 @@ matrices:
 4. A second all-to-all gives each rank its part of the results of its group, and a broadcast those of the other
    data-parallel ranks.
 
-So a rank holds one whole matrix at a time, and each is orthogonalised once a step whatever the number of ranks.
+So each matrix is orthogonalised once a step whatever the number of ranks, and a rank holds one whole matrix at a time
+beside its parts of a round's results.
 `torch.optim.Muon` does the same for whole matrices on one rank (`tests/distributed/test_muon.py` compares); its own
 iteration is no public function.
 """
@@ -133,13 +134,14 @@ class Muon(torch.optim.Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         for batch in self._dealer.rounds(parameters):
             updates = []
-            for parameter in batch:
+            for number, parameter in enumerate(batch):
                 gradient, state = _local(parameter.grad), self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
                 buffer = _local(state["momentum_buffer"])
                 moved = buffer.lerp(gradient, 1 - momentum)
-                updates.append(gradient.lerp(moved, momentum))
+                if self._dealer.is_ours(number):
+                    updates.append(gradient.lerp(moved, momentum))
                 buffer.copy_(_chosen(skipped, buffer, moved))
             for parameter, direction in zip(batch, self._dealer.orthogonalised(batch, updates), strict=True):
                 weight = _local(parameter)
@@ -198,21 +200,26 @@ class _Dealer:
         size = self._tp * self._dp
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
+    def is_ours(self, number: int) -> bool:
+        """Whether this tensor-parallel group has matrix `number` of a round; else another data-parallel rank's does."""
+        return number // self._tp == self._dp_rank
+
     def orthogonalised(self, parameters: Sequence[nn.Parameter], updates: Sequence[Tensor]) -> list[Tensor]:
         """The whole matrices of a round, orthogonalised: this rank's part of each, in bfloat16. Collective.
 
         Args:
             parameters: at most one a rank; number i goes to rank i mod tp of data-parallel rank i // tp.
-            updates: this rank's part of each matrix.
+            updates: this rank's part of each matrix that is its group's.
         """
         parts = [_part_of(parameter) for parameter in parameters]
-        results = [torch.empty(part.shape, dtype=torch.bfloat16, device=updates[0].device) for part in parts]
+        device = parameters[0].device
+        results = [torch.empty(part.shape, dtype=torch.bfloat16, device=device) for part in parts]
         begin = self._dp_rank * self._tp
-        mine = slice(begin, begin + self._tp)
-        if parts[mine]:
-            whole = self._gathered(parts[mine], updates[mine])
+        ours = slice(begin, begin + self._tp)
+        if parts[ours]:
+            whole = self._gathered(parts[ours], updates)
             direction = None if whole is None else newton_schulz(whole)
-            for result, found in zip(results[mine], self._scattered(parts[mine], direction, updates[0]), strict=True):
+            for result, found in zip(results[ours], self._scattered(parts[ours], direction, device), strict=True):
                 result.copy_(found)
         if self._dp > 1:
             pending = [
@@ -242,13 +249,13 @@ class _Dealer:
         shards = [piece.view(own.shape) for piece in arrived.split([count for count in received if count])]
         return torch.cat(shards, own.dim) if own.dim is not None else shards[0]
 
-    def _scattered(self, parts: Sequence[_Part], direction: Tensor | None, like: Tensor) -> list[Tensor]:
+    def _scattered(self, parts: Sequence[_Part], direction: Tensor | None, device: torch.device) -> list[Tensor]:
         """This rank's part of each matrix, from the ranks that hold the whole of them."""
         if self._tp == 1:
             assert direction is not None
             return [direction]
         sent = [0] * self._tp
-        flat = torch.empty(0, dtype=torch.bfloat16, device=like.device)
+        flat = torch.empty(0, dtype=torch.bfloat16, device=device)
         if direction is not None:
             own = parts[self._tp_rank]
             pieces = [direction] * self._tp if own.dim is None else direction.chunk(self._tp, own.dim)
