@@ -9,7 +9,7 @@ matrices:
 1. Each rank updates its shard of the momentum.
 2. Matrices are dealt in rounds of one a rank. An all-to-all over the tensor-parallel group gives each rank the whole of
    its own, from the shards of that group; data-parallel ranks, which hold the same shards, take different matrices.
-3. Each rank orthogonalises its matrix, in bfloat16, from the same bits and in the same shape whoever it is.
+3. Each rank orthogonalises its matrix, from the same bits and in the same shape whoever it is.
 4. A second all-to-all gives each rank its part of the results of its group, and a broadcast those of the other
    data-parallel ranks.
 
@@ -40,10 +40,14 @@ ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1 (between about 0.7 and 1.2), in bfloat16. [rows, columns]"""
+def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The matrix with its singular values brought near 1 (between about 0.7 and 1.2). [rows, columns]
+
+    Args:
+        dtype: of the iterations and of the result.
+    """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.to(dtype)
     is_tall = matrix.shape[0] > matrix.shape[1]
     if is_tall:  # the Gram matrix is that of the shorter side
         x = x.T
@@ -79,6 +83,7 @@ class Muon(torch.optim.Optimizer):
         lr, momentum, weight_decay: of the matrices.
         tp_group: the ranks of that mesh.
         dp_group: the ranks that hold the same shards.
+        dtype: of the iterations.
 
     Raises:
         ValueError: a parameter is not a matrix, or cut unevenly.
@@ -94,6 +99,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         tp_group: dist.ProcessGroup,
         dp_group: dist.ProcessGroup,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         own: dict[str, Any] = {"params": list(matrices), "momentum": momentum, "lr": lr, "weight_decay": weight_decay}
         super().__init__([own], {"fused": adamw.defaults["fused"]})
@@ -103,7 +109,7 @@ class Muon(torch.optim.Optimizer):
         self.param_groups.extend(adamw.param_groups)
         adamw.state = self.state
         self._matrices = own
-        self._dealer = _Dealer(tp_group, dp_group)
+        self._dealer = _Dealer(tp_group, dp_group, dtype)
         for parameter in own["params"]:
             self._dealer.check(parameter)
 
@@ -181,8 +187,8 @@ class _Part:
 class _Dealer:
     """Deals matrices to ranks, and brings each together on its own."""
 
-    def __init__(self, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> None:
-        self._tp_group, self._dp_group = tp_group, dp_group
+    def __init__(self, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        self._tp_group, self._dp_group, self._dtype = tp_group, dp_group, dtype
         self._tp, self._tp_rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
         self._dp, self._dp_rank = dist.get_world_size(dp_group), dist.get_rank(dp_group)
 
@@ -205,7 +211,7 @@ class _Dealer:
         return number // self._tp == self._dp_rank
 
     def orthogonalised(self, parameters: Sequence[nn.Parameter], updates: Sequence[Tensor]) -> list[Tensor]:
-        """The whole matrices of a round, orthogonalised: this rank's part of each, in bfloat16. Collective.
+        """The whole matrices of a round, orthogonalised: this rank's part of each. Collective.
 
         Args:
             parameters: at most one a rank; number i goes to rank i mod tp of data-parallel rank i // tp.
@@ -213,12 +219,12 @@ class _Dealer:
         """
         parts = [_part_of(parameter) for parameter in parameters]
         device = parameters[0].device
-        results = [torch.empty(part.shape, dtype=torch.bfloat16, device=device) for part in parts]
+        results = [torch.empty(part.shape, dtype=self._dtype, device=device) for part in parts]
         begin = self._dp_rank * self._tp
         ours = slice(begin, begin + self._tp)
         if parts[ours]:
             whole = self._gathered(parts[ours], updates)
-            direction = None if whole is None else newton_schulz(whole)
+            direction = None if whole is None else newton_schulz(whole, self._dtype)
             for result, found in zip(results[ours], self._scattered(parts[ours], direction, device), strict=True):
                 result.copy_(found)
         if self._dp > 1:
@@ -255,7 +261,7 @@ class _Dealer:
             assert direction is not None
             return [direction]
         sent = [0] * self._tp
-        flat = torch.empty(0, dtype=torch.bfloat16, device=device)
+        flat = torch.empty(0, dtype=self._dtype, device=device)
         if direction is not None:
             own = parts[self._tp_rank]
             pieces = [direction] * self._tp if own.dim is None else direction.chunk(self._tp, own.dim)

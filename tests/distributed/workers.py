@@ -41,7 +41,9 @@ def make_optimizer(
     kind: str, model: TensorParallelModel, layout: ParallelLayout, *, fused: bool = True
 ) -> torch.optim.Optimizer:
     common = {"learning_rate": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": fused}
-    return create_muon(model, layout, **common) if kind == "muon" else create_adamw(model, **common)
+    if kind == "adamw":
+        return create_adamw(model, **common)
+    return create_muon(model, layout, **common, dtype=torch.bfloat16 if kind == "muon in bf16" else None)
 
 
 def whole(model: TensorParallelModel, *, gradients: bool = False) -> dict[str, Tensor]:
