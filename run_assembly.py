@@ -26,8 +26,8 @@ from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.loss_window import LossWindow
-from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
-from colonnade.optim.schedule import CosineSchedule
+from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits
+from colonnade.optim.schedule import Schedule, schedule_of
 from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
@@ -136,13 +136,8 @@ def assemble(
         gradient_checkpointing=not settings.disable_gradient_checkpointing,
         compiled=is_compiled(settings, layout),
     )
-    optimizer = create_adamw(
-        model,
-        learning_rate=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.weight_decay,
-        fused=not settings.deterministic or fused_keeps_bits(model.parameters(), [count for _, count in model.pieces]),
-    )
+    keeps_bits = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
+    optimizer = create_optimizer(model, settings, layout, fused=not settings.deterministic or keeps_bits)
     allocate_state(optimizer)
     scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
     step = _restore(origin, model, optimizer, scaler, settings.init_from)
@@ -296,21 +291,12 @@ def _require_fingerprint(origin: Origin, model: TensorParallelModel, optimizer: 
             )
 
 
-def _schedule(settings: RunSettings, origin: Origin, step: int) -> CosineSchedule:
+def _schedule(settings: RunSettings, origin: Origin, step: int) -> Schedule:
     """The run's schedule. A second warm-up under way in the checkpoint goes on where the optimizer is kept."""
-    rewarmup_start, rewarmup_steps = step, origin.rewarmup_steps
     if origin.keep_optimizer and origin.record:
         stored = origin.record["schedule"]
-        rewarmup_start, rewarmup_steps = stored["rewarmup_start"], stored["rewarmup_steps"]
-    assert settings.min_learning_rate is not None
-    return CosineSchedule(
-        peak=settings.learning_rate,
-        minimum=settings.min_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        total_steps=settings.total_steps,
-        rewarmup_start=rewarmup_start,
-        rewarmup_steps=rewarmup_steps,
-    )
+        return schedule_of(settings, stored["rewarmup_start"], stored["rewarmup_steps"])
+    return schedule_of(settings, step, origin.rewarmup_steps)
 
 
 def _describe(
@@ -365,6 +351,8 @@ def _tune_batch(
         "tensor_slices": settings.tensor_slices,
         "torch": torch.__version__,
     }
+    if settings.optimizer != "adamw":  # answers on record from before there was a choice stay valid
+        depends_on["optimizer"] = settings.optimizer
 
     def probe(size: int) -> float:
         warm = on_cuda or is_compiled(settings, layout)

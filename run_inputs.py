@@ -29,6 +29,7 @@ from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_enviro
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.run_settings import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
+from colonnade.tuning.cost_model import Placement, state_memory
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run_data import require_vocabulary, run_tokenizer, weight_changes
@@ -171,21 +172,28 @@ def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
 def resolve_model(settings: RunSettings) -> ModelConfig:
     """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
     entries = vocabulary_size(run_tokenizer(settings))
+    config = named_model(settings, entries)
+    require_vocabulary(settings, entries, config)
+    return config
+
+
+def named_model(settings: RunSettings, vocab_size: int | None) -> ModelConfig:
+    """The architecture that --model-config, --init-from or --preset names.
+
+    `vocab_size` is used where it names none itself.
+    """
     source = settings.model_config or settings.init_from
     if source is not None:
         flag = "--init-from" if settings.model_config is None else "--model-config"
-        config = ModelConfig.from_json(source, vocab_size=entries, flag=flag)
-    else:
-        assert settings.preset is not None
-        sizes = load_preset(settings.preset)[0]
-        known = [field.name for field in fields(ModelConfig)]
-        for key in sizes:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-                raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
-        config = ModelConfig.from_dict(sizes, vocab_size=entries)
-    require_vocabulary(settings, entries, config)
-    return config
+        return ModelConfig.from_json(source, vocab_size=vocab_size, flag=flag)
+    assert settings.preset is not None
+    sizes = load_preset(settings.preset)[0]
+    known = [field.name for field in fields(ModelConfig)]
+    for key in sizes:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
+    return ModelConfig.from_dict(sizes, vocab_size=vocab_size)
 
 
 def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
@@ -198,6 +206,8 @@ def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
 
 def resolve_model_settings(settings: RunSettings, config: ModelConfig) -> RunSettings:
     minimum = settings.min_learning_rate
+    if minimum is None and settings.schedule != "constant":
+        minimum = settings.learning_rate / 10
     if settings.deterministic:
         interval = settings.fingerprint_interval
         settings = settings.replace(
@@ -206,7 +216,7 @@ def resolve_model_settings(settings: RunSettings, config: ModelConfig) -> RunSet
         )
     return settings.replace(
         block_size=settings.block_size or config.max_position_embeddings,
-        min_learning_rate=settings.learning_rate / 10 if minimum is None else minimum,
+        min_learning_rate=minimum,
     )
 
 
@@ -219,18 +229,21 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
             "give at most that"
         )
     check_slices(config, layout.tp, settings.tensor_slices)
-    _require_memory(config, layout)
+    _require_memory(settings, config, layout)
 
 
-def _require_memory(config: ModelConfig, layout: ParallelLayout) -> None:
-    """Refuse a model whose parameters, gradients and AdamW moments, 16 bytes a parameter, exceed all there is."""
+def _require_memory(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuse a model whose parameters, gradients and optimizer state exceed all the memory there is."""
     if layout.device.type == "cuda":
         ranks, memory = 1, torch.cuda.mem_get_info(layout.device)[1]
     else:
         import psutil
 
         ranks, memory = local_world_size_from_environment(), psutil.virtual_memory().total
-    needed = 16 * config.num_parameters // layout.tp * ranks
+    placement = Placement(
+        tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
+    )
+    needed = state_memory(config, placement).total * ranks
     if needed > memory:
         shared = f" on the {ranks} ranks of a node" if ranks > 1 else ""
         raise UsageError(

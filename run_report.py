@@ -7,6 +7,7 @@ from typing import Any
 
 from colonnade.checkpoint.manifest import library_versions
 from colonnade.data.position import DataPosition
+from colonnade.optim.schedule import schedule_of
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.code_version import describe_code
 from run_data import weight_changes
@@ -34,7 +35,8 @@ def resume_report(
 def _changes(run: Run, record: Mapping[str, Any], libraries: Mapping[str, str]) -> list[str]:
     settings, layout = run.settings, run.layout
     # Settings that the checkpoint's version did not have were at their defaults.
-    old, new = RunSettings(**record["settings"]).to_dict(), settings.to_dict()
+    before = RunSettings(**record["settings"])
+    old, new = before.to_dict(), settings.to_dict()
     pairs: list[tuple[str, Any, Any]] = [(name, old[name], new[name]) for name in new if name not in _QUIET]
     pairs += [
         ("ranks", record["tp"] * record["dp"], layout.tp * layout.dp),
@@ -44,11 +46,14 @@ def _changes(run: Run, record: Mapping[str, Any], libraries: Mapping[str, str]) 
         ("micro-batch", record["micro_batch_size"] or run.batch.micro_batch_size, run.batch.micro_batch_size),
         ("tokenizer backend", record["tokenizer_backend"], run.tokenizer_backend.label),
     ]
+    # A second warm-up is an action of its own: here the schedules alone are compared.
+    rate, rate_now = (f"{schedule_of(each)(run.step):.4g}" for each in (before, settings))
+    pairs.append((f"learning rate of step {run.step + 1}", rate, rate_now))
     if record["code"] is not None:
         pairs.append(("code", describe_code(record["code"]), describe_code(run.code)))
     present = library_versions()
     pairs += [(name, libraries.get(name), present.get(name)) for name in sorted({*libraries, *present})]
-    lines = [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]
+    lines = [f"{name} {then} -> {now}" for name, then, now in pairs if then != now]
     # Told above, of every run.
     told = ("torch ", "micro_batch_size ")
     lines += [line for line in arithmetic_changes(record, settings, layout) if not line.startswith(told)]

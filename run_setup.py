@@ -148,6 +148,12 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         if record:
             require_own_model(found.path, own, given)
             settings = check_contradictions(RunSettings(**override(own, given)))
+            trained_by = RunSettings(**own).optimizer
+            if resume.keep_optimizer and settings.optimizer != trained_by:
+                raise UsageError(
+                    f"--keep-optimizer: {found.path} holds the state of {trained_by}, which --optimizer "
+                    f"{settings.optimizer} has no use for; leave out one of them"
+                )
         else:
             settings = with_preset(override(own, given), layout, notes)
     settings = resolve_device_settings(settings, layout, notes)

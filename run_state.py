@@ -21,7 +21,7 @@ from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenizer_backend import Backend
 from colonnade.optim.loss_window import LossWindow
-from colonnade.optim.schedule import CosineSchedule
+from colonnade.optim.schedule import Schedule
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.data_ledger import write_data_ledger
@@ -87,7 +87,7 @@ class Run:
     model: TensorParallelModel
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
-    schedule: CosineSchedule
+    schedule: Schedule
     feed: BatchFeed
     stream: TokenStream | None
     validation: Validation | None

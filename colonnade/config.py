@@ -83,8 +83,12 @@ _ALTERNATIVES = (
 
 
 def override(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `below`, overridden by those `above` and by what these replace."""
+    """The settings `below`, overridden by those `above` and by what these replace or take the meaning from."""
     replaced = {other for pair in _ALTERNATIVES for one, other in (pair, pair[::-1]) if above.get(one)}
+    for spec in fields(RunSettings):
+        other, values = spec.metadata.get("only_with", ("", ()))
+        if other in above and above[other] not in values:
+            replaced.add(spec.name)
     return {**{name: value for name, value in below.items() if name not in replaced}, **above}
 
 
@@ -123,12 +127,31 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
             "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "
             "leave out one of them"
         )
+    _check_meanings(settings)
     if settings.min_learning_rate is not None and settings.min_learning_rate > settings.learning_rate:
         raise UsageError(
             f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "
             "lower it, or leave it out for a tenth of the peak"
         )
+    horizon = settings.schedule_steps or settings.total_steps
+    if settings.decay_steps is not None and settings.decay_steps > horizon - settings.warmup_steps:
+        raise UsageError(
+            f"--decay-steps {settings.decay_steps} and --warmup-steps {settings.warmup_steps} are more than the "
+            f"{horizon} steps of the schedule: lower one of them"
+        )
     return settings
+
+
+def _check_meanings(settings: RunSettings) -> None:
+    """Refuse a setting that was given and would be ignored."""
+    defaults = RunSettings()
+    for name, (other, values) in settings.without_meaning().items():
+        value, flag = getattr(settings, name), name.replace("_", "-")
+        if value != getattr(defaults, name):
+            raise UsageError(
+                f"--{flag} {value} says nothing with --{other} {getattr(settings, other)}: leave it out, or give "
+                f"--{other} {' or '.join(values)}"
+            )
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:

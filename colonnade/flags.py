@@ -1,4 +1,5 @@
-"""The command lines of `training.py` and `resume_pretrain_tensor.py`: flags made from the tables in `run_settings.py`.
+"""The command lines of `training.py`, `resume_pretrain_tensor.py` and `plan_run.py`: flags made from the tables in
+`run_settings.py`.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
-from colonnade.run_settings import ResumeSettings, RunSettings
+from colonnade.run_settings import PlanSettings, ResumeSettings, RunSettings
 from colonnade.setting_values import check_field
 
 _TRAINING = (
@@ -27,6 +28,12 @@ _RESUME = (
     "the run's own, not the default in parentheses. The optimizer starts afresh and the learning rate is warmed up "
     "again, unless --keep-optimizer."
 )
+_PLAN = (
+    "Plan a run before it is started: parameters, tokens, steps, memory a rank, FLOPs and time, and a file of settings "
+    "for training.py --config. What a run can be told goes into that file. No device is needed."
+)
+# What a plan settles; in a file that is given they are overridden.
+PLANNED = ("total_steps", "initial_batch_size", "gradient_accumulation_steps")
 
 
 def parse_training(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -72,6 +79,30 @@ def parse_resume(arguments: Sequence[str] | None = None) -> tuple[ResumeSettings
             )
         resume["rewarmup_steps"] = 0
     return ResumeSettings(**resume), _run_settings(values)
+
+
+def parse_plan(arguments: Sequence[str] | None = None) -> tuple[PlanSettings, dict[str, Any]]:
+    """What to plan with, and the run settings given to `plan_run.py`, by flag or in a file.
+
+    Raises:
+        UsageError: a flag, key or value that cannot be used, or several that contradict each other.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="plan_run.py", description=_PLAN)
+    parser.add_table(PlanSettings)
+    parser.add_table(RunSettings, leave_out=PLANNED)
+    values = parser.parse(arguments)
+    plan = _checked(PlanSettings, values)
+    if "tokens" in plan and "tokens_per_parameter" in plan:
+        raise UsageError(
+            f"--tokens {plan['tokens']} and --tokens-per-parameter {plan['tokens_per_parameter']}: give one of them"
+        )
+    given = _run_settings(values)
+    if "vocab_size" in plan and given.get("tokenizer_path") is not None:
+        raise UsageError(
+            f"--vocab-size {plan['vocab_size']} and --tokenizer-path {given['tokenizer_path']}: give one of them"
+        )
+    return PlanSettings(**plan), given
 
 
 def _run_settings(values: dict[str, Any]) -> dict[str, Any]:

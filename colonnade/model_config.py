@@ -117,13 +117,12 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, the vocabulary without padding."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query, key_value = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
-        attention = hidden * (2 * query + 2 * key_value) + self.attention_bias * (query + 2 * key_value)
-        attention += self.attention_output_bias * hidden + self.qk_norm * 2 * self.head_dim
-        mlp = 3 * hidden * inner + self.mlp_bias * (2 * inner + hidden)
-        vocabulary = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
-        return vocabulary + self.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden
+        return _count(outer_shapes(self)) + self.num_hidden_layers * _count(layer_shapes(self))
+
+    @property
+    def num_parameters_without_embeddings(self) -> int:
+        """As `num_parameters`, without embedding and head."""
+        return self.num_parameters - (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, vocab_size: int | None = None) -> ModelConfig:
@@ -252,6 +251,54 @@ def _rope_scaling_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
                 raise UsageError(f"model config: {key} of the rope type {kind!r} is {value!r:.80}; it must be above 0")
             scaling[key] = value
     return scaling
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer by their names in it, with their shapes: the one place that lists them."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    projections = {
+        "self_attn.q_proj": (query, hidden, config.attention_bias),
+        "self_attn.k_proj": (key_value, hidden, config.attention_bias),
+        "self_attn.v_proj": (key_value, hidden, config.attention_bias),
+        "self_attn.o_proj": (hidden, query, config.attention_output_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns, has_bias) in projections.items():
+        shapes[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{name}.bias"] = (rows,)
+    norms = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (hidden,))
+    if config.qk_norm:
+        norms |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (config.head_dim,))
+    return {**shapes, **norms}
+
+
+def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters outside of layers, by name; the vocabulary without padding."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": table,
+        "model.norm.weight": (config.hidden_size,),
+    }
+    return shapes if config.tie_word_embeddings else {**shapes, "lm_head.weight": table}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter by name, with its shape; the vocabulary without padding, a tied head left out."""
+    layers = {
+        f"model.layers.{index}.{name}": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in layer_shapes(config).items()
+    }
+    return {**outer_shapes(config), **layers}
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:

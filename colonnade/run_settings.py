@@ -12,13 +12,20 @@ from typing import Any
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 CHECKPOINT_MODES = ("async", "sync")
+SCHEDULES = ("cosine", "wsd", "constant")
+DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 MAX_STEPS = 10**9
 # Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
 MAX_TOKENS_PER_STEP = 2**28
 
 
 def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
-    """A field with its help text. `identity` marks what makes two runs different runs; `unit` is the flag's metavar."""
+    """A field with its help text.
+
+    `identity` marks what makes two runs different runs; `unit` is the flag's metavar; `only_with` names another field
+    and the values of it without which this one says nothing.
+    """
     return field(default=default, metadata={"group": group, "help": text, **extra})
 
 
@@ -134,13 +141,62 @@ class RunSettings:
     )
     learning_rate: float = _identity(3e-4, "optimization", "peak learning rate", above=0.0, maximum=10.0)
     min_learning_rate: float | None = _identity(
-        None, "optimization", "learning rate at the end of the cosine (default a tenth of the peak)", minimum=0.0
+        None,
+        "optimization",
+        "learning rate at the end of the schedule (default a tenth of the peak)",
+        minimum=0.0,
+        only_with=("schedule", ("cosine", "wsd")),
+    )
+    schedule: str = _identity(
+        "cosine",
+        "optimization",
+        "after the warm-up: a cosine down to the horizon, wsd (stable, then a decay before the horizon), or constant",
+        choices=SCHEDULES,
+    )
+    schedule_steps: int | None = _identity(
+        None,
+        "optimization",
+        "horizon of the schedule: where the learning rate has come down (default --total-steps)",
+        minimum=1,
+        maximum=MAX_STEPS,
+        unit="STEPS",
+        only_with=("schedule", ("cosine", "wsd")),
+    )
+    decay_steps: int | None = _identity(
+        None,
+        "optimization",
+        "steps of the decay of wsd, the last ones before the horizon (default a tenth of them)",
+        minimum=1,
+        maximum=MAX_STEPS,
+        unit="STEPS",
+        only_with=("schedule", ("wsd",)),
+    )
+    decay_shape: str = _identity(
+        "1-sqrt",
+        "optimization",
+        "how wsd decays over its last steps",
+        choices=DECAY_SHAPES,
+        only_with=("schedule", ("wsd",)),
     )
     warmup_steps: int = _identity(
         100, "optimization", "steps of linear warm-up; 0 for none", minimum=0, maximum=MAX_STEPS, unit="STEPS"
     )
+    optimizer: str = _identity(
+        "adamw",
+        "optimization",
+        "adamw for all parameters, or muon for the matrices between embedding and head, and adamw for the others",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = _identity(
-        0.1, "optimization", "AdamW weight decay, not on norms and biases; 0 for none", minimum=0.0
+        0.1, "optimization", "decoupled weight decay, not on norms and biases; 0 for none", minimum=0.0
+    )
+    muon_momentum: float = _identity(
+        0.95,
+        "optimization",
+        "decay of Muon's momentum; 0 for none",
+        minimum=0.0,
+        below=1.0,
+        only_with=("optimizer", ("muon",)),
     )
     adam_beta1: float = _identity(0.9, "optimization", "decay of AdamW's first moment", minimum=0.0, below=1.0)
     adam_beta2: float = _identity(0.95, "optimization", "decay of AdamW's second moment", minimum=0.0, below=1.0)
@@ -296,10 +352,16 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that two starts of one run must share; those of spikes only where spikes skip steps."""
-        names = [f.name for f in fields(self) if f.metadata.get("identity")]
+        silent = self.without_meaning()
+        names = [f.name for f in fields(self) if f.metadata.get("identity") and f.name not in silent]
         if self.spike_sigma > 0 and self.spike_action == "skip":
             names += ["spike_sigma", "spike_window", "spike_action"]
         return {name: getattr(self, name) for name in names}
+
+    def without_meaning(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """The fields that say nothing beside the values of others, each with that other and the values it needs."""
+        needs = {f.name: f.metadata["only_with"] for f in fields(self) if "only_with" in f.metadata}
+        return {name: need for name, need in needs.items() if getattr(self, need[0]) not in need[1]}
 
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)
@@ -317,3 +379,46 @@ class ResumeSettings:
     allow_data_change: bool = _setting(
         False, "resuming", "go on where data, tokenizer or block size are others than the checkpoint's, and record it"
     )
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What `plan_run.py` is told beside the settings of the run it plans."""
+
+    gpus: int = _setting(1, "planning", "devices, one rank each", minimum=1, maximum=2**20, unit="COUNT")
+    gpu: str | None = _setting(
+        None,
+        "planning",
+        "device, as H100 or A100 80GB: its memory and peak are known (default neither is)",
+        unit="NAME",
+    )
+    tokens: int | None = _setting(
+        None, "planning", "tokens to train on", minimum=1, maximum=MAX_STEPS * MAX_TOKENS_PER_STEP, unit="TOKENS"
+    )
+    tokens_per_parameter: float = _setting(
+        22.0, "planning", "tokens for each parameter, embeddings included, where --tokens is not given", above=0.0
+    )
+    micro_batch_size: int | None = _setting(
+        None,
+        "planning",
+        "sequences a rank computes at once (default the most that fit, where the memory is known)",
+        minimum=1,
+        maximum=2**16,
+        unit="COUNT",
+    )
+    utilisation: float = _setting(
+        0.4, "planning", "part of the devices' peak that training is assumed to reach (MFU)", above=0.0, maximum=1.0
+    )
+    vocab_size: int | None = _setting(
+        None,
+        "planning",
+        "entries of the vocabulary, where neither the model's config nor a tokenizer tells",
+        minimum=1,
+        maximum=2**31 - 1,
+        unit="ENTRIES",
+    )
+    count_parameters: bool = _setting(False, "planning", "print the table of parameters by module, and nothing else")
+    json: bool = _setting(False, "planning", "print one JSON object")
+    output: str = _setting("run.yaml", "planning", "file for training.py --config", unit="YAML")
+    write: bool = _setting(True, "planning", "write that file")
+    force: bool = _setting(False, "planning", "replace the file if it is there")

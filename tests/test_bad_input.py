@@ -241,6 +241,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("--tensor-slices 16: 4 attention heads cannot be cut into 16", "sizes that work: 1, 2, 4"),
     ),
     ({"learning_rate": "1e-4", "min_learning_rate": "1e-3"}, ("--min-learning-rate 0.001 is above", "0.0001")),
+    ({"decay_steps": 2}, ("--decay-steps 2 says nothing with --schedule cosine", "give --schedule wsd")),
     ({"total_steps": "9" * 30}, ("--total-steps is 999", "at most 1000000000")),
     ({"compile": True, "disable_compile": True}, ("--compile and --disable-compile", "give one of them")),
     # Flags and folders
@@ -397,6 +398,9 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "total_steps": (6, "total_steps 4 -> 6"),
     "learning_rate": (1e-4, "learning_rate 0.0003 -> 0.0001"),
     "min_learning_rate": (1e-6, "min_learning_rate 2.9999999999999997e-05 -> 1e-06"),
+    "schedule": ("wsd", "schedule cosine -> wsd"),
+    "schedule_steps": (9, "schedule_steps None -> 9"),
+    "optimizer": ("muon", "optimizer adamw -> muon"),
     "warmup_steps": (3, "warmup_steps 1 -> 3"),
     "weight_decay": (0.2, "weight_decay 0.1 -> 0.2"),
     "adam_beta1": (0.8, "adam_beta1 0.9 -> 0.8"),

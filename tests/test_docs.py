@@ -23,6 +23,7 @@ COMMANDS = (
     ["export_hf.py"],
     ["audit_run.py"],
     ["check_bits.py"],
+    ["plan_run.py"],
     ["benchmarks/checkpoint.py"],
     ["benchmarks/data.py"],
     ["benchmarks/data_memory.py"],

@@ -95,6 +95,11 @@ def cut_of(name: str, sizes: ShardedSizes, tp: int, *, replicate_embeddings: boo
     return Cut(dim=1 if rule == ROW else 0, sharded=rule != WHOLE)
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether the rows of the parameter `name` are tokens."""
+    return SHARDING_TABLE.get(".".join(name.split(".")[-2:])) == VOCABULARY
+
+
 def piece_count(name: str, sizes: ShardedSizes, slices: int) -> int:
     """Equal pieces of the parameter `name` that no tensor-parallel size which divides `slices` cuts further."""
     rule = SHARDING_TABLE[".".join(name.split(".")[-2:])]

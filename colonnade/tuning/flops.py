@@ -27,6 +27,28 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bMI3(00X|25X)\b", {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4, "fp8": 2614.9}),
 )
 
+# Memory in GB from the same data sheets, which call 2^30 bytes a GB; what a driver reports is up to 2% less. Where a
+# name covers several sizes, the smallest.
+_MEMORY_GB: tuple[tuple[str, int], ...] = (
+    (r"\bB200\b", 180),
+    (r"\bG?H200\b", 141),
+    (r"\bH100 NVL\b", 94),
+    (r"\bH100\b", 80),
+    (r"\bA100\b.*\b80 ?GB\b", 80),
+    (r"\bA100\b", 40),
+    (r"\bA40\b", 48),
+    (r"\bA10\b", 24),
+    (r"\bL40S\b", 48),
+    (r"\bL4\b", 24),
+    (r"\bRTX 4090\b(?! D| Laptop)", 24),
+    (r"\bRTX 3090\b(?! Ti)", 24),
+    (r"\bV100-SXM[23]\b.*\b32GB\b", 32),
+    (r"\bV100-SXM[23]\b", 16),
+    (r"\bT4\b", 16),
+    (r"\bMI300X\b", 192),
+    (r"\bMI325X\b", 256),
+)
+
 _DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -74,4 +96,14 @@ def peak_flops(device_name: str, dtype_name: str) -> float | None:
     for pattern, tflops in _PEAK_TFLOPS:
         if re.search(pattern, device_name, re.IGNORECASE):
             return tflops[dtype] * 1e12 if dtype in tflops else None
+    return None
+
+
+def device_memory(device_name: str) -> int | None:
+    """Bytes of one device's memory, None when it is not known. `device_name` as in `peak_flops`."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    for pattern, size in _MEMORY_GB:
+        if re.search(pattern, device_name, re.IGNORECASE):
+            return size * 2**30
     return None

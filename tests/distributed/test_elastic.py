@@ -1,4 +1,4 @@
-"""A checkpoint of any layout of ranks, restored at any other: the real model and its AdamW, to the bit."""
+"""A checkpoint of any layout of ranks, restored at any other: the real model and its optimizer, to the bit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.save import save_checkpoint
 from colonnade.checkpoint.verify import verified
-from colonnade.optim.optimizer import create_adamw
 from colonnade.optim.step import optimizer_step
 from colonnade.telemetry.fingerprint import fingerprint_of
-from distributed.workers import build, tokens_for
+from distributed.workers import build, make_optimizer, tokens_for
 from model import ModelConfig
 
 LAYOUTS = [(tp, dp) for tp in (1, 2, 4) for dp in (1, 2)]
@@ -40,9 +39,9 @@ def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return found
 
 
-def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int) -> tuple[Any, Any, Any]:
+def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int, kind: str) -> tuple[Any, Any, Any]:
     layout, model = build(config, tp, seed=seed)
-    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(kind, model, layout)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ids, labels = tokens_for(config, 4, 16)
     share = torch.cat([ids, labels[:, -1:]], dim=1)[layout.dp_rank :: layout.dp]
@@ -59,9 +58,9 @@ def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int) -> tuple[An
     return layout, model, optimizer
 
 
-def save_at(config: ModelConfig, tp: int, folder: Path) -> dict[str, str]:
+def save_at(config: ModelConfig, tp: int, folder: Path, kind: str = "adamw") -> dict[str, str]:
     """Three steps at this layout; a checkpoint, and beside it the whole tensors as a file of torch alone."""
-    layout, model, optimizer = steps_taken(config, tp, 3, seed=1)
+    layout, model, optimizer = steps_taken(config, tp, 3, seed=1, kind=kind)
     whole = everything(model, optimizer)
     if layout.is_main:
         folder.mkdir()
@@ -71,9 +70,9 @@ def save_at(config: ModelConfig, tp: int, folder: Path) -> dict[str, str]:
     return {**taken.tensors, **taken.moments}
 
 
-def load_all(config: ModelConfig, tp: int, folders: list[Path]) -> list[dict[str, str]]:
+def load_all(config: ModelConfig, tp: int, folders: list[Path], kind: str = "adamw") -> list[dict[str, str]]:
     """Restore each checkpoint into a model of other weights that has stepped; its fingerprints."""
-    _, model, optimizer = steps_taken(config, tp, 1, seed=2)
+    _, model, optimizer = steps_taken(config, tp, 1, seed=2, kind=kind)
     found = []
     for folder in folders:
         info, _ = verified(folder / "run")

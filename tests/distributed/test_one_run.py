@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from colonnade.optim.schedule import CosineSchedule
+from colonnade.optim.schedule import Schedule
 from distributed.launching import finish, losses, make_inputs, position, run, start
 
 STEPS = 24
@@ -97,7 +97,7 @@ def test_resuming_by_default_resets_the_optimizer_and_warms_up_again(uninterrupt
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [STEPS + 1, STEPS + 2, STEPS + 3, STEPS + 4]
     rates = [row["learning_rate"] for row in rows]
-    own = CosineSchedule(peak=1e-3, minimum=1e-4, warmup_steps=2, total_steps=STEPS + 4)
+    own = Schedule(peak=1e-3, minimum=1e-4, warmup_steps=2, horizon=STEPS + 4)
     assert rates == pytest.approx([own(STEPS + since) * (since + 1) / 4 for since in range(4)])
     assert "optimizer state reset; learning rate warmed up again over 4 steps" in output
     manifest = json.loads((directory / f"streaming_checkpoint_step_{STEPS + 4}" / "MANIFEST.json").read_text())

@@ -17,7 +17,7 @@ from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
 from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
-from colonnade.optim.optimizer import allocate_state, create_adamw, fused_keeps_bits
+from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.slices import local_part
@@ -38,6 +38,15 @@ def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor
 def build(config: ModelConfig, tp: int | None, **options: Any) -> tuple[ParallelLayout, TensorParallelModel]:
     layout = init_parallel(tp, torch.device("cpu"))
     return layout, TensorParallelModel(config, layout, **options)
+
+
+def make_optimizer(
+    kind: str, model: TensorParallelModel, layout: ParallelLayout, *, fused: bool = True
+) -> torch.optim.Optimizer:
+    common = {"learning_rate": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": fused}
+    if kind == "adamw":
+        return create_adamw(model, **common)
+    return create_muon(model, layout, **common, dtype=torch.bfloat16 if kind == "muon in bf16" else None)
 
 
 def whole(model: TensorParallelModel, *, gradients: bool = False) -> dict[str, Tensor]:
@@ -73,10 +82,12 @@ def packed_step(config: ModelConfig, tp: int | None, wire: Tensor, **options: An
     return result if layout.is_main else {"loss": loss.detach()}
 
 
-def train(config: ModelConfig, tp: int | None, steps: int, batch: int = 4, **options: Any) -> dict[str, Any]:
-    """AdamW steps on one fixed global batch, shared out over the data-parallel ranks, clipped at 0.5."""
+def train(
+    config: ModelConfig, tp: int | None, steps: int, batch: int = 4, kind: str = "adamw", **options: Any
+) -> dict[str, Any]:
+    """Optimizer steps on one fixed global batch, shared out over the data-parallel ranks, clipped at 0.5."""
     layout, model = build(config, tp, **options)
-    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(kind, model, layout)
     ids, labels = tokens_for(config, batch)
     count = (labels != -100).sum()
     mine = slice(layout.dp_rank, None, layout.dp)
@@ -221,7 +232,12 @@ def overflowing_step(config: ModelConfig, tp: int) -> tuple[float, bool, float]:
 
 
 def deterministic_steps(
-    config: ModelConfig, tp: int | None, steps: int, packed: Tensor | None = None, **options: Any
+    config: ModelConfig,
+    tp: int | None,
+    steps: int,
+    packed: Tensor | None = None,
+    kind: str = "adamw",
+    **options: Any,
 ) -> dict[str, Any]:
     """Steps in the deterministic mode on a global batch of 8 sequences in micro-batches of 2, clipped at 0.5.
 
@@ -230,7 +246,7 @@ def deterministic_steps(
     fp16 = options.get("compute_dtype") == torch.float16
     layout, model = build(config, tp, **options)
     fused = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
-    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    optimizer = make_optimizer(kind, model, layout, fused=fused)
     # The first step overflows at this scale and is skipped.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=fp16)
     tokens = torch.randint(0, config.vocab_size, (8, 17), generator=torch.Generator().manual_seed(7))
@@ -315,6 +331,7 @@ def steps_with_a_bad_one(
     fused: bool = True,
     deterministic: bool = False,
     limit: float | None = None,
+    kind: str = "adamw",
     **options: Any,
 ) -> dict[str, Any]:
     """Five steps, each on a batch of its own, of which number `bad` is poisoned on one rank; None: it is left out.
@@ -326,7 +343,7 @@ def steps_with_a_bad_one(
         this rank's tensors at the end; the loss scale.
     """
     layout, model = build(config, tp, **options)
-    optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    optimizer = make_optimizer(kind, model, layout, fused=fused)
     allocate_state(optimizer)
     fp16 = options.get("compute_dtype") == torch.float16
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=fp16)

@@ -1,0 +1,239 @@
+"""Muon: against torch's own on whole matrices, and to the bit at every number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import distribute_tensor
+
+import forked_commands
+from colonnade.optim.muon import newton_schulz
+from colonnade.optim.optimizer import allocate_state
+from colonnade.parallel.mesh import init_parallel
+from dense_reference import dense_loss
+from distributed.launching import make_inputs
+from distributed.pool import RankPool
+from distributed.test_bits import MODELS, STEPS, differing
+from distributed.test_elastic import CONFIG as ELASTIC
+from distributed.test_elastic import load_all, save_at
+from distributed.test_parity import CONFIG
+from distributed.workers import (
+    build,
+    deterministic_steps,
+    make_optimizer,
+    steps_with_a_bad_one,
+    tokens_for,
+    train,
+    whole,
+)
+from model import ModelConfig, TensorParallelModel
+
+# At tp 2 and 4 each rank holds the whole of its key and value matrices.
+ONE_HEAD = MODELS["biases, one key/value head"]
+
+
+def is_hidden(name: str, value: Tensor) -> bool:
+    return value.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+def torch_optimizers(parameters: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """torch's own Muon and AdamW over whole parameters."""
+    hidden = [value for name, value in parameters.items() if is_hidden(name, value)]
+    tables = [value for name, value in parameters.items() if value.ndim == 2 and not is_hidden(name, value)]
+    vectors = [value for value in parameters.values() if value.ndim == 1]
+    groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(hidden, lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8),
+    ]
+
+
+def drawn(name: str, shape: torch.Size, step: int) -> Tensor:
+    """A gradient that each rank can draw by itself."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + sum(map(ord, name))))
+
+
+def steps_on_drawn_gradients(config: ModelConfig, tp: int, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole parameters, and whole momenta, after steps on gradients drawn by name."""
+    layout, model = build(config, tp, seed=3)
+    optimizer = make_optimizer("muon in bf16", model, layout)  # as torch's own is
+    allocate_state(optimizer)
+    for step in range(steps):
+        for name, parameter in model.named_parameters():
+            gradient = drawn(name, parameter.shape, step)
+            parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        optimizer.step()
+    momenta = {
+        name: optimizer.state[parameter]["momentum_buffer"].full_tensor()
+        for name, parameter in model.named_parameters()
+        if is_hidden(name, parameter)
+    }
+    return whole(model), momenta
+
+
+@pytest.mark.parametrize("config", [CONFIG, ONE_HEAD], ids=["cut", "key and value whole"])
+def test_updates_are_those_of_torch_on_whole_matrices(rank_pool: RankPool, config: ModelConfig) -> None:
+    initial = rank_pool.run(1, steps_on_drawn_gradients, config, 1, 0)[0][0]
+    leaves = {name: value.clone().requires_grad_() for name, value in initial.items()}
+    optimizers = torch_optimizers(leaves)
+    for step in range(4):
+        for name, leaf in leaves.items():
+            leaf.grad = drawn(name, leaf.shape, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for world_size, tp in [(1, 1), (2, 2), (4, 4), (4, 2), (3, 1)]:
+        for parameters, momenta in rank_pool.run(world_size, steps_on_drawn_gradients, config, tp, 4):
+            for name, leaf in leaves.items():
+                torch.testing.assert_close(parameters[name], leaf.detach(), rtol=1e-6, atol=1e-7)
+                if is_hidden(name, leaf):
+                    expected = optimizers[0].state[leaf]["momentum_buffer"]
+                    torch.testing.assert_close(momenta[name], expected, rtol=1e-6, atol=1e-7)
+                    assert float((leaf.detach() - initial[name]).abs().mean()) > 1e-3, "nothing to compare"
+
+
+def test_a_dense_model_trains_alike(rank_pool: RankPool) -> None:
+    """Gradients of the same model written out on whole weights; bfloat16 in the iterations rounds what differs."""
+    steps = 6
+    initial = rank_pool.run(1, train, CONFIG, 1, 0, kind="muon in bf16", seed=5)[0]["parameters"]
+    leaves = {
+        name: (value[: CONFIG.vocab_size] if name.endswith(("embed_tokens.weight", "lm_head.weight")) else value)
+        .clone()
+        .requires_grad_()
+        for name, value in initial.items()
+    }
+    optimizers = torch_optimizers(leaves)
+    ids, labels = tokens_for(CONFIG, 4)
+    losses = []
+    for _ in range(steps):
+        loss = dense_loss(leaves, CONFIG.to_dict(), ids, labels) / (labels != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(leaves.values()), 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+    for world_size, tp in [(1, 1), (4, 2)]:
+        result = rank_pool.run(world_size, train, CONFIG, tp, steps, kind="muon in bf16", seed=5)[0]
+        torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=0.0)
+        for name, leaf in leaves.items():
+            moved = leaf.detach() - initial[name][: leaf.shape[0]]
+            difference = result["parameters"][name][: leaf.shape[0]] - leaf.detach()
+            assert float(difference.norm()) < 0.1 * float(moved.norm()), name
+    assert float(losses[-1]) < float(losses[0])
+
+
+SHAPES = {
+    "untied, odd vocabulary": [(2, 2), (4, 4), (4, 2), (2, 1)],
+    "biases, one key/value head": [(4, 4), (4, 2)],
+    "odd sizes": [(4, 2)],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_number_of_ranks_trains_to_the_same_bits(rank_pool: RankPool, name: str) -> None:
+    options: dict[str, Any] = {"slices": 8, "compute_dtype": torch.bfloat16, "seed": 2}
+    options["kind"] = "muon in bf16" if name == "odd sizes" else "muon"
+    expected = rank_pool.run(1, deterministic_steps, MODELS[name], 1, STEPS, **options)[0]
+    assert len(set(expected["bits"])) == STEPS, "training stands still"
+    for world_size, tp in SHAPES[name]:
+        results = rank_pool.run(world_size, deterministic_steps, MODELS[name], tp, STEPS, **options)
+        assert not differing(expected, results), f"tp {tp}, dp {world_size // tp}"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_leaves_everything_as_it_was(rank_pool: RankPool, fused: bool) -> None:
+    options: dict[str, Any] = {"bad": 2, "fused": fused, "deterministic": True, "slices": 4, "kind": "muon"}
+    without = rank_pool.run(4, steps_with_a_bad_one, CONFIG, 2, poison=None, **options)
+    poison = "model.layers.0.mlp.up_proj.weight"
+    for rank, result in enumerate(rank_pool.run(4, steps_with_a_bad_one, CONFIG, 2, poison=poison, rank=1, **options)):
+        assert result["skipped"] == [0, 0, 1, 0, 0]
+        assert result["kept"], f"rank {rank}"
+        for left, right in zip(result["tensors"], without[rank]["tensors"], strict=True):
+            assert torch.equal(left, right), f"rank {rank}"
+
+
+def test_saved_at_one_layout_and_restored_at_another(rank_pool: RankPool, tmp_path: Path) -> None:
+    saved = rank_pool.run(2, save_at, ELASTIC, 2, tmp_path / "run", "muon")[0]
+    assert {name.rpartition(".")[2] for name in saved} == {"weight", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    for world_size, tp in [(1, 1), (4, 4), (4, 2)]:
+        for restored in rank_pool.run(world_size, load_all, ELASTIC, tp, [tmp_path / "run"], "muon"):
+            assert restored == [saved], f"tp {tp}"
+
+
+def test_state_is_allocated_without_a_step(single_rank: None) -> None:
+    layout = init_parallel(1, torch.device("cpu"))
+    model = TensorParallelModel(dataclasses.replace(CONFIG, num_hidden_layers=1), layout, seed=1)
+    before = whole(model)
+    optimizer = make_optimizer("muon", model, layout)
+    allocate_state(optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), before[name])
+        state = optimizer.state[parameter]
+        assert state.keys() == (
+            {"momentum_buffer"} if is_hidden(name, parameter) else {"step", "exp_avg", "exp_avg_sq"}
+        )
+        assert not any(value.any() for value in state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 48)])
+def test_singular_values_come_near_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ newton_schulz(matrix, dtype).float() @ right.T
+    brought = found.diagonal()[values > 0.1 * values.max()]
+    assert brought.numel() > 40
+    assert float(brought.min()) > 0.6
+    assert float(brought.max()) < 1.3
+    # Singular vectors stay: in their basis nothing stands beside the diagonal.
+    assert float((found - found.diagonal().diag()).norm()) < 0.05 * float(found.norm())
+
+
+def test_a_run_is_audited_and_gone_on_with(tmp_path: Path) -> None:
+    """Two ranks train, one audits; the horizon is moved exactly, and the optimizer changed from weights alone."""
+
+    def command(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
+        first, *_ = outcomes = forked_commands.start(script, list(flags), ranks=ranks)
+        assert {outcome.code for outcome in outcomes} == {code}, outcomes
+        return first.output + first.errors
+
+    def rates(folder: str) -> dict[int, float]:
+        rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+
+    inputs = make_inputs(tmp_path)
+    run = str(tmp_path / "run")
+    given = (
+        "--deterministic",
+        "--initial-batch-size",
+        "2",
+        "--checkpoint-interval",
+        "2",
+        "--fingerprint-interval",
+        "2",
+    )
+    schedule = ("--optimizer", "muon", "--schedule", "wsd", "--decay-steps", "2", "--total-steps", "4")
+    command("training", *inputs, *given, *schedule, "--checkpoint-dir", run, ranks=2)
+    audited = command("audit_run", "--run", run, "--from-step", "2", "--to-step", "4")
+    assert "steps 3 to 4 are the same to the bit" in audited
+    assert rates("run")[4] == pytest.approx(1e-4 + 9e-4 * (1 - 0.5**0.5))
+
+    longer = ("--checkpoint-path", run, "--total-steps", "6", "--checkpoint-dir")
+    said = command("resume_pretrain_tensor", *longer, str(tmp_path / "longer"), "--keep-optimizer")
+    assert "total_steps 4 -> 6" in said
+    assert "learning rate of step 5 0.0001 -> 0.001" in said
+    assert rates("longer") == pytest.approx({5: 1e-3, 6: 1e-4 + 9e-4 * (1 - 0.5**0.5)})
+
+    other = (*longer, str(tmp_path / "other"), "--optimizer", "adamw")
+    said = command("resume_pretrain_tensor", *other, "--keep-optimizer", code=2)
+    assert "holds the state of muon, which --optimizer adamw has no use for; leave out one of them" in said
+    assert not (tmp_path / "other").exists()
+    said = command("resume_pretrain_tensor", *other, "--rewarmup-steps", "2")
+    assert "optimizer muon -> adamw" in said
+    assert rates("other") == pytest.approx({5: 5e-4, 6: 1e-4 + 9e-4 * (1 - 0.5**0.5)})

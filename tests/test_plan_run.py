@@ -1,0 +1,179 @@
+"""`plan_run.py`: its arithmetic by hand, what it refuses, and a run started with the file it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import forked_commands
+import plan_run
+from colonnade.config import complete_settings, load_preset, preset_names
+from colonnade.errors import UsageError
+from colonnade.flags import parse_training
+from colonnade.tuning.plan import recommended_step, warmup_of
+from distributed.launching import MODEL, losses, make_inputs
+
+LARGE = ("--preset", "argonne-2b", "--vocab-size", "151669")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    plan_run.main([*flags, "--json"])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_the_numbers_of_a_plan_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20))
+    # 20 layers of hidden size 3072 with 24 heads of 128 over 4 key/value heads, feed-forward 8192.
+    layer = 3072 * (2 * 3072 + 2 * 512) + 3 * 3072 * 8192 + 2 * 3072
+    inside, table = 20 * layer + 3072, 151669 * 3072
+    assert plan["parameters_without_embeddings"] == inside
+    assert plan["parameters"] == inside + 2 * table
+    steps = math.ceil(22 * (inside + 2 * table) / 2**20)
+    assert (plan["steps"], plan["tokens"], plan["warmup_steps"]) == (steps, steps * 2**20, steps // 100)
+    assert plan["flops"] == plan["tokens"] * (6 * (inside + table) + 12 * 20 * 3072 * 4096)
+    assert plan["seconds"] == pytest.approx(plan["flops"] / (16 * 0.4 * 989.4e12))
+    assert plan["micro_batch"] * plan["accumulation"] * plan["dp"] * 4096 == 2**20
+    assert plan["placement"]["tp"] * plan["dp"] == 16
+    assert plan["memory"]["total"] <= plan["memory_limit"] == int(0.95 * 80 * 2**30)
+    # The next larger micro-batch would not have fitted.
+    larger = (
+        "--micro-batch-size",
+        str(2 * plan["micro_batch"]),
+        "--tensor-parallel-size",
+        str(plan["placement"]["tp"]),
+    )
+    common = (*LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20), "--no-write")
+    with pytest.raises(UsageError, match="a rank would need"):
+        plan_run.main([*common, *larger])
+
+
+def test_the_smallest_tensor_parallel_size_that_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = [planned(capsys, *LARGE, "--gpus", "8", "--gpu", gpu, "--no-write") for gpu in ("H200", "L4")]
+    assert [plan["placement"]["tp"] for plan in seen] == [1, 4]
+    assert seen[1]["memory"]["total"] <= 0.95 * 24 * 2**30
+    with pytest.raises(UsageError, match=r"at tp 2, and may use 22\.8 of L4; give more --gpus"):
+        plan_run.main([*LARGE, "--gpus", "8", "--gpu", "L4", "--tensor-parallel-size", "2"])
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (7, 3), (500, 10), (5000, 50), (10**6, 2000)])
+def test_the_warm_up_follows_from_the_steps(steps: int, warmup: int) -> None:
+    assert warmup_of(steps) == warmup
+
+
+def test_the_recommended_step_grows_with_compute() -> None:
+    # 20 x 0.3271 = 6.542, and 10^6.542 = 3.483 million; 0.292 of that.
+    assert recommended_step(1e20) == pytest.approx(1.017e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_file_is_one_that_training_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    has_vocabulary = "vocab_size" in load_preset(name)[0]
+    vocabulary = () if has_vocabulary else ("--vocab-size", "4096")
+    flags = ("--preset", name, *vocabulary, "--gpus", "4", "--tokens", "100000000")
+    plan_run.main([*flags, "--learning-rate", "1e-3", "--optimizer", "muon", "--output", "a.yaml"])
+    assert "torchrun --nproc_per_node=4 training.py --config a.yaml" in capsys.readouterr().out
+    written = yaml.safe_load(Path("a.yaml").read_text())
+    taken = parse_training(["--config", "a.yaml"])
+    assert taken == written
+    settings = complete_settings(taken)
+    assert (settings.preset, settings.learning_rate, settings.optimizer) == (name, 1e-3, "muon")
+    assert settings.total_steps * (settings.tokens_per_step or 0) >= 100_000_000
+
+
+def test_a_run_starts_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(forked_commands.ROOT)
+    file = str(tmp_path / "plan.yaml")
+    data, glob, tokenizer, path, config_flag, config, *_ = make_inputs(tmp_path)
+    assert (data, tokenizer, config_flag) == ("--data-glob", "--tokenizer-path", "--model-config")
+    flags = (data, glob, tokenizer, path, config_flag, config, "--block-size", "64", "--log-interval", "1")
+    sizes = ("--tokens", "1000", "--tokens-per-step", "512", "--micro-batch-size", "4", "--gpus", "2")
+    plan = planned(capsys, *flags, *sizes, "--checkpoint-dir", str(tmp_path / "run"), "--output", file)
+    assert (plan["steps"], plan["placement"]["tp"], plan["dp"], plan["accumulation"]) == (2, 1, 2, 1)
+    outcomes = forked_commands.start("training", ["--config", file], ranks=2)
+    assert {outcome.code for outcome in outcomes} == {0}, outcomes
+    assert list(losses(tmp_path / "run")) == [1, 2]
+    assert "tp 1 x dp 2" in outcomes[0].output
+    assert "8 sequences of 64 tokens a step: micro-batch 4 x accumulation 1 x dp 2" in outcomes[0].output
+    assert f"{plan['parameters']:,} parameters ({plan['parameters_without_embeddings']:,} with" in outcomes[0].output
+
+
+def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = planned(capsys, *LARGE, "--count-parameters")
+    assert sum(row["parameters"] for row in answer["modules"]) == answer["parameters"]
+    assert sum(row["share"] for row in answer["modules"]) == pytest.approx(1)
+    plan_run.main([*LARGE, "--count-parameters"])
+    lines = capsys.readouterr().out.splitlines()
+    query = ["model.layers.*.self_attn.q_proj.weight", "3072", "x", "3072", "20", "188,743,680", "6.5%"]
+    assert lines[2].split() == query
+    assert lines[-2].split()[:2] == ["all", f"{answer['parameters']:,}"]
+    assert lines[-1].split()[-2] == f"{answer['parameters_without_embeddings']:,}"
+    assert not Path("run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--gpus", "8"), "--preset or --model-config is missing"),
+        (("--preset", "tiny"), "takes its vocabulary from the tokenizer: give --tokenizer-path or --vocab-size"),
+        ((*LARGE, "--tokenizer-path", "x"), "--vocab-size 151669 and --tokenizer-path x: give one of them"),
+        (
+            (*LARGE, "--tokens", "5", "--tokens-per-parameter", "3"),
+            "--tokens 5 and --tokens-per-parameter 3.0: give",
+        ),
+        ((*LARGE, "--gpu", "H1000"), "--gpu 'H1000': its memory is not known; give a name such as H200"),
+        ((*LARGE, "--gpu", "L4"), "a rank would need .* and may use 22.8 of L4; give more --gpus"),
+        ((*LARGE, "--tokens-per-step", "4097"), "4097 is no multiple of --block-size 4096"),
+        ((*LARGE, "--tokens-per-step", "4096", "--gpus", "2"), None),  # at tp 2
+        (
+            (*LARGE, "--tokens-per-step", "12288", "--gpus", "2", "--tensor-parallel-size", "1"),
+            "12288 are 3 sequences, which 2 devices cannot share out at tp 1; give a multiple of 8192",
+        ),
+        ((*LARGE, "--tensor-parallel-size", "3", "--gpus", "8"), "--tensor-parallel-size 3 does not divide --gpus 8"),
+        ((*LARGE, "--tensor-parallel-size", "16", "--gpus", "16"), "24 attention heads cannot be cut into 16"),
+        ((*LARGE, "--micro-batch-size", "3"), "--micro-batch-size 3 does not divide the .* near it do: 2, 4, 1"),
+        ((*LARGE, "--block-size", "8192"), "--block-size 8192 is above the model's context of 4096"),
+        ((*LARGE, "--utilisation", "1.5"), "--utilisation is 1.5; it must be at most 1.0"),
+        ((*LARGE, "--total-steps", "5"), "unknown flag --total-steps"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(flags: tuple[str, ...], says: str | None) -> None:
+    if says is None:
+        plan_run.main([*flags])
+        return
+    with pytest.raises(UsageError, match=says) as refusal:
+        plan_run.main([*flags])
+    assert "\n" not in str(refusal.value)
+    assert not Path("run.yaml").exists()
+
+
+def test_a_config_says_its_own_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.json").write_text(json.dumps({**MODEL, "vocab_size": 300}))
+    assert planned(capsys, "--model-config", "config.json", "--no-write")["vocab_size"] == 300
+    with pytest.raises(UsageError, match="--vocab-size 301: the model's config says 300; leave it out"):
+        plan_run.main(["--model-config", "config.json", "--vocab-size", "301"])
+
+
+def test_a_file_is_not_replaced_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("mine")
+    tiny = ("--preset", "tiny", "--vocab-size", "500")
+    with pytest.raises(UsageError, match=r"run\.yaml is there already: give another name, --force, or --no-write"):
+        plan_run.main([*tiny])
+    assert planned(capsys, *tiny, "--no-write")["output"] is None
+    assert Path("run.yaml").read_text() == "mine"
+    plan_run.main([*tiny, "--force"])
+    assert yaml.safe_load(Path("run.yaml").read_text())["preset"] == "tiny"
+    with pytest.raises(UsageError, match="cannot be written"):
+        plan_run.main([*tiny, "--output", "nowhere/run.yaml"])
