@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.manifest import checkpoint_name, read_manifest
 from colonnade.errors import UsageError
 from colonnade.parallel.vote import on_first_rank, one_line, vote
@@ -23,7 +24,9 @@ PREFIX = "wandb:"
 ARTIFACT_TYPE = "model"
 # Beside the run, or in the working folder: where the client itself puts what it downloads.
 FOLDER_NAME = "artifacts"
-_REFERENCE = re.compile(r"wandb:([\w.-]+)/([\w.-]+)/([\w.-]+):([\w.-]+)")
+# They become names of folders: none begins with a dot.
+_PART = r"([\w-][\w.-]*)"
+_REFERENCE = re.compile(f"wandb:{_PART}/{_PART}/{_PART}:{_PART}")
 
 
 def upload_checkpoint(run: wandb.Run, path: Path) -> str:
@@ -116,9 +119,8 @@ def _fetch(reference: str, folder: Path) -> Path:
 
 
 def _checkpoint_in(place: Path) -> Path | None:
-    """The checkpoint that an earlier start has fetched whole; it was put there in one rename."""
-    found = sorted(place.glob(checkpoint_name(0).removesuffix("0") + "*"))
-    return found[0] if found else None
+    """The checkpoint that an earlier start has fetched, where its files have their sizes."""
+    return next((info.path for info in find_checkpoints(place)), None)
 
 
 def _put_in_place(aside: Path, place: Path) -> Path:
@@ -127,5 +129,7 @@ def _put_in_place(aside: Path, place: Path) -> Path:
     except UsageError as error:
         raise UsageError(f"the artifact holds no checkpoint that could be read: {error}") from error
     path = place / checkpoint_name(step)
+    if path.exists():  # damaged since it was fetched
+        shutil.rmtree(path)
     aside.rename(path)
     return path
