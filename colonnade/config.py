@@ -81,14 +81,6 @@ _ALTERNATIVES = (
     ("tokens_per_step", "gradient_accumulation_steps"),
 )
 
-# What a setting does is done to what another one makes.
-_NEEDED = (
-    ("wandb_entity", "wandb_project"),
-    ("wandb_run_name", "wandb_project"),
-    ("wandb_checkpoints", "wandb_project"),
-    ("drop_uploaded_checkpoints", "wandb_checkpoints"),
-)
-
 
 def override(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The settings `below`, overridden by those `above` and by what these replace."""
@@ -124,21 +116,12 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
             "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "
             "leave out one of them"
         )
-    for needs, needed in _NEEDED:
-        if getattr(settings, needs) and not getattr(settings, needed):
-            raise UsageError(f"{_flag(needs)} does nothing without {_flag(needed)}: give both, or leave it out")
-    if settings.deterministic and not settings.jsonl:
-        raise UsageError("--deterministic and --no-jsonl: an audit compares with metrics.jsonl; leave out one of them")
     if settings.min_learning_rate is not None and settings.min_learning_rate > settings.learning_rate:
         raise UsageError(
             f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "
             "lower it, or leave it out for a tenth of the peak"
         )
     return settings
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:

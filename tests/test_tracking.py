@@ -275,7 +275,7 @@ def test_a_record_that_fails_ends_the_run_only_where_it_must(must_record: bool) 
 )
 def test_settings_that_do_nothing_are_refused(given: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        complete_settings(given)
+        tracking.require_sinks(complete_settings(given))
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,32 @@ from colonnade.telemetry.weights_and_biases import WeightsAndBiases
 
 # Modes of the client in which nothing leaves the machine; an artifact would be copied for later, whole.
 _WITHOUT_STORE = ("offline", "disabled", "dryrun")
+_NEEDED = (
+    ("wandb_entity", "wandb_project"),
+    ("wandb_run_name", "wandb_project"),
+    ("wandb_checkpoints", "wandb_project"),
+    ("drop_uploaded_checkpoints", "wandb_checkpoints"),
+)
 CSV_NAME, TENSORBOARD_NAME = "metrics.csv", "tensorboard"
 
 
 def require_sinks(settings: RunSettings) -> None:
-    """Raises UsageError where a package is missing that the settings need."""
+    """Raises UsageError where tracking settings do nothing by themselves, or a package is missing that they need."""
+    for needs, needed in _NEEDED:
+        if getattr(settings, needs) and not getattr(settings, needed):
+            raise UsageError(f"{_flag(needs)} does nothing without {_flag(needed)}: give both, or neither")
+    if settings.deterministic and not settings.jsonl:
+        raise UsageError("--deterministic and --no-jsonl: an audit compares with metrics.jsonl; leave out one of them")
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise UsageError(
             "--tensorboard needs the package tensorboard, which is not installed: pip install 'colonnade[tensorboard]'"
         )
     if settings.wandb_project is not None:
         require_client("--wandb-project")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def open_tracker(
