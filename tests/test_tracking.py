@@ -134,7 +134,16 @@ def test_the_client_offline_gets_every_row_and_a_restart_the_same_id(
     assert said == []
 
 
-def test_without_a_key_the_run_is_kept_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "text", "said_of_it"),
+    [
+        ("UsageError", "No API key configured. Use `wandb login` to log in.", "has no API key"),
+        ("CommError", "connection\nrefused", "cannot be reached (CommError: connection refused)"),
+    ],
+)
+def test_without_a_key_or_a_server_the_run_is_kept_offline(
+    error: str, text: str, said_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wandb
 
     modes: list[str | None] = []
@@ -142,7 +151,7 @@ def test_without_a_key_the_run_is_kept_offline(tmp_path: Path, monkeypatch: pyte
     def init(**options: Any) -> Any:
         modes.append(options["mode"])
         if options["mode"] is None:
-            raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+            raise getattr(wandb.errors, error)(text)
         return wandb.sdk.wandb_run.Run(wandb.Settings(mode="offline", run_id=options["id"]))
 
     monkeypatch.setattr(wandb, "init", init)
@@ -151,7 +160,7 @@ def test_without_a_key_the_run_is_kept_offline(tmp_path: Path, monkeypatch: pyte
     client(tmp_path, said).open(0)
     assert modes == [None, "offline"]
     assert len(said) == 1
-    assert "no API key" in said[0]
+    assert said_of_it in said[0]
 
 
 # Sinks that fail -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colonnade.files import replace_file
+from colonnade.parallel.vote import one_line
 from colonnade.telemetry.sinks import Row
 from colonnade.telemetry.tensorboard import scalars
 
@@ -24,7 +25,8 @@ class WeightsAndBiases:
     """A run there, under one id for all starts, which is kept in the run's folder.
 
     `step` is the axis of all charts. The client only adds: steps that a restart computes again are there twice.
-    `WANDB_MODE` (offline, disabled) is the client's own. Without credentials the run is kept offline.
+    `WANDB_MODE` (offline, disabled) is the client's own. Without credentials, or where the server cannot be reached,
+    this start is kept offline.
 
     Args:
         directory: the run's folder; the client's files go into `wandb/` below it.
@@ -83,13 +85,19 @@ class WeightsAndBiases:
 
         try:
             run = begin(None)
-        except wandb.errors.UsageError as error:
-            if "API key" not in str(error):
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            if isinstance(error, wandb.errors.CommError):
+                reason = f"cannot be reached ({one_line(error)})"
+            elif "API key" in str(error):
+                reason = "has no API key (wandb login, or WANDB_API_KEY)"
+            else:
                 raise
             self._say(
-                f"warning: {self.name} has no API key (wandb login, or WANDB_API_KEY): the run is kept offline; "
-                f"wandb sync sends what is in {self._directory / 'wandb'}"
+                f"warning: {self.name} {reason}: this start is kept offline; wandb sync sends what is in "
+                f"{self._directory / 'wandb'}"
             )
+            # The client's process still holds the id for the run that could not begin.
+            wandb.teardown()
             run = begin("offline")
         run.define_metric("*", step_metric="step")
         if not (run.offline or run.disabled):
