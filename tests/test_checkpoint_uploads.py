@@ -43,7 +43,7 @@ class Gate:
         return path
 
 
-def local(directory: Path) -> list[int | None]:
+def local(directory: Path) -> list[int]:
     return sorted(info.step or 0 for info in find_checkpoints(directory))
 
 

@@ -38,8 +38,8 @@ SLURM = {
     *("--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),
     *("--open-mode", "--signal", "--kill-on-bad-exit"),
 }
-# Of tensorboard and of wandb sync.
-VIEWERS = {"--logdir", "--append"}
+# Of tensorboard.
+VIEWERS = {"--logdir"}
 # What these folders hold is in the repository; other paths in the docs belong to a user's machine.
 FOLDERS = ("colonnade/", "tests/", "docs/", "presets/", "benchmarks/", ".ci/")
 SUFFIXES = (".py", ".md", ".toml", ".txt")

@@ -28,7 +28,7 @@ def write_run(
     start = {"step": 0, "started": True, "tp": 4, "dp": 2, "device": HOSTILE, "parameters": 1234567, "code": "0.1 (ab)"}
     rows: list[dict[str, Any]] = [{**start, "time": "2026-11-20T10:00:00.000+00:00"}]
     for step in range(1, steps + 1):
-        row = {"step": step, "loss": scale * 10 / step, "grad_norm": 1.0, "learning_rate": 1e-4 * step}
+        row: dict[str, Any] = {"step": step, "loss": scale * 10 / step, "grad_norm": 1.0, "learning_rate": 1e-4 * step}
         row |= {"tokens_per_second": 1e5 + step, "model_flops_utilization": 0.4 if mixture else None}
         if mixture:
             row |= {f"data_share/{HOSTILE}": 0.75, "data_share/code": 0.25}
@@ -133,8 +133,9 @@ def test_a_curve_goes_through_its_points() -> None:
         for path in svg.iter(f"{SVG}path")
         if "stroke: " in (path.get("style") or "")
     }
-    points = np.array(re.findall(r"([ML]) ([-\d.]+) ([-\d.]+)", lines["var(--curve-3)"])[:], dtype=object)
-    drawn = points[:, 1:].astype(float)
+    path = lines["var(--curve-3)"]
+    assert path is not None
+    drawn = np.array([(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)])
     # The point that is not finite leaves a gap: two pieces.
     assert len(drawn) == 3
     x, y = drawn.T

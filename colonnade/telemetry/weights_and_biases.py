@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -75,8 +74,7 @@ class WeightsAndBiases:
                 entity=self._entity,
                 name=self._run_name or self._directory.resolve().name,
                 id=run_id,
-                # Offline the client knows of no earlier start, and warns when it is asked.
-                resume=None if "offline" in (mode, os.environ.get("WANDB_MODE")) else "allow",
+                resume="allow",
                 dir=str(self._directory),
                 config=self._config,
                 settings=settings,
