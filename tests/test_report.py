@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from colonnade.errors import UsageError
-from colonnade.telemetry import report
+from colonnade.telemetry import pictures, report
 from colonnade.telemetry.charts import MOST_POINTS, Curve, chart, thinned
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -181,3 +181,18 @@ def test_a_run_without_rows_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     _, page = made(tmp_path, tmp_path / "run")
     assert "No step has been logged yet." in page.texts["p"]
+
+
+def test_the_page_is_there_while_the_run_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", 3)
+    drawn = pictures.Pictures(run, unigram_entropy=None)
+    drawn.write({"step": 3, "validation_loss": 2.0})  # the last one is not five minutes old
+    drawn.close(failed=True)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.setattr(pictures, "REPORT_SECONDS", 0.0)
+    drawn.write({"step": 3, "loss": 2.0})
+    assert not (run / "report.html").exists()
+    drawn.write({"step": 3, "validation_loss": 2.0})
+    assert Page((run / "report.html").read_text()).texts["h1"] == ["run"]
+    drawn.close(failed=False)
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -44,13 +44,15 @@ def plot_loss(metrics_path: str | Path, output_png: str | Path, *, unigram_entro
 
     figure = Figure(figsize=(9, 6.5), dpi=130, layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for axes in (loss_axes, rate_axes):
+        for number, step in enumerate(restarts(rows)):
+            label = None if number else "restart"
+            axes.axvline(step, color=REFERENCE_COLOR, linestyle=":", linewidth=1.0, label=label)
     _draw_losses(loss_axes, train, validation, unigram_entropy)
     _draw_learning_rate(rate_axes, series(rows, "learning_rate"))
     rate_axes.set_xlabel("optimizer step")
     rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (loss_axes, rate_axes):
-        for step in restarts(rows):
-            axes.axvline(step, color=REFERENCE_COLOR, linestyle=":", linewidth=1.0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
