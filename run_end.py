@@ -16,26 +16,27 @@ from colonnade.checkpoint.manifest import checkpoint_name
 from colonnade.errors import LocalRunError
 from colonnade.files import replace_file
 from colonnade.telemetry.data_ledger import data_summary
-from colonnade.telemetry.metrics import MetricsLog
-from colonnade.telemetry.plots import plot_loss
-from run_state import LEDGER_NAME, Run, whole_position
+from colonnade.telemetry.pictures import PLOT_NAME
+from colonnade.telemetry.report import METRICS_NAME, REPORT_NAME
+from colonnade.telemetry.sinks import Tracker
+from run_state import LEDGER_NAME, Run, prune, whole_position
 
-METRICS_NAME, PLOT_NAME = "metrics.jsonl", "loss.png"
 LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMPLETE.json"
+# How long the end of a run waits for its sinks, and for checkpoints that are being uploaded; where it was asked to
+# stop, whoever asked is about to kill it.
+CLOSE_SECONDS, UPLOAD_SECONDS, UPLOAD_SECONDS_STOPPED = 30.0, 300.0, 20.0
 
 
-def finish(run: Run, saved_step: int, metrics: MetricsLog | None, stop_reason: str | None) -> None:
-    """Close what is open, draw the plot, and say and write down how the run ended. Collective."""
+def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:
+    """Close what is open, draw the pictures, and say and write down how the run ended. Collective."""
     position = whole_position(run)
     run.feed.close()
     if run.stream is not None:
         run.stream.close()
-    if metrics is None:
+    if not run.layout.is_main:
         return
-    metrics.close()
-    entropy = run.validation.unigram_entropy if run.validation is not None else None
-    drawn = plot_loss(run.directory / METRICS_NAME, run.directory / PLOT_NAME, unigram_entropy=entropy)
     record_end(run, stop_reason, saved_step)
+    _close_tracking(run, saved_step, tracker, stop_reason)
     lines = [f"finished at step {run.step} after {run.tokens_seen:,} tokens"]
     if stop_reason is not None:
         lines = [f"stopped after step {run.step} of {run.settings.total_steps} ({stop_reason}); it goes on from there"]
@@ -48,12 +49,26 @@ def finish(run: Run, saved_step: int, metrics: MetricsLog | None, stop_reason: s
         )
     if saved_step >= 0:
         lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
-    lines.append(f"  metrics     {run.directory / METRICS_NAME}")
+    if run.settings.jsonl:
+        lines.append(f"  metrics     {run.directory / METRICS_NAME}")
     if saved_step >= 0:
         lines.append(f"  data ledger {run.directory / LEDGER_NAME}")
-    if drawn:
-        lines.append(f"  plot        {run.directory / PLOT_NAME}")
+    for what, name in (("plot", PLOT_NAME), ("report", REPORT_NAME)):
+        if run.settings.jsonl and (run.directory / name).exists():
+            lines.append(f"  {what:<11} {run.directory / name}")
     print("\n".join(lines))
+
+
+def _close_tracking(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:
+    """Let uploads and sinks end, within a time; the other ranks wait in the last collective meanwhile."""
+    patience = run.settings.step_timeout / 2 or float("inf")
+    if run.uploads is not None:
+        seconds = UPLOAD_SECONDS if stop_reason is None else UPLOAD_SECONDS_STOPPED
+        run.uploads.close(min(seconds, patience / 2), tell=tracker.tell)
+        if saved_step >= 0:
+            # What was kept for its upload alone may go.
+            prune(run, run.directory / checkpoint_name(saved_step))
+    tracker.close(min(CLOSE_SECONDS, patience / 2))
 
 
 def _with_perplexity(loss: float) -> str:

@@ -12,11 +12,32 @@ from torch.nn import functional as F
 
 from colonnade.data.blocks import PADDING, counted_targets, unpack_blocks
 from colonnade.optim.step import StepOutcome
+from colonnade.telemetry.code_version import describe_code
 from colonnade.telemetry.data_ledger import data_metrics
 from colonnade.telemetry.fingerprint import float32_bits
 from colonnade.tuning.flops import peak_flops, training_flops_per_token
 from colonnade.tuning.memory import GIB
 from run_state import Run, Validation, whole_position
+
+
+def start_row(run: Run) -> dict[str, Any]:
+    """The metrics row of a start: what runs from here on, and on what."""
+    settings, layout = run.settings, run.layout
+    on_cuda = layout.device.type == "cuda"
+    return {
+        "step": run.step,
+        "started": True,
+        "tp": layout.tp,
+        "dp": layout.dp,
+        "device": torch.cuda.get_device_name(layout.device) if on_cuda else layout.device.type,
+        "precision": settings.precision,
+        "parameters": run.model.num_parameters(),
+        "micro_batch_size": run.batch.micro_batch_size,
+        "tokens_per_step": run.tokens_per_step,
+        "total_steps": settings.total_steps,
+        "code": describe_code(run.code),
+        "resumed_from": None if run.resumed_from is None else run.resumed_from.name,
+    }
 
 
 class Meter:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints
+from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, fetch_checkpoint, is_artifact
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified, verified
@@ -28,6 +29,7 @@ from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import ResumeSettings, RunSettings
+from colonnade.telemetry.tracking import require_sinks
 from run_assembly import Origin, assemble
 from run_data import resolve_data, weight_changes
 from run_inputs import (
@@ -79,6 +81,7 @@ def _folder_of(settings: RunSettings, layout: ParallelLayout) -> Iterator[RunLoc
     directory = Path(settings.checkpoint_dir)
     lock = RunLock(directory)
     on_first_rank(lambda: require_writable(directory))
+    on_first_rank(lambda: require_sinks(settings))
     on_first_rank(lock.take)
     try:
         yield lock
@@ -137,7 +140,13 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     layout = _join_ranks(given)
     notes: list[str] = []
     names = launchers()
+    if is_artifact(resume.checkpoint_path):
+        # What was downloaded is nobody's run: this one gets a folder of its own.
+        given = {"checkpoint_dir": RunSettings().checkpoint_dir, **given}
     resume = on_first_rank(lambda: attempt_of_launch(resume, given.get("checkpoint_dir"), names))
+    if is_artifact(resume.checkpoint_path):
+        beside = Path(given["checkpoint_dir"]).absolute().parent / FOLDER_NAME
+        resume = replace(resume, checkpoint_path=str(fetch_checkpoint(resume.checkpoint_path, beside)))
     found, damaged = verified(Path(resume.checkpoint_path), compare_hashes=given.get("checkpoint_hash", True))
     with vote():
         record = run_record(found)

@@ -17,6 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
+from colonnade.checkpoint.uploads import CheckpointUploads
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenizer_backend import Backend
@@ -77,6 +78,7 @@ class Run:
         saver: what writes checkpoints; None for a replay, which writes nothing.
         sample_prompts: what samples of its text continue; None where it takes none.
         tokenizer: on ranks that read; None on the others.
+        uploads: what brings checkpoints elsewhere, on the first rank, where that is asked for.
         lock: of the run's folder, held on the first rank; None for a replay.
         gathered: the last position that was gathered over the readers, and the reader's own it was gathered for.
     """
@@ -112,6 +114,7 @@ class Run:
     saver: CheckpointSaver | None = None
     sample_prompts: SamplePrompts | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    uploads: CheckpointUploads | None = None
     lock: RunLock | None = None
     gathered: tuple[DataPosition, DataPosition] | None = None
     notes: list[str] = field(default_factory=list)
@@ -142,18 +145,31 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
         RunError: on all ranks, when this or the save before failed on any; older checkpoints are intact.
     """
     assert run.saver is not None
-    settings, directory, damaged = run.settings, run.directory, run.damaged
+    directory, uploads = run.directory, run.uploads
     position = whole_position(run)
-    manifest = manifest_of(run, position, fingerprint if settings.deterministic else None)
+    manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
 
     def after_commit(path: Path) -> None:
         if position is not None:
             write_data_ledger(directory / LEDGER_NAME, position)
-        prune_checkpoints(
-            directory, settings.keep_checkpoints, protect=(path,), keep_every=settings.keep_every, damaged=damaged
-        )
+        if uploads is not None:
+            uploads.add(path)
+        prune(run, path)
 
     run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
+
+
+def prune(run: Run, newest: Path) -> None:
+    """Remove the oldest checkpoints of the run, but those that are still to be uploaded. On one rank."""
+    settings = run.settings
+    pending = () if run.uploads is None else run.uploads.pending
+    prune_checkpoints(
+        run.directory,
+        settings.keep_checkpoints,
+        protect=(newest, *pending),
+        keep_every=settings.keep_every,
+        damaged=run.damaged,
+    )
 
 
 def whole_position(run: Run) -> DataPosition | None:

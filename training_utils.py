@@ -24,16 +24,20 @@ from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
 from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.progress import ProgressReport
+from colonnade.telemetry.sinks import Tracker
+from colonnade.telemetry.tracking import open_tracker
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
 from run_checks import StepGuard, check_before_save
-from run_end import METRICS_NAME, finish, forget_end
-from run_measurements import Meter, validate
+from run_end import finish, forget_end
+from run_measurements import Meter, start_row, validate
 from run_samples import sampled_tokens, samples_are_due, samples_row
 from run_state import HANGS_NAME, Run, save
 
 # How long a rank that must leave waits for the save that its peers' threads are still in.
 SETTLE_SECONDS = 60.0
+# How long a run that fails waits for its sinks.
+FAILED_CLOSE_SECONDS = 5.0
 FINGERPRINTS_NAME = "fingerprints.jsonl"
 SLOW_STORAGE = 100e6  # bytes a second that a rank writes, on a file system that many share
 
@@ -67,6 +71,7 @@ def train(run: Run) -> None:
         # A save under way is of a step before this one, and may be the last good checkpoint.
         if run.saver is not None:
             run.saver.settle(SETTLE_SECONDS)
+        loop.tracker.close(FAILED_CLOSE_SECONDS, failed=True)
         raise
 
 
@@ -86,7 +91,9 @@ class _Loop:
         settings = run.settings
         self.run, self.settings = run, settings
         self.watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
-        self.progress = ProgressReport(settings.total_steps, initial_step=run.step, enabled=run.layout.is_main)
+        self.progress = ProgressReport(
+            settings.total_steps, initial_step=run.step, enabled=run.layout.is_main, bar=settings.progress_bar
+        )
         self.stop_reason: str | None = None
         self._stopping = StopVote(
             self.watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time)
@@ -94,7 +101,6 @@ class _Loop:
         self._first_step, self._longest_step = run.step + 1, 0.0
         self._longest_validation = self._longest_sampling = 0.0
         self._is_saved = self._owes_save = False
-        self._metrics = _open_log(run, METRICS_NAME)
         has_fingerprints = settings.fingerprint_interval or settings.deterministic
         self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
         self._meter = Meter(run)
@@ -102,6 +108,8 @@ class _Loop:
         self._saved_step = run.step if run.resumed_from is not None else -1
         for note in run.notes:
             self.progress.message(note)
+        self.tracker = _open_tracker(run, self.progress)
+        self.tracker.write(start_row(run))
 
     def take_step(self) -> _Step:
         run, began = self.run, time.monotonic()
@@ -231,7 +239,7 @@ class _Loop:
         if self._fingerprints is not None:
             self._fingerprints.close()
         # A run that has come to its end is complete, whatever asked it to stop meanwhile.
-        finish(run, self._saved_step, self._metrics, None if self._is_last else self.stop_reason)
+        finish(run, self._saved_step, self.tracker, None if self._is_last else self.stop_reason)
         run.saver.close()
         if run.lock is not None:
             run.lock.release()
@@ -241,14 +249,21 @@ class _Loop:
         return self.run.step == self.settings.total_steps
 
     def _report(self, row: Mapping[str, Any]) -> None:
-        self.progress.log_line(row)
-        if self._metrics is not None:
-            self._metrics.append(row)
+        self.tracker.write(row)
 
 
 def _expected_save_seconds(run: Run) -> float:
     """How long the first save may take: weights and two moments in float32, shared out, on slow storage."""
     return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
+
+
+def _open_tracker(run: Run, progress: ProgressReport) -> Tracker:
+    """The run's sinks, on the rank that writes; elsewhere none."""
+    if not run.layout.is_main:
+        return Tracker(run.step, progress, None)
+    entropy = run.validation.unigram_entropy if run.validation is not None else None
+    tracker, run.uploads = open_tracker(run.settings, run.step, progress, unigram_entropy=entropy)
+    return tracker
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:

@@ -325,6 +325,27 @@ class RunSettings:
         0.8, "samples", "temperature they are drawn at; 0 for the likeliest token each time", minimum=0.0
     )
 
+    # Tracking
+    progress_bar: bool = _setting(True, "tracking", "show a progress bar beside the lines")
+    jsonl: bool = _setting(
+        True, "tracking", "write metrics.jsonl, which loss.png, report.html and an audit are made from"
+    )
+    csv: bool = _setting(False, "tracking", "write metrics.csv, a row a logged step, for a spreadsheet")
+    tensorboard: bool = _setting(False, "tracking", "write TensorBoard events into tensorboard/")
+    wandb_project: str | None = _setting(
+        None, "tracking", "log to this project of Weights & Biases; its WANDB_MODE is respected", unit="NAME"
+    )
+    wandb_entity: str | None = _setting(
+        None, "tracking", "user or team the project belongs to (default that of the login)", unit="NAME"
+    )
+    wandb_run_name: str | None = _setting(
+        None, "tracking", "name shown there (default that of the run's folder)", unit="NAME"
+    )
+    wandb_checkpoints: bool = _setting(False, "tracking", "upload each checkpoint there, in the background")
+    drop_uploaded_checkpoints: bool = _setting(
+        False, "tracking", "remove local checkpoints whose upload is confirmed, but for the newest"
+    )
+
     # Stopping and hangs
     wall_time: str | None = _setting(
         None,
@@ -371,7 +392,11 @@ class RunSettings:
 class ResumeSettings:
     """What `resume_pretrain_tensor.py` is told beside the run's own settings."""
 
-    checkpoint_path: str = _setting("", "resuming", "a run's folder, one of its checkpoints, or a .pth file; required")
+    checkpoint_path: str = _setting(
+        "",
+        "resuming",
+        "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required",
+    )
     rewarmup_steps: int = _steps(
         100, "resuming", "steps of linear warm-up from here, after the optimizer is reset; 0 for none", minimum=0
     )

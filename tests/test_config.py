@@ -76,6 +76,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "wall_time": ("1-23:30:00", "1-23:30:00"),
     "startup_timeout": ("60", 60.0),
     "step_timeout": ("2.5", 2.5),
+    "wandb_project": ("demo", "demo"),
+    "wandb_entity": ("me", "me"),
+    "wandb_run_name": ("a run", "a run"),
     "log_interval": ("1", 1),
     "fingerprint_interval": ("0", 0),
     "drift_check_interval": ("5", 5),
@@ -545,6 +548,8 @@ def test_identity_holds_what_shapes_the_loss_curve() -> None:
         *("tensor_parallel_size", "replicate_embeddings", "disable_gradient_checkpointing"),
         *("compile", "disable_compile", "checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_interval"),
         *("fingerprint_interval", "keep_every", "checkpoint_mode", "checkpoint_hash"),
+        *("progress_bar", "jsonl", "csv", "tensorboard", "wandb_project", "wandb_entity", "wandb_run_name"),
+        *("wandb_checkpoints", "drop_uploaded_checkpoints"),
         *("wall_time", "startup_timeout", "step_timeout"),
         *("sample_interval", "sample_prompts", "sample_tokens", "sample_temperature"),
     }

@@ -33,6 +33,7 @@ COMMANDS = (
     ["benchmarks/packing.py"],
     ["benchmarks/document_mask.py"],
     ["-m", "colonnade.data.sample_corpus"],
+    ["-m", "colonnade.telemetry.report"],
 )
 
 # Of sbatch and srun (Slurm 24.05), which are not here to be asked.
@@ -40,6 +41,8 @@ SLURM = {
     *("--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),
     *("--open-mode", "--signal", "--kill-on-bad-exit"),
 }
+# Of tensorboard.
+VIEWERS = {"--logdir"}
 # What these folders hold is in the repository; other paths in the docs belong to a user's machine.
 FOLDERS = ("colonnade/", "tests/", "docs/", "presets/", "benchmarks/", ".ci/")
 SUFFIXES = (".py", ".md", ".toml", ".txt")
@@ -112,7 +115,7 @@ def test_every_flag_in_the_docs_exists(own_flags: dict[str, set[str]]) -> None:
     from torch.distributed.run import get_args_parser
 
     torchrun = {name.replace("_", "-") for name in get_args_parser()._option_string_actions}
-    known = torchrun.union(SLURM, *own_flags.values())
+    known = torchrun.union(SLURM, VIEWERS, *own_flags.values())
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", page.read_text(encoding="utf-8")))
         unknown = {flag for flag in named if flag.replace("_", "-") not in known}

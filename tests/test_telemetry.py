@@ -249,7 +249,7 @@ def test_without_a_terminal_nothing_is_redrawn(monkeypatch: pytest.MonkeyPatch) 
         for step in range(201, 1001):
             clock[0] += 0.125
             report.update(step, 2.5 if step == 300 else None)
-        report.log_line({"step": 1000, "loss": 2.5})
+        report.write({"step": 1000, "loss": 2.5})
         report.message("saved")
     report.close()
     assert lines.getvalue().splitlines() == ["step 1000/1000 | loss 2.5000", "saved"]
@@ -269,7 +269,7 @@ def test_on_a_terminal_lines_stand_above_the_bar() -> None:
         for step in range(1, 11):
             report.update(step, 10.0 - step)
             if step == 5:
-                report.log_line({"step": step, "loss": 5.0})
+                report.write({"step": step, "loss": 5.0})
     shown = screen.getvalue()
     row = "step  5/10 | loss 5.0000\n"
     assert row in shown
@@ -283,6 +283,6 @@ def test_other_ranks_say_nothing() -> None:
     lines, bar = io.StringIO(), Terminal()
     with ProgressReport(10, enabled=False, line_stream=lines, bar_stream=bar) as report:
         report.update(10, 1.0)
-        report.log_line(ROW)
+        report.write(ROW)
         report.message("hello")
     assert lines.getvalue() == bar.getvalue() == ""

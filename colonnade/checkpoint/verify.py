@@ -20,6 +20,7 @@ from colonnade.checkpoint.discover import (
     warn_of_damaged,
 )
 from colonnade.checkpoint.manifest import Manifest, require_recorded_hash
+from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, fetch_checkpoint, is_artifact
 from colonnade.checkpoint.safe_reader import SafeFileSystemReader
 from colonnade.errors import UsageError
 from colonnade.parallel.vote import on_first_rank, vote
@@ -90,11 +91,14 @@ def verified(
 ) -> tuple[CheckpointInfo, tuple[Path, ...]]:
     """The checkpoint meant by `path`, and the damaged ones that were passed over. Collective.
 
-    `path` is a run folder (its newest usable one is meant), a checkpoint folder, or a `.pth` file.
+    `path` is a run folder (its newest usable one is meant), a checkpoint folder, a `.pth` file, or the name of an
+    artifact (`remote_artifacts`), which is downloaded below the working folder.
 
     Raises:
         UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
     """
+    if is_artifact(path):
+        path = fetch_checkpoint(str(path), Path(FOLDER_NAME), group)
     named = on_first_rank(lambda: _readable(lambda: the_one_meant(path), path), group)
     if named is None:
         found, damaged = newest_verified(path, compare_hashes=compare_hashes, group=group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -100,6 +100,21 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             raise UsageError(f"line {number} of {path} is not a JSON object: remove that line or move the file away")
         rows.append(row)
     return rows
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have `key`; a null, which stands for a value not finite, becomes NaN."""
+    points = [
+        (int(row["step"]), math.nan if row[key] is None else float(row[key]))
+        for row in rows
+        if key in row and row.get("step") is not None
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def restarts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps from which a run went on after it had begun, each once."""
+    return sorted({int(row["step"]) for row in rows[1:] if row.get("started") and row.get("step") is not None})
 
 
 def unigram_entropy(token_ids: np.ndarray) -> float:

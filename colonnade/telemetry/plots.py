@@ -6,11 +6,11 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from colonnade.errors import RunError
 from colonnade.files import replace_file
-from colonnade.telemetry.metrics import read_metrics
+from colonnade.telemetry.metrics import read_metrics, restarts, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,15 +26,16 @@ TRAIN_COLOR, VALIDATION_COLOR, RATE_COLOR, REFERENCE_COLOR = "#1f5fa8", "#d1495b
 def plot_loss(metrics_path: str | Path, output_png: str | Path, *, unigram_entropy: float | None = None) -> bool:
     """Draw losses and learning rate over the steps of `metrics_path` into `output_png`, replaced in one rename.
 
-    Losses and `unigram_entropy` (the floor for models without context) are in nats a token. Returns False, and draws
-    nothing, when the file holds no loss yet. Rows whose loss was not finite leave a gap.
+    Losses and `unigram_entropy` (the floor for models without context) are in nats a token. Restarts are dotted
+    vertical lines. Returns False, and draws nothing, when the file holds no loss yet. Rows whose loss was not finite
+    leave a gap.
 
     Raises UsageError when the metrics cannot be read and RunError when the picture cannot be written.
     """
     rows = read_metrics(metrics_path)
-    train = _series(rows, "loss")
-    validation = _series(rows, "validation_loss")
-    if not any(math.isfinite(value) for _, series in (train, validation) for value in series):
+    train = series(rows, "loss")
+    validation = series(rows, "validation_loss")
+    if not any(math.isfinite(value) for _, values in (train, validation) for value in values):
         return False
 
     # Figure without pyplot: no window system, no global state, and always the Agg canvas.
@@ -43,8 +44,12 @@ def plot_loss(metrics_path: str | Path, output_png: str | Path, *, unigram_entro
 
     figure = Figure(figsize=(9, 6.5), dpi=130, layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for axes in (loss_axes, rate_axes):
+        for number, step in enumerate(restarts(rows)):
+            label = None if number else "restart"
+            axes.axvline(step, color=REFERENCE_COLOR, linestyle=":", linewidth=1.0, label=label)
     _draw_losses(loss_axes, train, validation, unigram_entropy)
-    _draw_learning_rate(rate_axes, _series(rows, "learning_rate"))
+    _draw_learning_rate(rate_axes, series(rows, "learning_rate"))
     rate_axes.set_xlabel("optimizer step")
     rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (loss_axes, rate_axes):
@@ -100,16 +105,6 @@ def _title(train: tuple[list[int], list[float]], validation: tuple[list[int], li
             perplexity = f"{math.exp(min(losses[-1], 700)):.4g}"
             parts.append(f"{name} loss {losses[-1]:.3f} (perplexity {perplexity}) at step {steps[-1]}")
     return " · ".join(parts)
-
-
-def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have `key`; a null, which stands for a value not finite, becomes NaN."""
-    points = [
-        (int(row["step"]), math.nan if row[key] is None else float(row[key]))
-        for row in rows
-        if key in row and row.get("step") is not None
-    ]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Without a terminal the bar is printed as a line of its own, at most this often.
 PLAIN_INTERVAL_S = 30.0
+# Characters of a sample's prompt and of its text that are printed.
+SAMPLE_PROMPT, SAMPLE_TEXT = 30, 70
 
 # How a row is read: key of the row, how its value is written.
 _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
@@ -37,7 +39,8 @@ class ProgressReport:
 
     Counts optimizer steps out of `total_steps`, starting at `initial_step`. On a terminal the lines scroll above the
     bar; elsewhere (a file, a pipe) nothing is ever redrawn: the bar appears as a line at most every 30 s and at the
-    end. With `enabled=False`, for ranks other than 0, every method does nothing.
+    end. With `bar=False` there are only the lines. With `enabled=False`, for ranks other than 0, every method does
+    nothing.
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class ProgressReport:
         *,
         initial_step: int = 0,
         enabled: bool = True,
+        bar: bool = True,
         line_stream: TextIO | None = None,
         bar_stream: TextIO | None = None,
     ) -> None:
-        self._enabled = enabled
+        self._enabled, self._has_bar = enabled, bar
         self._total = total_steps
         self._initial = initial_step
         self._step = initial_step
@@ -59,7 +63,7 @@ class ProgressReport:
         self._started = self._shown = time.monotonic()
         self._shown_step: int | None = None
         self._bar: tqdm.tqdm[Any] | None = None
-        if enabled and self._bar_stream.isatty():
+        if enabled and bar and self._bar_stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -84,12 +88,13 @@ class ProgressReport:
             if loss is not None:
                 self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self._bar.update(advance)
-        elif time.monotonic() - self._shown >= PLAIN_INTERVAL_S:
+        elif self._has_bar and time.monotonic() - self._shown >= PLAIN_INTERVAL_S:
             self._show_plain()
 
-    def log_line(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         """Print one metrics row, readably; keys without a known meaning stay in the metrics file alone."""
-        if self._enabled:
+        # How a run started has been told at length already.
+        if self._enabled and not row.get("started"):
             self.message(format_row(row, self._total))
 
     def message(self, text: str) -> None:
@@ -109,7 +114,7 @@ class ProgressReport:
             return
         if self._bar is not None:
             self._bar.close()
-        elif self._step > self._initial and self._shown_step != self._step:
+        elif self._has_bar and self._step > self._initial and self._shown_step != self._step:
             self._show_plain()
         self._enabled = False
 
@@ -141,14 +146,24 @@ class ProgressReport:
 def format_row(row: Mapping[str, Any], total_steps: int | None = None) -> str:
     """One line for a metrics row: its step (out of `total_steps`), then each known value that is present.
 
-    A value that is None is left out. Units are written with the value; tokens are shortened (12.3k, 4.56M).
+    A value that is None is left out. Units are written with the value; tokens are shortened (12.3k, 4.56M), and so are
+    samples.
     """
     parts = [write(float(row[key])) for key, write in _COLUMNS if row.get(key) is not None]
+    parts += [
+        f"sample {_one_line(sample['prompt'], SAMPLE_PROMPT)!r} -> {_one_line(sample['text'], SAMPLE_TEXT)!r}"
+        for sample in row.get("samples") or ()
+    ]
     if row.get("step") is not None:
         width = len(str(total_steps)) if total_steps is not None else 0
         of_total = f"/{total_steps}" if total_steps is not None else ""
         parts.insert(0, f"step {row['step']:>{width}}{of_total}" if width else f"step {row['step']}")
     return " | ".join(parts)
+
+
+def _one_line(text: str, length: int) -> str:
+    """`text` in at most so many characters: its end is cut off."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _short(value: float) -> str:

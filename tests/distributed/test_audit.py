@@ -37,7 +37,8 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 def rows_of(path: Path) -> dict[int, dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
-    return {row["step"]: row for row in map(json.loads, (line for line in lines if line.endswith("}")))}
+    rows = map(json.loads, (line for line in lines if line.endswith("}")))
+    return {row["step"]: row for row in rows if "started" not in row}
 
 
 def bits_of(directory: Path) -> dict[int, tuple[str, str, str | None]]:

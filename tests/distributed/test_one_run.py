@@ -95,6 +95,7 @@ def test_resuming_by_default_resets_the_optimizer_and_warms_up_again(uninterrupt
     flags = ["--checkpoint-path", str(uninterrupted), "--checkpoint-dir", str(directory)]
     output = run("resume_pretrain_tensor.py", [*flags, "--total-steps", str(STEPS + 4), "--rewarmup-steps", "4"])
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert rows.pop(0)["started"]
     assert [row["step"] for row in rows] == [STEPS + 1, STEPS + 2, STEPS + 3, STEPS + 4]
     rates = [row["learning_rate"] for row in rows]
     own = Schedule(peak=1e-3, minimum=1e-4, warmup_steps=2, horizon=STEPS + 4)

@@ -18,6 +18,7 @@ from model import ModelConfig
 ROW_KEYS = {
     *("step", "loss", "perplexity", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second"),
     *("model_flops_utilization", "memory_gib", "data_wait_fraction", "epoch"),
+    "time",
     *("data_tokens_read", "data_tokens_repeated", "data_rows_read", "data_rows_filtered", "skipped_steps"),
 }
 

@@ -1,0 +1,157 @@
+"""Checkpoints on their way to a store elsewhere: one after the other, on a thread beside the training.
+
+What waits is not pruned. A local copy is dropped, where that is asked for, once the store has confirmed its own, and
+never that of the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock, Thread
+
+from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.prune import move_aside
+from colonnade.files import replace_file
+from colonnade.parallel.vote import one_line
+
+logger = logging.getLogger(__name__)
+
+UPLOADED_NAME = "uploaded.json"
+# Checkpoints that may wait for a store that is slow or gone; each takes room on the disk for as long as it does.
+MOST_WAITING = 4
+
+
+class StoreClosed(Exception):
+    """The store takes nothing in this start of the run; the message says why."""
+
+
+class CheckpointUploads:
+    """The checkpoints of one run folder that are to be uploaded, on the rank that uploads.
+
+    Args:
+        directory: the run's folder.
+        upload: puts a checkpoint's folder into the store, returns the name it has there once that is confirmed, and
+            raises where it is not: `StoreClosed` where trying again is of no use. Called on one thread.
+        say: takes a line for the screen.
+        drop: remove local copies of checkpoints that are confirmed, but for the newest.
+        keep_every: local checkpoints at multiples of so many steps stay; 0 for none.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        upload: Callable[[Path], str],
+        *,
+        say: Callable[[str], None],
+        drop: bool = False,
+        keep_every: int = 0,
+    ) -> None:
+        self._directory, self._upload, self._say = directory, upload, say
+        self._drop, self._keep_every = drop, keep_every
+        self._uploaded = uploaded(directory)
+        self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._lock = Lock()
+        self._waiting: list[Path] = []
+        self._under_way: Path | None = None
+        self._is_closed = False
+        self._thread = Thread(target=self._live, name="checkpoint uploads", daemon=True)
+        self._thread.start()
+
+    def resend(self, step: int) -> None:
+        """Queue the checkpoints up to `step` that earlier starts have not brought to the store: the last few."""
+        unsent = [
+            info.path
+            for info in find_checkpoints(self._directory)
+            if not info.is_single_file and (info.step or 0) <= step and info.path.name not in self._uploaded
+        ]
+        for path in reversed(unsent[:MOST_WAITING]):
+            self.add(path)
+
+    def add(self, path: Path) -> None:
+        """Queue a finished checkpoint. Where too many wait, the one that has waited longest is given up."""
+        given_up = None
+        with self._lock:
+            if self._is_closed:
+                return
+            self._waiting.append(path)
+            if len(self._waiting) > MOST_WAITING:
+                given_up = self._waiting.pop(0)
+        if given_up is not None:
+            self._say(f"warning: {given_up.name} is not uploaded: {MOST_WAITING} later checkpoints wait already")
+        self._queue.put(path)
+
+    @property
+    def pending(self) -> tuple[Path, ...]:
+        """Checkpoints that wait or are being uploaded: not to be removed."""
+        with self._lock:
+            return (*((self._under_way,) if self._under_way is not None else ()), *self._waiting)
+
+    def close(self, seconds: float, tell: Callable[[], None] = lambda: None) -> None:
+        """Wait so long at most for what is not uploaded yet, and say what is left.
+
+        Args:
+            tell: prints what has been said; called before the wait.
+        """
+        self._queue.put(None)
+        if self.pending:
+            self._say(f"uploading {', '.join(path.name for path in self.pending)}; at most {seconds:.0f} s")
+            tell()
+        deadline = time.monotonic() + seconds
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            names = ", ".join(path.name for path in self.pending)
+            self._say(
+                f"warning: not uploaded in time: {names}; the next start in {self._directory} sends what is there"
+            )
+
+    def _live(self) -> None:
+        while (path := self._queue.get()) is not None:
+            with self._lock:
+                if path not in self._waiting:
+                    continue
+                self._waiting.remove(path)
+                self._under_way = path
+            try:
+                name = self._upload(path)
+                self._uploaded[path.name] = name
+                replace_file(self._directory / UPLOADED_NAME, json.dumps(self._uploaded, indent=2) + "\n")
+                self._say(f"uploaded {path.name} as {name}")
+            except StoreClosed as error:
+                with self._lock:
+                    self._is_closed, self._under_way = True, None
+                    self._waiting.clear()
+                self._say(f"warning: checkpoints are not uploaded ({error})")
+                return
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a client raises, the run goes on
+                self._say(f"warning: {path.name} is not uploaded ({one_line(error)}); the local copy stays")
+            with self._lock:
+                self._under_way = None
+            if self._drop:
+                self._drop_uploaded()
+
+    def _drop_uploaded(self) -> None:
+        """Remove confirmed checkpoints that the run does not need to start again."""
+        newest_first = [info for info in find_checkpoints(self._directory) if not info.is_single_file]
+        for info in newest_first[1:]:
+            is_kept = self._keep_every and (info.step or 0) % self._keep_every == 0
+            if is_kept or info.path.name not in self._uploaded:
+                continue
+            try:
+                shutil.rmtree(move_aside(info.path))
+            except OSError as error:
+                logger.warning("uploaded checkpoint %s was not dropped: %s", info.path, error)
+
+
+def uploaded(directory: Path) -> dict[str, str]:
+    """The checkpoints of a run's folder that the store has confirmed: their names there, by folder name."""
+    try:
+        content = json.loads((directory / UPLOADED_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or one that tells nothing: what is there is sent again
+        return {}
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}

@@ -1,0 +1,213 @@
+"""Checkpoints on their way to a store and back: order, pruning, dropping, failures; the client's artifact calls."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+
+import pytest
+
+from colonnade.checkpoint import remote_artifacts
+from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.prune import prune_checkpoints
+from colonnade.checkpoint.remote_artifacts import upload_checkpoint
+from colonnade.checkpoint.uploads import MOST_WAITING, CheckpointUploads, StoreClosed, uploaded
+from colonnade.checkpoint.verify import verified
+from colonnade.errors import UsageError
+from test_checkpoint_discover import make
+from wandb_records import Store
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+class Gate:
+    """A store that confirms what it is told to: `let(outcome)` lets one upload end."""
+
+    def __init__(self) -> None:
+        self.began: queue.Queue[Path] = queue.Queue()
+        self._outcomes: queue.Queue[Exception | None] = queue.Queue()
+
+    def upload(self, path: Path) -> str:
+        assert path.is_dir()
+        self.began.put(path)
+        outcome = self._outcomes.get(timeout=30)
+        if outcome is not None:
+            raise outcome
+        assert path.is_dir()
+        return f"remote/{path.name}"
+
+    def let(self, outcome: Exception | None = None) -> Path:
+        path = self.began.get(timeout=30)
+        self._outcomes.put(outcome)
+        return path
+
+
+def local(directory: Path) -> list[int]:
+    return sorted(info.step or 0 for info in find_checkpoints(directory))
+
+
+def test_what_waits_is_not_pruned_and_goes_in_order(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    made = [make(tmp_path, step) for step in (1, 2, 3)]
+    for path in made:
+        uploads.add(path)
+    prune_checkpoints(tmp_path, 1, protect=(made[-1], *uploads.pending))
+    assert local(tmp_path) == [1, 2, 3]
+    assert [gate.let(), gate.let()] == made[:2]
+    assert gate.began.get(timeout=30) == made[2]
+    prune_checkpoints(tmp_path, 1, protect=(made[-1], *uploads.pending))
+    assert local(tmp_path) == [3]
+    gate.began.put(made[2])
+    gate.let()
+    uploads.close(30)
+    assert uploaded(tmp_path) == {path.name: f"remote/{path.name}" for path in made}
+    assert uploads.pending == ()
+
+
+def test_a_local_copy_goes_once_it_is_confirmed_and_never_the_newest(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append, drop=True, keep_every=2)
+    made = [make(tmp_path, step) for step in (1, 2, 3, 5, 7)]
+    for path in made[:4]:
+        uploads.add(path)
+    gate.let()
+    gate.let()
+    gate.let(ValueError("the store\nrefused it"))
+    assert gate.began.get(timeout=30) == made[3]
+    assert local(tmp_path) == [2, 3, 5, 7]  # 1 is gone, 2 is kept for good, 3 is only here
+    gate.began.put(made[3])
+    gate.let()
+    uploads.add(made[4])
+    gate.let()
+    uploads.close(30)
+    assert local(tmp_path) == [2, 3, 7]
+    (warning,) = [line for line in said if line.startswith("warning")]
+    assert f"{made[2].name} is not uploaded (ValueError: the store refused it); the local copy stays" in warning
+    assert made[2].name not in uploaded(tmp_path)
+
+
+def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    made = [make(tmp_path, step) for step in (1, 2, 3, 9)]
+    first = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    first.add(made[0])
+    gate.let()
+    first.add(made[1])
+    assert gate.began.get(timeout=30) == made[1]
+    first.close(0.0)
+    assert f"not uploaded in time: {made[1].name}" in said[-1]
+    again = Gate()
+    second = CheckpointUploads(tmp_path, again.upload, say=said.append)
+    second.resend(step=3)  # 9 is of a future that this start computes again
+    assert [again.let(), again.let()] == made[1:3]
+    second.close(30)
+    assert uploaded(tmp_path).keys() == {path.name for path in made[:3]}
+
+
+def test_a_store_that_hangs_holds_few_checkpoints(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    made = [make(tmp_path, step) for step in range(1, MOST_WAITING + 4)]
+    uploads.add(made[0])
+    assert gate.began.get(timeout=30) == made[0]
+    for path in made[1:]:
+        uploads.add(path)
+    assert uploads.pending == (made[0], *made[-MOST_WAITING:])
+    assert [line.split()[1] for line in said] == [path.name for path in made[1:-MOST_WAITING]]
+
+
+def test_a_store_that_is_closed_is_told_once(tmp_path: Path) -> None:
+    told = threading.Event()
+    said: list[str] = []
+
+    def closed(path: Path) -> str:
+        told.wait(30)
+        raise StoreClosed("it is offline")
+
+    uploads = CheckpointUploads(tmp_path, closed, say=said.append)
+    for step in (1, 2):
+        uploads.add(make(tmp_path, step))
+    told.set()
+    uploads.close(30)
+    uploads.add(make(tmp_path, 3))
+    assert uploads.pending == ()
+    assert [line for line in said if line.startswith("warning")] == [
+        "warning: checkpoints are not uploaded (it is offline)"
+    ]
+
+
+# The client's artifacts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    import wandb
+
+    found = Store(tmp_path / "store")
+    monkeypatch.setattr(wandb, "Api", lambda: found.api)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_a_checkpoint_comes_back_as_it_was(store: Store, tmp_path: Path) -> None:
+    made = [make(tmp_path / "run", step) for step in (4, 8)]
+    names = [upload_checkpoint(store.run, path) for path in made]
+    assert names == ["me/demo/checkpoint-1a2b3c4d:v0", "me/demo/checkpoint-1a2b3c4d:v1"]
+    assert store.logged[1]["metadata"] == {
+        "step": 8,
+        "folder": made[1].name,
+        "loss": 1.5,
+        "tokens_seen": None,
+        "began_at": None,
+    }
+    assert store.logged[1]["aliases"] == ["latest", "step-8", "v1"]
+    found, _ = verified(Path("wandb:me/demo/checkpoint-1a2b3c4d:step-4"))
+    assert found.step == 4
+    assert found.path == Path("artifacts/me/demo/checkpoint-1a2b3c4d/v0/streaming_checkpoint_step_4")
+    for path in made[0].iterdir():
+        assert (found.path / path.name).read_bytes() == path.read_bytes()
+    (found.path / "mark").touch()  # a second start does not fetch it again
+    assert verified(Path("wandb:me/demo/checkpoint-1a2b3c4d:v0"))[0].path == found.path
+    assert (found.path / "mark").exists()
+    assert [path.name for path in found.path.parent.iterdir()] == [found.path.name]
+
+
+def test_a_damaged_download_is_refused(store: Store, tmp_path: Path) -> None:
+    upload_checkpoint(store.run, make(tmp_path / "run", 4))
+    (tmp_path / "store" / "v0" / "__0_0.distcp").write_bytes(b"x" * 99)
+    with pytest.raises(UsageError, match="has 99 bytes, its manifest says 100"):
+        verified(Path("wandb:me/demo/checkpoint-1a2b3c4d:latest"))
+    (tmp_path / "store" / "v0" / "__0_0.distcp").write_bytes(b"x" * 100)
+    assert verified(Path("wandb:me/demo/checkpoint-1a2b3c4d:latest"))[0].step == 4  # fetched again
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wandb:checkpoint", "names no artifact: wandb:ENTITY/PROJECT/NAME:VERSION"),
+        ("wandb:me/demo/checkpoint", "names no artifact"),
+        ("wandb:me/demo/../x:v0", "names no artifact"),
+        ("wandb:me/../checkpoint:v0", "names no artifact"),
+        ("wandb:me/demo/checkpoint-1a2b3c4d:v7", "cannot be fetched .*not found"),
+        ("wandb:me/demo/no-checkpoint:v0", "the artifact holds no checkpoint"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_line(store: Store, tmp_path: Path, name: str, said: str) -> None:
+    import wandb
+
+    artifact = wandb.Artifact("no-checkpoint", "model")
+    (tmp_path / "readme").write_text("")
+    artifact.add_file(str(tmp_path / "readme"))
+    store.run.log_artifact(artifact, aliases=["latest"]).wait()
+    with pytest.raises(UsageError, match=said) as refused:
+        verified(Path(name))
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "artifacts").rglob("streaming*"))
+
+
+def test_without_the_client_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_artifacts, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install 'colonnade\[wandb\]'"):
+        verified(Path("wandb:me/demo/checkpoint:v0"))
