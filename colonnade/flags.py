@@ -1,4 +1,4 @@
-"""The command lines of `training.py` and `resume_pretrain_tensor.py`: flags made from the tables in `run_settings.py`.
+"""The command lines of the commands that take run settings: flags made from the tables of fields.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
+from colonnade.command_settings import ParitySettings
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
 from colonnade.run_settings import ResumeSettings, RunSettings
@@ -26,6 +27,12 @@ _RESUME = (
     "Go on with a pretraining run from its newest complete checkpoint, at any number of ranks. What is not given is "
     "the run's own, not the default in parentheses. The optimizer starts afresh and the learning rate is warmed up "
     "again, unless --keep-optimizer."
+)
+
+_PARITY = (
+    "Train some steps of a run twice, cut over all ranks and whole on the first one, from one seed on the same blocks, "
+    "and compare. Start it under torchrun. Takes every flag of training.py, so that a run's own command line or file "
+    "can be given; those of checkpoints, validation, logs and stopping have no part in what is compared."
 )
 
 
@@ -72,6 +79,23 @@ def parse_resume(arguments: Sequence[str] | None = None) -> tuple[ResumeSettings
             )
         resume["rewarmup_steps"] = 0
     return ResumeSettings(**resume), _run_settings(values)
+
+
+def parse_parity(arguments: Sequence[str] | None = None) -> tuple[ParitySettings, dict[str, Any]]:
+    """What to compare, and the run settings given to `check_parity.py`, by flag or in a file.
+
+    Raises:
+        UsageError: a flag, key or value that cannot be used.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="check_parity.py", description=_PARITY)
+    parser.add_table(ParitySettings)
+    parser.add_table(RunSettings)
+    values = parser.parse(arguments)
+    given = _run_settings(values)
+    if "checkpoint_path" not in values:  # a checkpoint's own settings are below those given
+        complete_settings(given)
+    return ParitySettings(**_checked(ParitySettings, values)), given
 
 
 def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
