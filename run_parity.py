@@ -7,14 +7,12 @@ first rank is a mesh of one: its forward pass, gradients, norm and update have n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -31,16 +29,11 @@ from colonnade.optim.step import StepOutcome, optimizer_step
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.vote import vote
 from colonnade.run_settings import RunSettings
+from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
 from colonnade.tuning.memory import is_out_of_memory
 from model import TensorParallelModel
 from run_assembly import DTYPES
 from run_inputs import is_compiled
-
-# A parameter's difference is measured against its own norm, but not against less than this share of the whole model's.
-# Where a gradient is nothing but rounding (that of a key bias is 0 in exact arithmetic) its own norm means nothing.
-NORM_FLOOR = 1e-3
-# Sides that agree on less of a gradient than this have only its rounding, or an error that the floor lets through.
-UNDETERMINED = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,22 +56,15 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A relative difference of a tensor, and the parameter it belongs to."""
-
-    value: float
-    name: str
-
-
-@dataclass(frozen=True)
 class StepParity:
     """One step on both sides; the whole one stands first in pairs.
 
     Attributes:
         losses, norms: of each side; the norm before clipping.
         skipped: of each side, whether the step was left out because something in it was not finite.
-        gradient: the worst parameter's: norm of the difference over the norm (`NORM_FLOOR`), of the gradients that
-            AdamW is given: summed and clipped. None where neither side took the step.
+        gradient: the worst parameter's (`colonnade/telemetry/differences.py`), of the gradients that AdamW is given:
+            summed and clipped. None where neither side took the step.
+        rounding: in a low precision the same between it and fp32, both whole: what the precision itself changes.
     """
 
     step: int
@@ -86,14 +72,23 @@ class StepParity:
     norms: tuple[float, float]
     skipped: tuple[bool, bool]
     gradient: Difference | None
+    rounding: Difference | None = None
 
     @property
     def loss_difference(self) -> float:
-        return _relative(*self.losses)
+        return relative(*self.losses)
 
     @property
     def norm_difference(self) -> float:
-        return _relative(*self.norms)
+        return relative(*self.norms)
+
+
+@dataclass
+class WholeSide:
+    """What the whole side came to, on the CPU: the gradients of each step, the parameters after the last."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,20 +96,22 @@ class PrecisionParity:
     """All steps in one precision.
 
     Attributes:
+        tolerance: largest relative difference; in a low precision as a multiple of `StepParity.rounding`.
         parameters: the worst parameter after the last step.
-        undetermined: parameters left out of that: gradients of pure rounding, which AdamW, dividing by their size,
-            makes into steps of full length.
-        first_gradients: of the whole side in the first step, on the CPU: what another precision is held against.
-        rounding: how far the whole side's first gradients are from those: what this precision itself costs.
+        parameters_rounding: in a low precision the same between it and fp32, both whole.
+        whole: kept of fp32, where a low precision is to be held against it.
     """
 
     precision: str
     tolerance: float
     steps: list[StepParity] = field(default_factory=list)
     parameters: Difference | None = None
-    undetermined: set[str] = field(default_factory=set)
-    first_gradients: dict[str, Tensor] | None = None
-    rounding: Difference | None = None
+    parameters_rounding: Difference | None = None
+    whole: WholeSide | None = None
+
+    def limit(self, rounding: Difference | None) -> float:
+        """The largest difference allowed where the precision itself changes as much as `rounding`."""
+        return self.tolerance * (1.0 if rounding is None else rounding.value)
 
     def problem(self) -> str | None:
         """The first thing above the tolerance, in words; None where all is within it."""
@@ -123,16 +120,20 @@ class PrecisionParity:
                 return f"step {each.step} is skipped {'whole' if each.skipped[0] else 'cut'} alone"
             if each.gradient is None:
                 continue
-            for what, value in (("loss", each.loss_difference), ("gradient norm", each.norm_difference)):
-                if not value <= self.tolerance:
-                    worst = f" (worst gradient: {each.gradient.name}, by {each.gradient.value:.1e})"
-                    return f"the {what} of step {each.step} differs by {value:.1e}{worst}"
-            if not each.gradient.value <= self.tolerance:
-                return f"the gradient of {each.gradient.name} in step {each.step} differs by {each.gradient.value:.1e}"
+            limit = self.limit(each.rounding)
+            for what, value in (
+                (f"the gradient of {each.gradient.name}", each.gradient.value),
+                ("the gradient norm", each.norm_difference),
+                ("the loss", each.loss_difference),
+            ):
+                if not value <= limit:
+                    return f"{what} in step {each.step} differs by {value:.1e}, above {limit:.1e}"
         if self.parameters is None:
             return "no step was taken: loss or gradients were not finite in each"
-        if not self.parameters.value <= self.tolerance:
-            return f"{self.parameters.name} after the last step differs by {self.parameters.value:.1e}"
+        limit = self.limit(self.parameters_rounding)
+        if not self.parameters.value <= limit:
+            name, value = self.parameters.name, self.parameters.value
+            return f"{name} after the last step differs by {value:.1e}, above {limit:.1e}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,8 +147,7 @@ class PrecisionParity:
             "tolerance": self.tolerance,
             "steps": steps,
             "parameters": None if self.parameters is None else asdict(self.parameters),
-            "undetermined": sorted(self.undetermined),
-            "rounding": None if self.rounding is None else asdict(self.rounding),
+            "parameters_rounding": None if self.parameters_rounding is None else asdict(self.parameters_rounding),
         }
 
 
@@ -239,21 +239,21 @@ def compare_sides(
     precision: str,
     tolerance: float,
     *,
-    against: Mapping[str, Tensor] | None = None,
-    keep_gradients: bool = False,
+    against: PrecisionParity | None = None,
+    keep: bool = False,
 ) -> PrecisionParity:
     """Take the subject's steps on both sides. Collective; what differs is known to the first rank.
 
     Args:
         alone: the mesh of the first rank (`first_rank_alone`).
-        against: the whole side's first gradients in another precision.
-        keep_gradients: return those of this one.
+        against: the comparison in fp32, which kept its whole side; None where this is it.
+        keep: keep the whole side.
 
     Raises:
         UsageError: the sizes cannot be cut over these ranks, or the checkpoint does not fit them.
         RunError: the first rank has not the memory for both sides.
     """
-    parity = PrecisionParity(precision, tolerance)
+    parity, kept = PrecisionParity(precision, tolerance), WholeSide()
     with vote():
         cut = Side(subject, layout, precision)
     cut.load(None)
@@ -267,21 +267,37 @@ def compare_sides(
         with vote(), _memory_told():
             if whole is not None:
                 first, expected = _whole_step(whole, index)
-        if index == 0 and expected is not None:
-            if against is not None:
-                parity.rounding = _worst(_differences(expected.items(), against))
-            if keep_gradients:
-                parity.first_gradients = {name: value.cpu().clone() for name, value in expected.items()}
+        rounding = None
+        if expected is not None:
+            if keep:
+                kept.gradients.append({name: value.cpu().clone() for name, value in expected.items()})
+            if against is not None and against.whole is not None and expected:
+                # Without those gradients fp32 was skipped there: nothing to measure this precision by.
+                fp32 = against.whole.gradients[index]
+                rounding = worst_of(differences(expected.items(), fp32)) if fp32 else None
         second, found = _cut_step(cut, index, expected)
         if first is not None:
-            parity.steps.append(_step_parity(index + 1, first, second, found))
-            parity.undetermined |= {name for name, (delta, norm) in found.items() if not delta <= UNDETERMINED * norm}
-    expected = dict(whole.tensors(gradients=False)) if whole is not None else None
-    found = _differences(cut.tensors(gradients=False), expected)
-    if not all(all(step.skipped) for step in parity.steps):
-        determined = {name: pair for name, pair in found.items() if name not in parity.undetermined}
-        parity.parameters = _worst(determined or found)
+            parity.steps.append(_step_parity(index + 1, first, second, found, rounding))
+    _compare_parameters(parity, cut, whole, against)
+    if keep and whole is not None:
+        kept.parameters = {name: value.cpu() for name, value in whole.tensors(gradients=False)}
+        parity.whole = kept
     return parity
+
+
+def _compare_parameters(
+    parity: PrecisionParity, cut: Side, whole: Side | None, against: PrecisionParity | None
+) -> None:
+    """Compare what the steps have made of the parameters. Collective."""
+    expected = dict(whole.tensors(gradients=False)) if whole is not None else None
+    found = differences(cut.tensors(gradients=False), expected)
+    if expected is None or all(all(step.skipped) for step in parity.steps):
+        return
+    parity.parameters = worst_of(found, at_least_average=True)
+    if against is not None and against.whole is not None:
+        parity.parameters_rounding = worst_of(
+            differences(expected.items(), against.whole.parameters), at_least_average=True
+        )
 
 
 def _whole_step(whole: Side, index: int) -> tuple[StepOutcome, dict[str, Tensor]]:
@@ -292,56 +308,23 @@ def _whole_step(whole: Side, index: int) -> tuple[StepOutcome, dict[str, Tensor]
     return outcome, gradients
 
 
-def _cut_step(
-    cut: Side, index: int, expected: Mapping[str, Tensor] | None
-) -> tuple[StepOutcome, dict[str, tuple[float, float]]]:
+def _cut_step(cut: Side, index: int, expected: Mapping[str, Tensor] | None) -> tuple[StepOutcome, dict[str, Norms]]:
     """A step, and what its gradients differ by from those expected. Collective."""
-    found: dict[str, tuple[float, float]] = {}
-    outcome = cut.take_step(index, lambda: found.update(_differences(cut.tensors(gradients=True), expected)))
+    found: dict[str, Norms] = {}
+    outcome = cut.take_step(index, lambda: found.update(differences(cut.tensors(gradients=True), expected)))
     return outcome, found
 
 
 def _step_parity(
-    step: int, whole: StepOutcome, cut: StepOutcome, found: Mapping[str, tuple[float, float]]
+    step: int,
+    whole: StepOutcome,
+    cut: StepOutcome,
+    found: Mapping[str, Norms],
+    rounding: Difference | None,
 ) -> StepParity:
     losses, norms = (float(whole.loss), float(cut.loss)), (float(whole.grad_norm), float(cut.grad_norm))
     skipped = bool(whole.skipped), bool(cut.skipped)
-    return StepParity(step, losses, norms, skipped, None if all(skipped) or not found else _worst(found))
-
-
-def _differences(
-    tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Tensor] | None
-) -> dict[str, tuple[float, float]]:
-    """Of each tensor the norm of what it differs by, and the norm of what is expected, both summed in float64.
-
-    Every tensor is gone through, since gathering it is collective, also where None is expected and nothing compared.
-    """
-    found = {}
-    for name, tensor in tensors:
-        if expected is not None:
-            wanted = expected[name].to(tensor.device) if name in expected else torch.full_like(tensor, math.nan)
-            found[name] = _norm(tensor - wanted), _norm(wanted)
-    return found
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _worst(found: Mapping[str, tuple[float, float]]) -> Difference:
-    floor = NORM_FLOOR * math.sqrt(sum(norm**2 for _, norm in found.values()))
-    ratios = {name: _ratio(delta, max(norm, floor)) for name, (delta, norm) in found.items()}
-    # A NaN is worse than any number, and no comparison finds it.
-    name = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
-    return Difference(ratios[name], name)
-
-
-def _relative(expected: float, actual: float) -> float:
-    return _ratio(abs(actual - expected), abs(expected))
-
-
-def _ratio(difference: float, size: float) -> float:
-    return difference / size if size else (0.0 if difference == 0 else math.inf)
+    return StepParity(step, losses, norms, skipped, None if all(skipped) or not found else worst_of(found), rounding)
 
 
 @contextmanager

@@ -31,10 +31,63 @@ class ParitySettings:
     low_precision_tolerance: float | None = _setting(
         None,
         "parity",
-        "relative difference allowed in the run's --precision, where that is another (default 0.05; with "
-        "--deterministic 0)",
+        "difference allowed in the run's --precision where that is another, as a multiple of what it differs from fp32 "
+        "by on one rank in the same step (default 2; with --deterministic 0)",
         minimum=0.0,
-        maximum=1.0,
-        unit="TOLERANCE",
+        maximum=100.0,
+        unit="FACTOR",
     )
     json: str | None = _setting(None, "parity", "write the comparison to this file as well", unit="FILE")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What `evaluate.py` is told."""
+
+    checkpoint_path: str = _setting("", "model", "a run's folder, one of its checkpoints, or a .pth file; required")
+    preset: str | None = _setting(None, "model", "sizes of a .pth file, by name", unit="NAME")
+    model_config: str | None = _setting(None, "model", "sizes of a .pth file, as a config.json", unit="PATH")
+    tokenizer_path: str | None = _setting(None, "model", "where the run's tokenizer is now, if it was moved")
+    trust_remote_code: bool = _setting(False, "model", "run code that comes with the tokenizer")
+    precision: str = _setting("fp32", "model", "of matrix products", choices=("fp32", "bf16", "fp16"))
+    tensor_parallel_size: int | None = _setting(
+        None,
+        "model",
+        "ranks one model is cut over, the others share out windows (default all)",
+        minimum=1,
+        unit="RANKS",
+    )
+    data_glob: str | None = _setting(
+        None, "text", "files to score: patterns separated by commas, or name=glob,... for a line each"
+    )
+    text_column: str | None = _setting(
+        None, "text", "column (JSON lines: key) that holds the text (default the run's)", unit="NAME"
+    )
+    concatenate: bool = _setting(
+        False, "text", "the rows of a file are the lines of one document, as in WikiText (default each is a document)"
+    )
+    document_prefix: str = _setting(
+        "trained",
+        "text",
+        "what a document's first token is predicted from: a BOS or EOS token, none (then it is not scored, and its "
+        "bytes do not count), or what the run was trained with",
+        choices=("trained", "token", "none"),
+    )
+    block_size: int | None = _setting(
+        None, "text", "tokens the model is given at once (default the run's block)", minimum=1, unit="TOKENS"
+    )
+    stride: int | None = _setting(
+        None, "text", "tokens between the beginnings of two windows (default half a block)", minimum=1, unit="TOKENS"
+    )
+    batch_size: int = _setting(8, "text", "windows computed at once", minimum=1, maximum=4096, unit="WINDOWS")
+    max_documents: int | None = _setting(
+        None, "text", "stop after so many documents of a corpus", minimum=1, unit="COUNT"
+    )
+    max_tokens: int | None = _setting(
+        None,
+        "text",
+        "stop after the document (with --concatenate: the 64 KiB of text) that brings a corpus to so many tokens",
+        minimum=1,
+        unit="TOKENS",
+    )
+    json: str | None = _setting(None, "text", "write the results to this file as well", unit="FILE")

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from colonnade.command_settings import ParitySettings
+from colonnade.command_settings import EvaluationSettings, ParitySettings
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
 from colonnade.run_settings import ResumeSettings, RunSettings
@@ -29,6 +29,10 @@ _RESUME = (
     "again, unless --keep-optimizer."
 )
 
+_EVALUATION = (
+    "Loss, perplexity and bits a byte of a trained model on text, at any number of ranks. Every token is scored once. "
+    "Defaults stand in parentheses."
+)
 _PARITY = (
     "Train some steps of a run twice, cut over all ranks and whole on the first one, from one seed on the same blocks, "
     "and compare. Start it under torchrun. Takes every flag of training.py, so that a run's own command line or file "
@@ -98,6 +102,23 @@ def parse_parity(arguments: Sequence[str] | None = None) -> tuple[ParitySettings
     return ParitySettings(**_checked(ParitySettings, values)), given
 
 
+def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettings:
+    """What `evaluate.py` is to score.
+
+    Raises:
+        UsageError: a flag or value that cannot be used, or there is nothing to score.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="evaluate.py", description=_EVALUATION, with_file=False)
+    parser.add_table(EvaluationSettings)
+    settings = EvaluationSettings(**_checked(EvaluationSettings, parser.parse(arguments)))
+    if not settings.checkpoint_path:
+        raise UsageError("--checkpoint-path is missing: give a run's folder, one of its checkpoints, or a .pth file")
+    if settings.data_glob is None:
+        raise UsageError("--data-glob is missing: give the files whose text is to be scored")
+    return settings
+
+
 def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Run settings of a command line, over those of the file it names."""
     flags = _checked(RunSettings, values)
@@ -145,11 +166,11 @@ class OneLineParser(argparse.ArgumentParser):
 class _SettingsParser(OneLineParser):
     """A parser whose flags are the fields of tables, and a file of them."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, with_file: bool = True, **options: Any) -> None:
         super().__init__(**options)
-        self.add_argument(
-            "--config", metavar="YAML", default=argparse.SUPPRESS, help="file of settings by name; flags override them"
-        )
+        if with_file:
+            text = "file of settings by name; flags override them"
+            self.add_argument("--config", metavar="YAML", default=argparse.SUPPRESS, help=text)
 
     def add_table(self, table: type, leave_out: Collection[str] = ()) -> None:
         """One flag a field, grouped. Flags not given stay out of the namespace."""

@@ -38,7 +38,7 @@ ROOT_LEVELS = (
     ("run_inputs",),
     ("run_report", "trained_model"),
     ("run_assembly",),
-    ("run_parity", "run_setup"),
+    ("run_evaluation", "run_parity", "run_setup"),
 )
 
 
