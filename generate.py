@@ -1,102 +1,221 @@
-"""Continue a prompt with a trained checkpoint, at any number of ranks.
+"""Continue prompts with a trained checkpoint, at any number of ranks.
 
     python generate.py --checkpoint-path pretrained --prompt 'def ' --max-new-tokens 80
+    torchrun --nproc_per_node=2 generate.py --checkpoint-path pretrained --prompts-file prompts.txt --temperature 0
 
-The continuation appears as it is sampled. Every step computes the whole context again; there is no key/value cache yet.
+The same seed gives the same tokens at every number of ranks that is a power of two and cuts the model evenly.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from colonnade.errors import UsageError
+from colonnade.errors import RunError, UsageError
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
     from model import TensorParallelModel
+    from text_generation import PromptEncoder, Sampling
+    from trained_model import TrainedModel
+
+MAX_BATCH = 4096
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     # torch takes seconds to import: not before the flags have been found right.
+    from colonnade.parallel.determinism import fix_arithmetic
     from colonnade.parallel.mesh import init_parallel
-    from data_processing import boundary_tokens
-    from trained_model import open_trained
+    from colonnade.parallel.vote import on_first_rank
+    from text_generation import PromptEncoder, Sampling, check_length
+    from trained_model import dtype_of_precision, open_trained
 
     layout = init_parallel(None)
+    if options.output is not None:
+        on_first_rank(lambda: _require_new(Path(options.output)))
     trained = open_trained(
         Path(options.checkpoint_path),
         tokenizer_path=options.tokenizer_path,
+        preset=options.preset,
+        model_config=options.model_config,
         trust_remote_code=options.trust_remote_code,
     )
-    tokenizer = trained.tokenizer
-    prompt = tokenizer.encode(options.prompt, add_special_tokens=False)
-    end = tokenizer.eos_token_id
-    if trained.settings.add_document_boundary_tokens:
-        begin, end = boundary_tokens(tokenizer)
-        prompt = [token for token in (begin, *prompt) if token is not None]
-    if not prompt:
-        raise UsageError("--prompt '' has no tokens, and this run was trained without a token to begin with: give text")
+    texts = [options.prompt] if options.prompt is not None else on_first_rank(lambda: read_prompts(options))
+    boundary = trained.settings.add_document_boundary_tokens
+    encoder = PromptEncoder(trained.tokenizer, add_document_boundary_tokens=boundary)
+    source = "--prompt" if options.prompt is not None else f"--prompts-file {options.prompts_file}:"
+    prompts = [encoder.encode(text, source) for text in texts]
+    context = trained.config.max_position_embeddings
+    check_length(prompts, options.max_new_tokens, context, "--max-new-tokens")
+    if options.deterministic:
+        fix_arithmetic(compiled=False)
+    dtype = dtype_of_precision(options.precision, layout)
+    model = trained.load(layout, compute_dtype=dtype, fixed_order=options.deterministic)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.prompt is not None:
+        _stream(trained, model, prompts[0], texts[0], options, sampling, encoder)
+    else:
+        _in_batches(trained, model, prompts, texts, options, sampling, encoder)
 
-    model = trained.load(layout)
-    shown = options.prompt
-    if layout.is_main:
-        print(shown, end="", flush=True)
-    tokens = list(prompt)
-    for token in sample(model, prompt, options.max_new_tokens, options.temperature, options.seed):
-        if token == end:
-            break
+
+def _stream(
+    trained: TrainedModel,
+    model: TensorParallelModel,
+    prompt: Sequence[int],
+    text: str,
+    options: argparse.Namespace,
+    sampling: Sampling,
+    encoder: PromptEncoder,
+) -> None:
+    """Print the continuation of one prompt as it is sampled."""
+    from text_generation import generate_tokens
+
+    terminal = _Terminal(text) if model.layout.is_main else None
+    tokens: list[int] = []
+    for (token,) in generate_tokens(model, [prompt], options.max_new_tokens, sampling, {encoder.end}):
+        assert token is not None
         tokens.append(token)
-        # A character may take several tokens: print only what has become whole.
-        text = options.prompt + tokenizer.decode(tokens[len(prompt) :])
-        if layout.is_main and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    if layout.is_main:
-        print()
+        if terminal is not None:
+            terminal.show(text + decoded(trained, tokens))
+    if terminal is not None:
+        terminal.end(text + decoded(trained, tokens))
+        _write(options, [Continuation(text, decoded(trained, tokens), len(tokens))])
 
 
-def sample(model: TensorParallelModel, prompt: list[int], count: int, temperature: float, seed: int) -> Iterator[int]:
-    """Yield `count` token ids that continue `prompt`; the likeliest each time at temperature 0.
+def decoded(trained: TrainedModel, tokens: list[int]) -> str:
+    return str(trained.tokenizer.decode(tokens))
 
-    The context is cut to the model's from the left. All ranks draw the same tokens, from generators of one seed.
-    """
-    import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    context = model.config.max_position_embeddings
-    tokens = list(prompt)
-    for _ in range(count):
-        ids = torch.tensor([tokens[-context:]], device=model.layout.device)
-        logits = model.logits(ids, last_only=True)[0, -1].float().cpu()
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-        tokens.append(token)
-        yield token
+class _Terminal:
+    """Text that grows, printed as far as its characters are whole."""
+
+    def __init__(self, text: str) -> None:
+        self._shown = ""
+        self.show(text)
+
+    def show(self, text: str) -> None:
+        # A character may take several tokens; the last one is then a replacement character.
+        if not text.endswith("\ufffd"):
+            self.end(text, newline="")
+
+    def end(self, text: str, newline: str = "\n") -> None:
+        print(text[len(self._shown) :], end=newline, flush=True)
+        self._shown = text
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, the text that was sampled after it, and how many tokens that is."""
+
+    prompt: str
+    text: str
+    tokens: int
+
+
+def _in_batches(
+    trained: TrainedModel,
+    model: TensorParallelModel,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    options: argparse.Namespace,
+    sampling: Sampling,
+    encoder: PromptEncoder,
+) -> None:
+    """Continue a list of prompts, and print each with its continuation."""
+    from text_generation import generate_tokens
+
+    done: list[Continuation] = []
+    for first in range(0, len(prompts), options.batch_size):
+        batch = prompts[first : first + options.batch_size]
+        rows: list[list[int]] = [[] for _ in batch]
+        steps = generate_tokens(model, batch, options.max_new_tokens, sampling, {encoder.end}, first_row=first)
+        for step in steps:
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        for text, row in zip(texts[first:], rows, strict=False):
+            done.append(Continuation(text, decoded(trained, row), len(row)))
+            if model.layout.is_main:
+                print(f"{text}{done[-1].text}\n", flush=True)
+    if model.layout.is_main:
+        _write(options, done)
+
+
+def _write(options: argparse.Namespace, continuations: Sequence[Continuation]) -> None:
+    if options.output is None:
+        return
+    try:
+        with open(options.output, "x", encoding="utf-8") as file:
+            write_continuations(file, continuations)
+    except OSError as error:
+        raise RunError(f"--output {options.output} cannot be written: {error.strerror or error}") from error
+
+
+def write_continuations(file: TextIO, continuations: Sequence[Continuation]) -> None:
+    """One JSON object a line: prompt, text, tokens."""
+    for item in continuations:
+        file.write(json.dumps({"prompt": item.prompt, "text": item.text, "tokens": item.tokens}) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------- the input
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts of a file. Raises UsageError."""
+    from colonnade.data.prompts import prompts_in
+
+    return prompts_in(Path(options.prompts_file), "--prompts-file")
+
+
+def _require_new(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"--output {path} exists; move it away, or give another name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {path.parent}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="generate.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint-path", required=True, metavar="PATH", help="a run's folder or one checkpoint")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=80, metavar="N", help="tokens to add (default 80)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="of the sampling; 0 for the likeliest (default 0.8)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
-    parser.add_argument("--tokenizer-path", metavar="PATH", help="where the run's tokenizer is now, if it was moved")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
+    add = parser.add_argument
+    add("--checkpoint-path", required=True, metavar="PATH", help="a run's folder, one checkpoint, or a .pth file")
+    add("--prompt", metavar="TEXT", help="text to continue; it appears as it is sampled")
+    add("--prompts-file", metavar="FILE", help="prompts to continue: one a line, or in a .jsonl file one object a line")
+    add("--output", metavar="FILE", help="write prompts and continuations as JSON lines too")
+    add("--max-new-tokens", type=int, default=80, metavar="N", help="most tokens to add to a prompt (default 80)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 for the likeliest token (default 0.8)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 for all (default 0)")
+    text = "draw from the likeliest tokens that have this probability together; 1 for all (default 1)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+    text = "prompts of a file that are continued together (default 8)"
+    add("--batch-size", type=int, default=8, metavar="ROWS", help=text)
+    text = "of matrix products (default auto: bf16 on accelerators, else fp32)"
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
+    text = "the same tokens at every number of ranks; one CPU thread a rank (default on)"
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "where the run's tokenizer is now, if it was moved; a .pth file needs it"
+    add("--tokenizer-path", metavar="PATH", help=text)
+    add("--preset", metavar="NAME", help="sizes of a .pth file")
+    add("--model-config", metavar="PATH", help="sizes of a .pth file, as a Hugging Face config.json")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     options = argparse.Namespace(**parser.parse(arguments))
-    if options.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
-    if not 0 <= options.temperature < float("inf"):
+    if (options.prompt is None) == (options.prompts_file is None):
+        raise UsageError("--prompt or --prompts-file: give one of them")
+    for name, least, most in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("batch_size", 1, MAX_BATCH)):
+        value = getattr(options, name)
+        if not least <= value <= most:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least {least} and at most {most}")
+    if not 0 <= options.temperature < math.inf:
         raise UsageError(f"--temperature {options.temperature} must be a number of at least 0")
+    if not 0 < options.top_p <= 1:
+        raise UsageError(f"--top-p {options.top_p} must be above 0 and at most 1")
     if not -(2**63) <= options.seed < 2**63:
         raise UsageError(f"--seed {options.seed} must have 64 bits at most")
     return options

@@ -18,7 +18,7 @@ that no compiled graph holds a collective. Parameters are `DTensor`s; the forwar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import DocumentMask, document_kernel, document_layout
+from colonnade.parallel.attention import DocumentMask, SliceWeights, document_kernel, document_layout
 from colonnade.parallel.collectives import (
     TensorGroup,
     fan_out,
@@ -40,9 +40,11 @@ from colonnade.parallel.collectives import (
     take_part,
 )
 from colonnade.parallel.initialization import fill_normal_
+from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.rotary import rotary_tables
 from colonnade.parallel.segments import Segments
-from colonnade.parallel.sharding import Cut, check_slices, cut_of, piece_count
+from colonnade.parallel.sharding import VOCABULARY_PARAMETERS, Cut, check_slices, cut_of, piece_count
 from colonnade.parallel.slices import cut_slices, fixed_layout, local_part, split_slices
 from colonnade.parallel.vocabulary import cross_entropy_sum, embed_tokens
 
@@ -63,7 +65,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup, layer: int) -> None:
         super().__init__()
         query, key_value = (
             heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -72,21 +74,44 @@ class Attention(nn.Module):
         self.q_proj = make("q_proj", query, hidden, bias)
         self.k_proj = make("k_proj", key_value, hidden, bias)
         self.v_proj = make("v_proj", key_value, hidden, bias)
-        self.o_proj = make("o_proj", hidden, query, bias)
+        self.o_proj = make("o_proj", hidden, query, config.attention_output_bias)
+        self.q_norm = make("q_norm", config.head_dim) if config.qk_norm else None
+        self.k_norm = make("k_norm", config.head_dim) if config.qk_norm else None
         self.config, self.group = config, group
+        self.layer, self.has_rope = layer, config.has_rope(layer)
 
     def partials(
-        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, mask: DocumentMask | None
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        segments: Segments,
+        mask: DocumentMask | None,
+        cache: KeyValueCache | None = None,
     ) -> list[Tensor]:
-        """The partial output [B, T, H] of each local slice."""
-        queries = split_slices(self.q_proj.local(), self.group, x.dtype)
-        keys, values = self._key_value_slices(self.k_proj, x.dtype), self._key_value_slices(self.v_proj, x.dtype)
-        outputs = cut_slices(local_part(self.o_proj.weight), self.group, x.dtype, dim=1)
+        """The partial output [B, T, H] of each local slice. With a cache, of tokens that follow those in it."""
+        if not self.has_rope:
+            cos = sin = None
         views = fan_out(x, self.group)
+        slices = zip(views, self._slice_weights(x.dtype), strict=True)
+        if cache is None:
+            return [segments.attention(view, weights, cos, sin, mask) for view, weights in slices]
+        visible = cache.visible(x.shape[1])
         return [
-            segments.attention(view, q, k, v, o, cos, sin, mask)
-            for view, q, k, v, o in zip(views, queries, keys, values, outputs, strict=True)
+            segments.cached_attention(view, weights, cos, sin, visible, partial(cache.extend, self.layer, number))
+            for number, (view, weights) in enumerate(slices)
         ]
+
+    def _slice_weights(self, dtype: torch.dtype) -> list[SliceWeights]:
+        """The parameters of each local slice."""
+        queries = split_slices(self.q_proj.local(), self.group, dtype)
+        keys, values = self._key_value_slices(self.k_proj, dtype), self._key_value_slices(self.v_proj, dtype)
+        outputs = cut_slices(local_part(self.o_proj.weight), self.group, dtype, dim=1)
+        norms: Sequence[Tensor | None] = [None] * self.group.local_slices
+        if self.q_norm is not None and self.k_norm is not None:
+            # Whole on every rank, and used for the heads of each slice: f sums its gradients, both in one collective.
+            norms = fan_out(torch.stack((local_part(self.q_norm.weight), local_part(self.k_norm.weight))), self.group)
+        return [SliceWeights(*parts) for parts in zip(queries, keys, values, outputs, norms, strict=True)]
 
     def _key_value_slices(self, projection: Projection, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
         """The key (or value) projection of each local slice; slices may share a head when there are more of them."""
@@ -127,19 +152,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer: x [B, T, H] -> x [B, T, H], whole on every rank."""
 
-    def __init__(self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup, layer: int) -> None:
         super().__init__()
         self.input_layernorm = make("input_layernorm", config.hidden_size)
-        self.self_attn = Attention(lambda name, *sizes: make(f"self_attn.{name}", *sizes), config, group)
+        self.self_attn = Attention(lambda name, *sizes: make(f"self_attn.{name}", *sizes), config, group, layer)
         self.post_attention_layernorm = make("post_attention_layernorm", config.hidden_size)
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group)
         self.group = group
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments, mask: DocumentMask | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments,
+        mask: DocumentMask | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         normed = segments.norm(x, local_part(self.input_layernorm.weight))
-        partials = self.self_attn.partials(normed, cos, sin, segments, mask)
+        partials = self.self_attn.partials(normed, cos, sin, segments, mask, cache)
         update = with_bias(reduce_partials(partials, self.group), self.self_attn.o_proj)
         x, normed = segments.residual_norm(x, update, local_part(self.post_attention_layernorm.weight))
         partials = self.mlp.partials(normed, segments)
@@ -158,7 +189,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = make("model.embed_tokens", config.padded_vocab_size, config.hidden_size, False)
         self.layers = nn.ModuleList(
-            Block(partial(_prefixed, make, f"model.layers.{index}"), config, group)
+            Block(partial(_prefixed, make, f"model.layers.{index}"), config, group, index)
             for index in range(config.num_hidden_layers)
         )
         self.norm = make("model.norm", config.hidden_size)
@@ -214,6 +245,8 @@ class TensorParallelModel(nn.Module):
         self.compute_dtype = compute_dtype or param_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.segments = Segments(config, compiled=compiled)
+        # For shapes that change with every call, as those of generation do.
+        self.eager_segments = Segments(config, compiled=False)
         self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
         self.model = Decoder(make, config, self.group)
@@ -253,7 +286,7 @@ class TensorParallelModel(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             fill_normal_(local, name=name, shape=size, dim=cut.dim, offset=offsets[cut.dim], seed=seed, std=std)
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            if name.endswith(VOCABULARY_PARAMETERS):
                 local[max(0, self.config.vocab_size - offsets[0]) :].zero_()
         strides = (shape[1], 1) if len(shape) == 2 else (1,)
         return nn.Parameter(
@@ -274,7 +307,7 @@ class TensorParallelModel(nn.Module):
         """Parameters of the whole model, padding left out; without embedding and head on request."""
         count = 0
         for name, parameter in self.named_parameters():
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            if name.endswith(VOCABULARY_PARAMETERS):
                 count += self.config.vocab_size * self.config.hidden_size if embeddings else 0
             else:
                 count += parameter.numel()
@@ -312,32 +345,54 @@ class TensorParallelModel(nn.Module):
         return cross_entropy_sum(logits, labels, starts, vocab_size, self.group)
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, document_starts: Tensor | None = None, *, last_only: bool = False) -> Tensor:
-        """Logits [B, T, V] of the whole vocabulary on every rank, for generation and checks; not for training.
+    def logits(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of the whole vocabulary on every rank, for checks; not for training."""
+        return self._whole_logits(self._hidden(input_ids, document_starts))
 
-        With `last_only` [B, 1, V], those of the last position.
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, V] of the token after each row, whole on every rank; the cache then holds these tokens as well.
+
+        Args:
+            input_ids: [B, T] token ids, which follow those in the cache; [B, 1] after the first call.
+            cache: for these rows, with room for T tokens.
         """
-        hidden = self._hidden(input_ids, document_starts)
-        if last_only:
-            hidden = hidden[:, -1:]
+        x = self._embedded(input_ids)
+        count = input_ids.shape[1]
+        cos, sin = (
+            table[cache.positions(count)].unsqueeze(1).to(x.dtype) for table in self._rotary_tables(cache.places)
+        )
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, self.eager_segments, None, cache)
+        cache.advance(count)
+        hidden = self.eager_segments.norm(x[:, -1:], local_part(self.model.norm.weight))
+        return self._whole_logits(hidden)[:, 0]
+
+    def _whole_logits(self, hidden: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, V] on every rank, each slice's product on its own where the order of sums is fixed."""
         weight, _ = self._head()
-        local = self.segments.logits(hidden, weight)
+        slices = [weight] if self.replicate_embeddings else cut_slices(weight, self.group, hidden.dtype)
+        local = torch.cat([self.eager_segments.logits(hidden, part) for part in slices], dim=1)
         if self.group.size > 1 and not self.replicate_embeddings:
             # Shards may be uneven; each rank announces its own width by the same rule.
             widths = [part.shape[0] for part in torch.empty(self.config.padded_vocab_size).chunk(self.group.size)]
             parts = [local.new_empty(local.shape[0], width) for width in widths]
-            dist.all_gather(parts, local.contiguous(), group=self.group.group)
+            dist.all_gather(parts, local, group=self.group.group)
             local = torch.cat(parts, dim=1)
         return local[:, : self.config.vocab_size].view(*hidden.shape[:2], -1)
 
-    def _hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """The last norm's output [B, T, H] for token ids [B, T]."""
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> [B, T, H] in the dtype of the products."""
         table = local_part(self.model.embed_tokens.weight)
         if self.replicate_embeddings:
             x = F.embedding(input_ids, table)
         else:
             x = embed_tokens(input_ids, table, self._vocabulary_start(self.model.embed_tokens.weight), self.group)
-        x = x.to(self.compute_dtype)
+        return x.to(self.compute_dtype)
+
+    def _hidden(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """The last norm's output [B, T, H] for token ids [B, T]."""
+        x = self._embedded(input_ids)
         cos, sin = self._rotary_tables(input_ids.shape[1])
         mask = None
         if document_starts is not None:
@@ -363,19 +418,29 @@ class TensorParallelModel(nn.Module):
         return offsets[0]
 
     def _rotary_tables(self, block: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, D] for positions 0..T-1, computed in float32 as Hugging Face's Llama does."""
+        """cos and sin [T, D] for positions 0..T-1."""
         if self._rotary is None or self._rotary[0].shape[0] < block:
-            half = torch.arange(0, self.config.head_dim, 2, dtype=torch.int64).float() / self.config.head_dim
-            frequencies = 1.0 / (self.config.rope_theta**half)
-            angles = torch.outer(torch.arange(block).float(), frequencies)
-            angles = torch.cat((angles, angles), dim=-1).to(self.layout.device)
-            self._rotary = (angles.cos(), angles.sin())
+            self._rotary = rotary_tables(self.config, block, self.layout.device)
         return self._rotary[0][:block], self._rotary[1][:block]
 
+    def whole_shapes(self) -> dict[str, torch.Size]:
+        """The shape of each whole parameter by name, the vocabulary without padding."""
+        return {
+            name: torch.Size((self._rows(name, parameter), *parameter.shape[1:]))
+            for name, parameter in self.named_parameters()
+        }
+
+    def whole_parameter(self, name: str) -> Tensor:
+        """The whole value of a parameter, the vocabulary without padding. Collective."""
+        parameter = self.get_parameter(name)
+        value = parameter.detach()
+        assert isinstance(value, DTensor)
+        return value.full_tensor()[: self._rows(name, parameter)]
+
+    def _rows(self, name: str, parameter: nn.Parameter) -> int:
+        return self.config.vocab_size if name.endswith(VOCABULARY_PARAMETERS) else parameter.shape[0]
+
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole value of each parameter, one at a time, the vocabulary without padding. Collective."""
-        for name, parameter in self.named_parameters():
-            value = parameter.detach()
-            assert isinstance(value, DTensor)
-            value = value.full_tensor()
-            yield name, value[: self.config.vocab_size] if "embed_tokens" in name or "lm_head" in name else value
+        """Name and whole value of each parameter, one at a time. Collective."""
+        for name, _ in self.named_parameters():
+            yield name, self.whole_parameter(name)

@@ -16,6 +16,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
@@ -49,6 +50,7 @@ from run_inputs import (
 )
 from run_measurements import device_peak_flops
 from run_report import resume_report
+from run_samples import read_sample_prompts
 from run_state import Run, restore_rng
 
 SETTINGS_NAME = "run.yaml"
@@ -119,6 +121,10 @@ def assemble(
             if layout.is_main:
                 notes += stream_notes(stream, position)
     validation = on_first_rank(lambda: read_validation(settings, tokenizer(), backend))
+    sample_prompts = None
+    if lock is not None and settings.sample_interval > 0:
+        context = config.max_position_embeddings
+        sample_prompts = on_first_rank(lambda: read_sample_prompts(settings, tokenizer(), context))
     torch.manual_seed(settings.seed)
     model = TensorParallelModel(
         config,
@@ -139,7 +145,7 @@ def assemble(
     )
     allocate_state(optimizer)
     scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
-    step = _restore(origin, model, optimizer, scaler)
+    step = _restore(origin, model, optimizer, scaler, settings.init_from)
     if lock is not None:  # an audit compares by itself, and names the tensor
         _require_fingerprint(origin, model, optimizer)
     with vote():
@@ -207,6 +213,8 @@ def assemble(
         resumed_from=origin.path,
         damaged=origin.damaged,
         saver=saver,
+        sample_prompts=sample_prompts,
+        tokenizer=tokenizer() if layout.tp_rank == 0 else None,
         lock=lock,
         notes=notes,
     )
@@ -237,9 +245,18 @@ def _record_start(run: Run, launched_by: list[str]) -> None:
         raise RunError(f"{run.directory}: the start cannot be recorded: {error.strerror or error}") from error
 
 
-def _restore(origin: Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> int:
-    """Load what the origin holds; returns the optimizer steps taken so far."""
+def _restore(
+    origin: Origin,
+    model: TensorParallelModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    init_from: str | None,
+) -> int:
+    """Load what the origin holds, or a fresh run's first weights; returns the optimizer steps taken so far."""
     if origin.path is None:
+        if init_from is not None:
+            with vote():
+                load_hugging_face(Path(init_from), model=model, vocabulary_size=model.config.vocab_size)
         return 0
     record, path = origin.record, origin.path
     if not record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ _SAMPLED_SHARDS = 4
 
 def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
+    if settings.init_from is not None and not Path(settings.init_from, "config.json").is_file():
+        raise UsageError(f"--init-from {settings.init_from} holds no config.json; give a Hugging Face folder")
     if settings.data_glob is not None:
         _require_shards("--data-glob", settings.data_glob)
     elif shards := find_default_shards():
@@ -63,8 +65,10 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
         settings = settings.replace(
             data_glob=corpus.train_glob,
             validation_glob=settings.validation_glob or corpus.validation_glob,
-            tokenizer_path=settings.tokenizer_path or corpus.tokenizer_path,
+            tokenizer_path=settings.tokenizer_path or settings.init_from or corpus.tokenizer_path,
         )
+    if settings.tokenizer_path is None and settings.init_from is not None:
+        settings = settings.replace(tokenizer_path=settings.init_from)
     if settings.tokenizer_path is None:
         raise UsageError("--tokenizer-path is missing: give a tokenizer's folder or hub name")
     if settings.validation_glob is not None:
@@ -118,6 +122,16 @@ def settle_backend(
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
     return backend
+
+
+def first_texts(settings: RunSettings, count: int = 64) -> list[str]:
+    """The first documents of the run's data; none where they cannot be read any more."""
+    if settings.data_glob is None:
+        return []
+    try:
+        return list(islice(read_first_rows(Units(_first_usable_shards(settings)), settings.text_column), count))
+    except (UsageError, RunError):
+        return []
 
 
 def _first_usable_shards(settings: RunSettings) -> list[Shard]:

@@ -106,7 +106,7 @@ def _is_there(path: Path) -> bool:
 
 def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """A checkpoint has its architecture and its weights: refuse to be told others, rather than ignore it."""
-    for name in ("preset", "model_config", "seed"):
+    for name in ("preset", "model_config", "init_from", "seed"):
         value = given.get(name)
         if value is not None and value != own.get(name):
             what = "weights" if name == "seed" else "an architecture"
@@ -143,7 +143,7 @@ def require_steps_left(path: Path, step: int, settings: RunSettings) -> None:
 
 def with_preset(given: Mapping[str, Any], layout: ParallelLayout, notes: list[str]) -> RunSettings:
     """The settings given, with a model that suits the device for those who named none."""
-    if given.get("preset") is None and given.get("model_config") is None:
+    if all(given.get(name) is None for name in ("preset", "model_config", "init_from")):
         preset = "tiny" if layout.device.type == "cpu" else "argonne-2b"
         notes.append(f"no --preset or --model-config: using preset {preset}")
         given = {**given, "preset": preset}
@@ -171,8 +171,10 @@ def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
 def resolve_model(settings: RunSettings) -> ModelConfig:
     """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
     entries = vocabulary_size(run_tokenizer(settings))
-    if settings.model_config is not None:
-        config = ModelConfig.from_json(settings.model_config, vocab_size=entries)
+    source = settings.model_config or settings.init_from
+    if source is not None:
+        flag = "--init-from" if settings.model_config is None else "--model-config"
+        config = ModelConfig.from_json(source, vocab_size=entries, flag=flag)
     else:
         assert settings.preset is not None
         sizes = load_preset(settings.preset)[0]
@@ -253,11 +255,8 @@ def require_same_run(
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     ]
-    changed += [
-        f"{name} {record['model_config'].get(name)} -> {value}"
-        for name, value in config.to_dict().items()
-        if value != record["model_config"].get(name)
-    ]
+    own = model_of_record(found.path, record).to_dict()
+    changed += [f"{name} {own[name]} -> {value}" for name, value in config.to_dict().items() if value != own[name]]
     batch = ("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step")
     if any(getattr(stored, name) != getattr(settings, name) for name in batch):
         asked = requested_global_batch(settings, layout.dp)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,10 @@ from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, Fingerprint
 from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
+from run_samples import SamplePrompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEDGER_NAME, HANGS_NAME = "data_ledger.json", "hangs"
 
@@ -71,6 +75,8 @@ class Run:
         resumed_from: the checkpoint this start went on from.
         damaged: newer ones that were passed over.
         saver: what writes checkpoints; None for a replay, which writes nothing.
+        sample_prompts: what samples of its text continue; None where it takes none.
+        tokenizer: on ranks that read; None on the others.
         lock: of the run's folder, held on the first rank; None for a replay.
         gathered: the last position that was gathered over the readers, and the reader's own it was gathered for.
     """
@@ -104,6 +110,8 @@ class Run:
     resumed_from: Path | None = None
     damaged: tuple[Path, ...] = ()
     saver: CheckpointSaver | None = None
+    sample_prompts: SamplePrompts | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     lock: RunLock | None = None
     gathered: tuple[DataPosition, DataPosition] | None = None
     notes: list[str] = field(default_factory=list)

@@ -16,9 +16,10 @@ from colonnade.checkpoint.verify import verified
 from colonnade.config import check_contradictions, complete_settings
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.sharding import default_slices
 from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
-from data_processing import vocabulary_size
+from data_processing import boundary_tokens, vocabulary_size
 from model import ModelConfig, TensorParallelModel
 from run_data import require_vocabulary, run_tokenizer
 from run_inputs import model_of_record, resolve_model
@@ -51,19 +52,40 @@ class TrainedModel:
         *,
         param_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
+        fixed_order: bool = False,
     ) -> TensorParallelModel:
         """The model, cut over these ranks, with the checkpoint's weights. Collective.
+
+        Args:
+            fixed_order: compute in slices and sum them in a fixed order, so that results are the same bits at every
+                number of ranks that divides the slices; at others it has no effect.
 
         Raises:
             UsageError: the sizes cannot be cut over these ranks, or the weights are not of these sizes.
         """
         with vote():
-            model = TensorParallelModel(self.config, layout, param_dtype=param_dtype, compute_dtype=compute_dtype)
+            slices = default_slices(self.config)
+            model = TensorParallelModel(
+                self.config,
+                layout,
+                slices=slices if fixed_order and slices % layout.tp == 0 else None,
+                param_dtype=param_dtype,
+                compute_dtype=compute_dtype,
+            )
             if not self.record:
                 load_single_file(self.path, model=model, vocabulary_size=self.config.vocab_size)
         if self.record:
             load_model_and_optimizer(self.path, model=model, optimizer=None)
         return model
+
+    def special_token_ids(self) -> dict[str, int]:
+        """Ids of the tokens that begin, end and fill up a text, under their keys of a `config.json`."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self.settings.add_document_boundary_tokens:
+            begin, end = boundary_tokens(self.tokenizer)
+        pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
+        return {key: value for key, value in ids.items() if value is not None}
 
 
 def open_trained(
@@ -106,3 +128,11 @@ def open_trained(
         tokenizer = run_tokenizer(settings)
         require_vocabulary(settings, vocabulary_size(tokenizer), config)
     return TrainedModel(found.path, found.step, record, settings, config, tokenizer)
+
+
+def dtype_of_precision(precision: str, layout: ParallelLayout) -> torch.dtype:
+    """What `--precision` auto, fp32 or bf16 means on this device, for a model that is not trained."""
+    if precision == "auto":
+        on_accelerator = layout.device.type != "cpu"
+        return torch.bfloat16 if on_accelerator and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

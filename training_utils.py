@@ -29,6 +29,7 @@ from colonnade.tuning.memory import is_out_of_memory
 from run_checks import StepGuard, check_before_save
 from run_end import METRICS_NAME, finish, forget_end
 from run_measurements import Meter, validate
+from run_samples import sampled_tokens, samples_are_due, samples_row
 from run_state import HANGS_NAME, Run, save
 
 # How long a rank that must leave waits for the save that its peers' threads are still in.
@@ -57,6 +58,7 @@ def train(run: Run) -> None:
                 loop.decide_on_saving()
                 fingerprint = loop.log(step)
                 loop.validate()
+                loop.sample()
                 loop.save(fingerprint)
             loop.end()
     except PeerError:
@@ -89,7 +91,8 @@ class _Loop:
         self._stopping = StopVote(
             self.watch, None if settings.wall_time is None else wall_time_seconds(settings.wall_time)
         )
-        self._first_step, self._longest_step, self._longest_validation = run.step + 1, 0.0, 0.0
+        self._first_step, self._longest_step = run.step + 1, 0.0
+        self._longest_validation = self._longest_sampling = 0.0
         self._is_saved = self._owes_save = False
         self._metrics = _open_log(run, METRICS_NAME)
         has_fingerprints = settings.fingerprint_interval or settings.deterministic
@@ -137,6 +140,8 @@ class _Loop:
         reserve = 2 * self._longest_step + saves * max(_expected_save_seconds(self.run), saver.longest_save)
         if _is_due(self.run.step, self.settings.validation_interval):
             reserve += self._longest_validation
+        if samples_are_due(self.run.step, self.settings.sample_interval):
+            reserve += self._longest_sampling
         self.stop_reason = self._stopping.reason(reserve, save_failed=saver.has_failed)
         if self.stop_reason == SAVE_FAILED:
             saver.wait()
@@ -192,6 +197,20 @@ class _Loop:
         self._longest_validation = max(self._longest_validation, time.monotonic() - began)
         run.validation_loss = held_out["validation_loss"]
         self._report({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
+        self._meter.restart()
+
+    def sample(self) -> None:
+        """Samples of the model's text, where they are due."""
+        run, settings = self.run, self.settings
+        is_due = samples_are_due(run.step, settings.sample_interval) and self.stop_reason is None
+        if run.sample_prompts is None or not (is_due or self._is_last):
+            return
+        self.watch.enter(f"the samples after step {run.step}", settings.startup_timeout)
+        began = time.monotonic()
+        rows = sampled_tokens(run.model, run.sample_prompts, settings)
+        if run.tokenizer is not None:
+            self._report({"step": run.step, "samples": samples_row(run.sample_prompts, rows, run.tokenizer)})
+        self._longest_sampling = max(self._longest_sampling, time.monotonic() - began)
         self._meter.restart()
 
     def save(self, fingerprint: Fingerprint | None) -> None:

@@ -98,6 +98,11 @@ def complete_settings(given: Mapping[str, Any]) -> RunSettings:
     if settings.preset is not None:
         if settings.model_config is not None:
             raise UsageError(f"--preset {settings.preset} and --model-config {settings.model_config}: give one of them")
+        if settings.init_from is not None:
+            raise UsageError(
+                f"--preset {settings.preset} and --init-from {settings.init_from}: its weights have an architecture of "
+                "their own; leave --preset out"
+            )
         settings = RunSettings(**override(load_preset(settings.preset)[1], given))
     return check_contradictions(settings)
 
@@ -111,6 +116,8 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
             f"--tokens-per-step {settings.tokens_per_step} and --gradient-accumulation-steps "
             f"{settings.gradient_accumulation_steps}: accumulation follows from the tokens; give one of them"
         )
+    if settings.sample_interval > 0 and settings.sample_prompts is None:
+        raise UsageError(f"--sample-interval {settings.sample_interval} needs prompts: give --sample-prompts FILE")
     if settings.deterministic and settings.replicate_embeddings:
         raise UsageError(
             "--deterministic and --replicate-embeddings: whole tables are summed in another order than their slices; "

@@ -1,11 +1,21 @@
-"""The sizes of a decoder, under Hugging Face's names, and what a foreign config may not ask for."""
+"""The sizes of a decoder, under Hugging Face's names, and what a foreign config may not ask for.
+
+Families of models whose block is this decoder's, by `model_type`:
+
+    llama       the block as it is; biases by `attention_bias` (q, k, v, o) and `mlp_bias`
+    mistral     the same, as long as attention reaches over the whole context
+    qwen2       biases on q, k and v
+    qwen3       RMSNorm of each head's queries and keys before the rotation (arXiv:2505.09388)
+    ernie4_5    rotary positions turn neighbouring channels instead of the halves of a head; all biases by `use_bias`
+    smollm3     layers without rotary positions (`no_rope_layers`; arXiv:2501.18795)
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +24,30 @@ from colonnade.errors import UsageError
 VOCAB_MULTIPLE = 128
 """The vocabulary is stored padded to a multiple of this, so that its shards do not depend on the rank count."""
 
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ernie4_5", "smollm3")
+
+# Of each kind of scaled rotary positions the numbers that it needs, and those it may have.
+_ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+}
+_LIMITS = {"int": 2**31, "float": math.inf, "bool": 2}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder, under the names of a Hugging Face `config.json` of the Llama family."""
+    """Sizes of a decoder, under the names of a Hugging Face `config.json`.
+
+    Attributes:
+        model_type: the family (see above), which `config.json` names as well.
+        rope_scaling: how rotary frequencies are scaled for a longer context: `rope_type` linear, llama3 or yarn with
+            its numbers; None for not at all.
+        no_rope_layers: one number a layer, 0 where it has no rotary positions; None where all have them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -33,15 +63,19 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    model_type: str = "llama"
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
+    no_rope_layers: list[int] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            limit = {"int": 2**31, "float": math.inf, "bool": 2}[str(field.type)]
+        for spec in fields(self):
+            value, limit = getattr(self, spec.name), _LIMITS.get(str(spec.type))
+            if limit is None:
+                continue
             if not value < limit:
-                raise UsageError(f"model config: {field.name} is {value:.4g}; it must be below {limit}")
-            if field.type != "bool" and not value > 0:
-                raise UsageError(f"model config: {field.name} is {value}; it must be above 0")
+                raise UsageError(f"model config: {spec.name} is {value:.4g}; it must be below {limit}")
+            if spec.type != "bool" and not value > 0:
+                raise UsageError(f"model config: {spec.name} is {value}; it must be above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"model config: {self.num_attention_heads} attention heads are not a multiple of "
@@ -49,6 +83,31 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UsageError(f"model config: head_dim {self.head_dim} is odd; rotary positions need an even one")
+        layers = self.no_rope_layers
+        if layers is not None and (len(layers) != self.num_hidden_layers or not all(x in (0, 1) for x in layers)):
+            raise UsageError(
+                f"model config: no_rope_layers is {layers!r:.80}; it must hold a 0 or 1 for each of the "
+                f"{self.num_hidden_layers} layers"
+            )
+
+    @property
+    def attention_output_bias(self) -> bool:
+        """Whether o_proj has a bias; q_proj, k_proj and v_proj have one with `attention_bias`."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head's queries and keys pass an RMSNorm before the rotation."""
+        return self.model_type == "qwen3"
+
+    @property
+    def rope_interleaved(self) -> bool:
+        """Whether rotary positions turn the channels (2i, 2i + 1) instead of (i, i + head_dim / 2)."""
+        return self.model_type == "ernie4_5"
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether the layer of this index has rotary positions."""
+        return self.no_rope_layers is None or self.no_rope_layers[layer] == 1
 
     @property
     def padded_vocab_size(self) -> int:
@@ -60,7 +119,8 @@ class ModelConfig:
         """Parameters of the whole model, the vocabulary without padding."""
         hidden, inner = self.hidden_size, self.intermediate_size
         query, key_value = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
-        attention = hidden * (2 * query + 2 * key_value) + self.attention_bias * (query + 2 * key_value + hidden)
+        attention = hidden * (2 * query + 2 * key_value) + self.attention_bias * (query + 2 * key_value)
+        attention += self.attention_output_bias * hidden + self.qk_norm * 2 * self.head_dim
         mlp = 3 * hidden * inner + self.mlp_bias * (2 * inner + hidden)
         vocabulary = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return vocabulary + self.num_hidden_layers * (attention + mlp + 2 * hidden) + hidden
@@ -76,17 +136,22 @@ class ModelConfig:
         Raises:
             UsageError: a size is missing or impossible, or the config asks for something this decoder lacks.
         """
+        values = _with_family_defaults(values)
         _refuse_unsupported(values)
-        known = {field.name for field in fields(cls)}
-        chosen = {key: value for key, value in values.items() if key in known and value is not None}
+        specs = {spec.name: spec for spec in fields(cls)}
+        chosen = {key: value for key, value in values.items() if key in specs and value is not None}
         rope = values.get("rope_parameters") or {}
         if rope.get("rope_theta") is not None:
             chosen["rope_theta"] = rope["rope_theta"]
+        chosen["rope_scaling"] = _rope_scaling_of(values)
+        if values.get("use_bias"):
+            chosen["attention_bias"] = chosen["mlp_bias"] = True
+        if values.get("model_type") == "qwen2":
+            chosen["attention_bias"] = True
+        if all(layer == 1 for layer in chosen.get("no_rope_layers") or ()):
+            chosen["no_rope_layers"] = None
         for key, value in chosen.items():
-            kind = cls.__annotations__[key]
-            # type(): True is an int to Python.
-            if type(value) not in {"int": (int,), "float": (int, float), "bool": (bool,)}[kind]:
-                raise UsageError(f"model config: {key} is {value!r:.80}; it must be of type {kind}")
+            _require_type(key, value, str(specs[key].type))
         if vocab_size is not None:
             chosen.setdefault("vocab_size", vocab_size)
         heads = chosen.get("num_attention_heads")
@@ -99,33 +164,94 @@ class ModelConfig:
                         "heads; give head_dim"
                     )
                 chosen["head_dim"] = chosen["hidden_size"] // heads
-        required = {field.name for field in fields(cls)} - {"rms_norm_eps", "rope_theta", "attention_bias"}
-        required -= {"mlp_bias", "tie_word_embeddings", "initializer_range"}
-        missing = sorted(required - chosen.keys())
+        missing = sorted(set(_SIZES) - chosen.keys())
         if missing:
             raise UsageError(f"model config: {', '.join(missing)} missing")
         return cls(**chosen)
 
     @classmethod
-    def from_json(cls, path: str | Path, *, vocab_size: int | None = None) -> ModelConfig:
-        """A config from a Hugging Face `config.json`, or a folder that holds one. Raises `UsageError`."""
+    def from_json(cls, path: str | Path, *, vocab_size: int | None = None, flag: str = "--model-config") -> ModelConfig:
+        """A config from a Hugging Face `config.json`, or a folder that holds one; `flag` is the one that named it.
+
+        Raises `UsageError`.
+        """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UsageError(f"--model-config {path}: cannot be read ({error.strerror})") from error
+            raise UsageError(f"{flag} {path}: cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"--model-config {path}: not JSON ({error})") from error
+            raise UsageError(f"{flag} {path}: not JSON ({error})") from error
         if not isinstance(values, dict):
-            raise UsageError(f"--model-config {path}: holds no JSON object")
+            raise UsageError(f"{flag} {path}: holds no JSON object")
         try:
             return cls.from_dict(values, vocab_size=vocab_size)
         except UsageError as error:
-            raise UsageError(f"--model-config {path}: {error}") from error
+            raise UsageError(f"{flag} {path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_SIZES = tuple(spec.name for spec in fields(ModelConfig) if spec.default is MISSING)
+
+
+def _require_type(key: str, value: Any, kind: str) -> None:
+    # type(): True is an int to Python.
+    kinds = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "str": (str,),
+        "list[int] | None": (list, type(None)),
+    }
+    if kind in kinds and type(value) not in kinds[kind]:
+        raise UsageError(f"model config: {key} is {value!r:.80}; it must be of type {kind.partition(' |')[0]}")
+
+
+def _with_family_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values`, and for what a foreign config leaves out the default of its family, as `transformers` has it.
+
+    Not for Llama, whose defaults are this decoder's own; not for sizes, which are never guessed but for `head_dim` and
+    `num_key_value_heads`.
+    """
+    model_type = values.get("model_type", "llama")
+    optional = {spec.name for spec in fields(ModelConfig)} - set(_SIZES)
+    if model_type == "llama" or model_type not in MODEL_TYPES or optional <= values.keys():
+        return values
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    given = {key: value for key, value in values.items() if key not in ("model_type", "transformers_version")}
+    try:
+        theirs = CONFIG_MAPPING[model_type](**given).to_dict()
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"model config: not one of model_type {model_type!r}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    guessed = {key: theirs[key] for key in ("head_dim", "num_key_value_heads") if theirs.get(key) is not None}
+    filled = {key: value for key, value in theirs.items() if key not in _SIZES}
+    return {**filled, **guessed, **values}
+
+
+def _rope_scaling_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config says of scaled rotary positions, under `rope_scaling` or `rope_parameters`. Raises UsageError."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", None):
+        return None
+    needed, possible = _ROPE_SCALINGS[kind]
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for key in (*needed, *possible):
+        value = rope.get(key)
+        if value is None and key in needed:
+            raise UsageError(f"model config: rope type {kind!r} needs {key}, which is missing")
+        if value is not None:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise UsageError(f"model config: {key} of the rope type {kind!r} is {value!r:.80}; it must be above 0")
+            scaling[key] = value
+    return scaling
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
@@ -135,12 +261,28 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
             raise UsageError(f"model config: {key} is {values[key]!r:.80}; it must be a mapping")
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    expected = {
-        "model_type": (values.get("model_type", "llama"), "llama"),
-        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
-        "rope type": (rope_type, "default"),
-        "attention_dropout": (values.get("attention_dropout") or 0, 0),
-    }
-    for name, (value, supported) in expected.items():
-        if value != supported:
-            raise UsageError(f"model config: {name} {value!r} is not supported; only {supported!r} is")
+    layer_types = values.get("layer_types") or ["full_attention"]
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    for name, value, supported in (
+        ("model_type", values.get("model_type", "llama"), MODEL_TYPES),
+        ("hidden_act", values.get("hidden_act", "silu"), ("silu",)),
+        ("rope type", rope_type, ("default", None, *_ROPE_SCALINGS)),
+        ("attention_dropout", values.get("attention_dropout") or 0, (0,)),
+        ("partial_rotary_factor", 1 if partial is None else partial, (1,)),
+        ("quantization_config", values.get("quantization_config"), (None,)),
+        *(("a layer of type", layer_type, ("full_attention",)) for layer_type in layer_types),
+    ):
+        if value not in supported:
+            known = " or ".join(repr(item) for item in supported if item is not None) or "none"
+            raise UsageError(f"model config: {name} {value!r:.80} is not supported; only {known} is")
+    _refuse_sliding_window(values)
+
+
+def _refuse_sliding_window(values: Mapping[str, Any]) -> None:
+    window, context = values.get("sliding_window"), values.get("max_position_embeddings")
+    has_window = values.get("use_sliding_window", values.get("model_type") == "mistral")
+    if has_window and type(window) is int and type(context) is int and window < context:
+        raise UsageError(
+            f"model config: sliding_window {window} below max_position_embeddings {context} is not supported; within "
+            f"the window attention is the same: set max_position_embeddings to {window} in a copy of the config"
+        )

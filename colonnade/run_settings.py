@@ -41,6 +41,13 @@ class RunSettings:
     model_config: str | None = _setting(
         None, "model", "Hugging Face config.json (or its folder) instead of a preset", unit="PATH"
     )
+    init_from: str | None = _identity(
+        None,
+        "model",
+        "Hugging Face folder whose weights a fresh run begins with, instead of random ones; architecture and tokenizer "
+        "are its own unless given",
+        unit="PATH",
+    )
 
     # Data
     data_glob: str | None = _setting(
@@ -242,6 +249,24 @@ class RunSettings:
         "checkpoints and logs",
         "steps between comparisons of parameters that several ranks hold; 0 for only those before each checkpoint",
         minimum=0,
+    )
+
+    # Samples
+    sample_interval: int = _steps(
+        0,
+        "samples",
+        "step of the first samples of the model's text; the next come after twice as many, and so on, and at the end; "
+        "0 for none",
+        minimum=0,
+    )
+    sample_prompts: str | None = _setting(
+        None, "samples", "prompts that are continued: one a line, or in a .jsonl file one object a line", unit="FILE"
+    )
+    sample_tokens: int = _setting(
+        64, "samples", "most tokens that are added to a prompt", minimum=1, maximum=2**20, unit="TOKENS"
+    )
+    sample_temperature: float = _setting(
+        0.8, "samples", "temperature they are drawn at; 0 for the likeliest token each time", minimum=0.0
     )
 
     # Stopping and hangs

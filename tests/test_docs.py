@@ -20,6 +20,7 @@ COMMANDS = (
     ["training.py"],
     ["resume_pretrain_tensor.py"],
     ["generate.py"],
+    ["export_hf.py"],
     ["audit_run.py"],
     ["check_bits.py"],
     ["benchmarks/checkpoint.py"],

@@ -32,13 +32,15 @@ PARTS = (
 # A root file may import root files of earlier levels. What is not named here is a command, on the last level.
 ROOT_LEVELS = (
     ("data_processing", "model"),
+    ("text_generation",),
+    ("run_samples",),
     ("run_state",),
     ("run_checks", "run_data", "run_end", "run_measurements"),
     ("training_utils",),
     ("run_inputs",),
     ("run_report", "trained_model"),
-    ("run_assembly",),
-    ("run_evaluation", "run_parity", "run_setup"),
+    ("run_assembly", "run_card"),
+    ("export_hf", "run_evaluation", "run_parity", "run_setup"),
 )
 
 

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from colonnade.checkpoint.hugging_face import DERIVED_BUFFERS, copy_part
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
+from colonnade.parallel.sharding import VOCABULARY_PARAMETERS
 from colonnade.parallel.vote import one_line
 
 WEIGHTS_KEY = "model_state_dict"
-_VOCABULARY_PARAMETERS = ("embed_tokens.weight", "lm_head.weight")
 _REMEDY = "give the --preset or --model-config these weights belong to"
-# Written by older Hugging Face versions; it follows from the configuration.
-_DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | Non
     sources = _match(path, weights, parameters, parameter_aliases(model), vocabulary_size)
     with torch.no_grad():
         for name, source in sources.items():
-            _copy_shard(source, parameters[name])
+            copy_part(source, parameters[name])
     step = next((content[key] for key in ("global_step", "step") if type(content.get(key)) is int), None)
     plain = {key: value for key, value in content.items() if key != WEIGHTS_KEY and _is_plain(value)}
     return SingleFileInfo(step, plain)
@@ -97,7 +95,7 @@ def _match(
     sources: dict[str, Tensor] = {}
     for raw_name, tensor in weights.items():
         name = _without_wrappers(str(raw_name))
-        if name.endswith(_DERIVED_BUFFERS):
+        if name.endswith(DERIVED_BUFFERS):
             continue
         if not isinstance(tensor, Tensor):
             raise UsageError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
@@ -135,22 +133,9 @@ def _without_wrappers(name: str) -> str:
 def _fits(name: str, source: Tensor, parameter: DTensor, vocabulary_size: int | None) -> bool:
     if source.shape == parameter.shape:
         return True
-    if not name.endswith(_VOCABULARY_PARAMETERS) or source.shape[1:] != parameter.shape[1:]:
+    if not name.endswith(VOCABULARY_PARAMETERS) or source.shape[1:] != parameter.shape[1:]:
         return False
     return (vocabulary_size or 1) <= source.shape[0] < parameter.shape[0]
-
-
-def _copy_shard(source: Tensor, parameter: DTensor) -> None:
-    """Copy this rank's part of `source`; rows of the parameter beyond those of `source` become zero."""
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    part = source[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
-    local = parameter.to_local()
-    if part.shape == local.shape:
-        local.copy_(part)
-    else:
-        rows = part.shape[0]
-        local[:rows].copy_(part)
-        local[rows:].zero_()
 
 
 def _is_plain(value: Any) -> bool:

@@ -40,13 +40,21 @@ def named_parameters(model: nn.Module) -> dict[str, DTensor]:
     return parameters
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def parameter_aliases(model: nn.Module) -> dict[str, str]:
-    """For every name a parameter goes by, the one `named_parameters` gives it (tied parameters have several)."""
+    """For every name a parameter goes by, the one `named_parameters` gives it (tied parameters have several).
+
+    A model without a head of its own ties it to the embedding: other programs' files may hold it under both names.
+    """
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = name.replace("_orig_mod.", "")
         aliases[name] = first.setdefault(id(parameter), name)
+    if EMBEDDING in aliases:
+        aliases.setdefault(HEAD, aliases[EMBEDDING])
     return aliases
 
 

@@ -16,13 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
+
+from colonnade.parallel.rotary import rotate
 
 FLEX_BLOCK = 128
 """Rows and columns of a block of `flex_attention`'s sparse mask (its default)."""
@@ -142,37 +144,97 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the half-split layout of Hugging Face's Llama. x [B, n, T, D]; cos, sin broadcast to it."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, its statistics in float32 or wider. [..., C] -> [..., C]"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight.to(x.dtype)
+
+
+class SliceWeights(NamedTuple):
+    """The attention parameters of one slice: q, k, v are (weight [heads * D, H], bias); o is [H, n * D].
+
+    norms: [2, D], of each head's queries and of its keys; None for none.
+    """
+
+    q: tuple[Tensor, Tensor | None]
+    k: tuple[Tensor, Tensor | None]
+    v: tuple[Tensor, Tensor | None]
+    o: Tensor
+    norms: Tensor | None
+
+
+def project_heads(
+    x: Tensor,
+    weights: SliceWeights,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    head_dim: int,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, n, T, D], key and value [B, k, T, D] of one slice, normed and rotated where the model does so.
+
+    cos, sin [T, D], or [B, 1, T, D] where rows have positions of their own; None for a layer without rotary positions.
+    """
+    batch, block, _ = x.shape
+    query, key, value = (
+        linear(x, *pair).view(batch, block, -1, head_dim) for pair in (weights.q, weights.k, weights.v)
+    )
+    if weights.norms is not None:
+        query, key = rms_norm(query, weights.norms[0], eps=eps), rms_norm(key, weights.norms[1], eps=eps)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if cos is not None and sin is not None:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        query, key = (rotate(heads, cos, sin, interleaved=interleaved) for heads in (query, key))
+    return query, key, value
 
 
 def attention_slice(
     x: Tensor,
-    q: tuple[Tensor, Tensor | None],
-    k: tuple[Tensor, Tensor | None],
-    v: tuple[Tensor, Tensor | None],
-    o: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    weights: SliceWeights,
+    cos: Tensor | None,
+    sin: Tensor | None,
     mask: DocumentMask | None = None,
-    *,
-    head_dim: int,
+    **constants: Any,
 ) -> Tensor:
     """Causal grouped-query attention over the heads of one slice: [B, T, H] -> partial [B, T, H].
 
-    q, k, v are (weight [heads * D, H], bias); o is [H, n * D]; cos, sin [T, D], or [B, 1, T, D] where positions restart
-    with each document; mask None: over the whole block.
+    `constants`, cos and sin are those of `project_heads`; mask None: over the whole block.
     """
-    batch, block, _ = x.shape
-    query = linear(x, *q).view(batch, block, -1, head_dim).transpose(1, 2)  # [B, n, T, D]
-    key = linear(x, *k).view(batch, block, -1, head_dim).transpose(1, 2)  # [B, k, T, D]
-    value = linear(x, *v).view(batch, block, -1, head_dim).transpose(1, 2)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    mixed = attend(query, key, value, mask)
-    return linear(mixed.transpose(1, 2).reshape(batch, block, -1), o, None)
+    query, key, value = project_heads(x, weights, cos, sin, **constants)
+    return _merge_heads(attend(query, key, value, mask), weights.o)
+
+
+def cached_attention_slice(
+    x: Tensor,
+    weights: SliceWeights,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    visible: Tensor | None,
+    extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    **constants: Any,
+) -> Tensor:
+    """`attention_slice` of tokens that follow others: [B, T, H] -> partial [B, T, H].
+
+    Args:
+        visible: bool [B, 1, T, S]; None for causal attention (`KeyValueCache.visible`).
+        extend: stores the new keys and values, and returns those of all tokens [B, k, S, D] (`KeyValueCache.extend`).
+    """
+    query, key, value = project_heads(x, weights, cos, sin, **constants)
+    keys, values = extend(key, value)
+    if visible is None and query.shape[2] > 1:
+        mixed = attend(query, keys, values, None)
+    else:
+        group = query.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+    return _merge_heads(mixed, weights.o)
+
+
+def _merge_heads(mixed: Tensor, o: Tensor) -> Tensor:
+    return linear(mixed.transpose(1, 2).flatten(2), o, None)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -42,6 +43,8 @@ def launch(main: Callable[[], None]) -> NoReturn:
         code = 130
     except SystemExit as leaving:  # argparse, after --help
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BrokenPipeError:  # who reads the output has left, as `head` does
+        os._exit(128 + signal.SIGPIPE)
     except BaseException:  # noqa: BLE001 - a bug: its traceback is wanted, and the exit must not hang on its threads
         traceback.print_exc()
         code = 1

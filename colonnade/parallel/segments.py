@@ -15,20 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import allow_recompilation, attention_slice, linear
+from colonnade.parallel.attention import allow_recompilation, attention_slice, cached_attention_slice, linear, rms_norm
 
 
 def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """x + update, and its RMSNorm. All [B, T, H]."""
     x = x + update
     return x, rms_norm(x, weight, eps=eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, its statistics in float32 or wider. [B, T, H] -> [B, T, H]"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight.to(x.dtype)
 
 
 def mlp_slice(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], down: Tensor) -> Tensor:
@@ -55,6 +48,13 @@ class Segments:
 
         self.norm = build(rms_norm, eps=config.rms_norm_eps)
         self.residual_norm = build(residual_norm, eps=config.rms_norm_eps)
-        self.attention = build(attention_slice, head_dim=config.head_dim)
+        heads: dict[str, Any] = {
+            "head_dim": config.head_dim,
+            "eps": config.rms_norm_eps,
+            "interleaved": config.rope_interleaved,
+        }
+        self.attention = build(attention_slice, **heads)
+        # Not compiled: the keys grow with every token.
+        self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
         self.mlp = build(mlp_slice)
         self.logits = build(logits_slice)

@@ -30,6 +30,8 @@ SHARDING_TABLE: dict[str, str] = {
     "k_proj.bias": KEY_VALUE,
     "v_proj.weight": KEY_VALUE,
     "v_proj.bias": KEY_VALUE,
+    "q_norm.weight": WHOLE,  # a rank uses it for its heads alone: its gradient is summed
+    "k_norm.weight": WHOLE,
     "o_proj.weight": ROW,
     "o_proj.bias": WHOLE,  # added once, after g
     "post_attention_layernorm.weight": WHOLE,
@@ -42,6 +44,9 @@ SHARDING_TABLE: dict[str, str] = {
     "norm.weight": WHOLE,
     "lm_head.weight": VOCABULARY,
 }
+
+VOCABULARY_PARAMETERS = tuple(name for name, rule in SHARDING_TABLE.items() if rule == VOCABULARY)
+"""How the names of those parameters end that have a row a vocabulary entry."""
 
 
 class ShardedSizes(Protocol):

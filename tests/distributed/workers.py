@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
@@ -22,6 +24,7 @@ from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import fingerprint_of, float32_bits
 from model import Attention, ModelConfig, TensorParallelModel
+from text_generation import Sampling, generate_tokens
 
 
 def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
@@ -366,3 +369,25 @@ def steps_with_a_bad_one(
             kept = all(torch.equal(old, new) for old, new in zip(before, held(), strict=True))
             assert limit is not None or not torch.isfinite(outcome.grad_norm)
     return {"skipped": skipped, "kept": kept, "tensors": held(), "scale": scaler.get_scale()}
+
+
+def imported_loss_and_gradients(folder: Path, tp: int, tokens: Tensor, **options: Any) -> dict[str, Any]:
+    """A forward and backward pass of the model in a Hugging Face folder; merged results from rank 0."""
+    config = ModelConfig.from_json(folder)
+    layout, model = build(config, tp, **options)
+    load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    result = {"loss": loss.detach(), "gradients": whole(model, gradients=True), "logits": model.logits(tokens[:, :-1])}
+    return result if layout.is_main else {}
+
+
+def generated(
+    folder: Path, tp: int, prompts: list[list[int]], count: int, sampling: Sampling, **options: Any
+) -> list[list[int]]:
+    """The tokens that the model in a Hugging Face folder adds to each prompt."""
+    config = ModelConfig.from_json(folder)
+    _, model = build(config, tp, **options)
+    load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
+    steps = generate_tokens(model, prompts, count, sampling, ())
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]

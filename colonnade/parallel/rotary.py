@@ -1,0 +1,51 @@
+"""Rotary positions (arXiv:2104.09864): the angle of each pair of channels at each position, and the rotation.
+
+Shapes: T positions, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colonnade.model_config import ModelConfig
+
+
+def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D] for the positions 0 .. length - 1, computed in float32 as Hugging Face does.
+
+    Each angle stands at both channels of its pair: (i, i + D / 2), or neighbours where the config interleaves them.
+    """
+    frequencies, scale = _frequencies(config)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    angles = angles.repeat_interleave(2, dim=-1) if config.rope_interleaved else torch.cat((angles, angles), dim=-1)
+    angles = angles.to(device)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Radians a position of each of the D / 2 pairs, and what cos and sin are multiplied with."""
+    if config.rope_scaling is None:
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        return 1.0 / (config.rope_theta**pairs), 1.0
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={"rope_theta": config.rope_theta, **config.rope_scaling},
+    )
+    return ROPE_INIT_FUNCTIONS[config.rope_scaling["rope_type"]](theirs, torch.device("cpu"))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Turn the pairs of channels of x [B, n, T, D] by the angles of the tables, which broadcast to it."""
+    if interleaved:
+        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    return x * cos + turned * sin

@@ -1,0 +1,96 @@
+"""The model card of an exported run: what it is, what it was trained on, how good it is, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from colonnade.data.mixture import parse_data_glob
+from colonnade.errors import UsageError
+from colonnade.telemetry.code_version import describe_code
+from colonnade.telemetry.metrics import read_metrics
+from run_end import METRICS_NAME
+
+if TYPE_CHECKING:
+    from trained_model import TrainedModel
+
+# Settings that say where things were, or how the run was watched, rather than what the model is.
+_TRAINING_SETTINGS = (
+    "block_size",
+    "learning_rate",
+    "min_learning_rate",
+    "warmup_steps",
+    "total_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "precision",
+    "packing",
+    "document_mask",
+    "add_document_boundary_tokens",
+    "seed",
+    "deterministic",
+)
+
+
+def model_card(trained: TrainedModel, parameters: int, dtype: str, name: str) -> str:
+    """A README.md with the metadata that the Hugging Face hub reads."""
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["colonnade"])
+    config = trained.config
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---\n\n# {name}",
+        f"A decoder-only language model of {parameters:,} parameters ({config.model_type}), pretrained with Colonnade.",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n```',
+        "## Sizes\n\n" + _table({**config.to_dict(), "weights": dtype}),
+    ]
+    if trained.record:
+        sections += [
+            "## Training data\n\n" + _data(trained),
+            "## Results\n\n" + _table(_results(trained)),
+            "## Training\n\n" + _table(_training(trained)),
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _data(trained: TrainedModel) -> str:
+    settings = trained.settings
+    corpora = parse_data_glob(settings.data_glob) if settings.data_glob else []
+    lines = [f"- {corpus.name}: `{corpus.pattern}`, weight {corpus.weight:g}" for corpus in corpora]
+    tokens = trained.record["tokens_seen"]
+    return "\n".join([f"{tokens:,} tokens were seen, of:\n", *lines])
+
+
+def _results(trained: TrainedModel) -> dict[str, Any]:
+    """The last losses up to the checkpoint, in nats a token, where the run's log is beside it."""
+    results = {"training loss": trained.record["loss"]}
+    try:
+        rows = read_metrics(trained.path.parent / METRICS_NAME)
+    except UsageError:
+        rows = []
+    for row in rows:
+        if type(row.get("step")) is int and row["step"] <= (trained.step or 0):
+            for key, label in (("loss", "training loss"), ("validation_loss", "held-out loss")):
+                if row.get(key) is not None:
+                    results[label] = row[key]
+    return {key: f"{value:.4f}" for key, value in results.items() if value is not None}
+
+
+def _training(trained: TrainedModel) -> dict[str, Any]:
+    record, settings = trained.record, trained.settings.to_dict()
+    facts: dict[str, Any] = {
+        "steps": trained.step,
+        "sequences a step": record["global_batch"],
+        "ranks of the last start": f"tp {record['tp']} x dp {record['dp']}",
+        "code": describe_code(record["code"]) if record["code"] is not None else None,
+    }
+    return facts | {key: settings[key] for key in _TRAINING_SETTINGS}
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in values.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
