@@ -214,7 +214,7 @@ def read_blocks(
 def describe(subject: Subject, layout: ParallelLayout) -> str:
     settings = subject.settings
     steps, sequences, width = subject.blocks.shape
-    weights = f"seed {settings.seed}" if subject.checkpoint is None else str(subject.checkpoint)
+    weights = subject.checkpoint or settings.init_from or f"seed {settings.seed}"
     return (
         f"{subject.config.num_parameters:,} parameters of {weights}; {steps} steps of {sequences} sequences of "
         f"{width - 1} tokens; tp {layout.tp} x dp {layout.dp} against one rank on {layout.device.type}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.tensor import DTensor
 
+from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.data.blocks import counted_targets
@@ -189,9 +190,12 @@ class Side:
         )
 
     def load(self, group: dist.ProcessGroup | None) -> None:
-        """The checkpoint's weights, where there is one. Collective over `group`, the side's ranks."""
-        path = self.subject.checkpoint
+        """The weights of the checkpoint, or of --init-from. Collective over `group`, the side's ranks."""
+        path, init_from = self.subject.checkpoint, self.subject.settings.init_from
         if path is None:
+            if init_from is not None:
+                with vote(group):
+                    load_hugging_face(Path(init_from), model=self.model, vocabulary_size=self.model.config.vocab_size)
             return
         if self.subject.has_record:
             load_model_and_optimizer(path, model=self.model, optimizer=None, group=group)

@@ -90,4 +90,12 @@ class EvaluationSettings:
         minimum=1,
         unit="TOKENS",
     )
-    json: str | None = _setting(None, "text", "write the results to this file as well", unit="FILE")
+    tasks: str | None = _setting(
+        None, "tasks", "tasks of lm-eval by name, separated by commas; on one rank, with pip install 'colonnade[eval]'"
+    )
+    tasks_path: str | None = _setting(None, "tasks", "folder with the YAML files of tasks of your own", unit="DIR")
+    few_shot: int | None = _setting(
+        None, "tasks", "examples before each question (default as the task says)", minimum=0, unit="COUNT"
+    )
+    task_limit: int | None = _setting(None, "tasks", "questions of each task (default all)", minimum=1, unit="COUNT")
+    json: str | None = _setting(None, "results", "write the results to this file as well", unit="FILE")

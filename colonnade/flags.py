@@ -30,8 +30,8 @@ _RESUME = (
 )
 
 _EVALUATION = (
-    "Loss, perplexity and bits a byte of a trained model on text, at any number of ranks. Every token is scored once. "
-    "Defaults stand in parentheses."
+    "Loss, perplexity and bits a byte of a trained model on text, at any number of ranks, every token scored "
+    "once; and benchmark tasks through lm-eval. Defaults stand in parentheses."
 )
 _PARITY = (
     "Train some steps of a run twice, cut over all ranks and whole on the first one, from one seed on the same blocks, "
@@ -114,8 +114,8 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettin
     settings = EvaluationSettings(**_checked(EvaluationSettings, parser.parse(arguments)))
     if not settings.checkpoint_path:
         raise UsageError("--checkpoint-path is missing: give a run's folder, one of its checkpoints, or a .pth file")
-    if settings.data_glob is None:
-        raise UsageError("--data-glob is missing: give the files whose text is to be scored")
+    if settings.data_glob is None and settings.tasks is None:
+        raise UsageError("--data-glob is missing: give the files whose text is to be scored, or --tasks")
     return settings
 
 

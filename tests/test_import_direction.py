@@ -40,7 +40,7 @@ ROOT_LEVELS = (
     ("run_inputs",),
     ("run_report", "trained_model"),
     ("run_assembly", "run_card"),
-    ("export_hf", "run_evaluation", "run_parity", "run_setup"),
+    ("export_hf", "run_evaluation", "run_parity", "run_setup", "run_tasks"),
 )
 
 

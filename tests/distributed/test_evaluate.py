@@ -277,3 +277,61 @@ def test_weights_that_are_not_finite_are_told(folder, single_rank, tmp_path):
     given += ["--tokenizer-path", str(folder / "tokenizer"), "--data-glob", str(folder / "held_out.parquet")]
     with pytest.raises(RunError, match=r"the loss on .* is nan"):
         evaluate.main(given)
+
+
+TASK = """
+task: next_keyword
+dataset_path: json
+dataset_kwargs:
+  data_files: {folder}/questions.jsonl
+  cache_dir: {folder}/cache
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+QUESTIONS = [
+    {"question": f"def {name}(self):\n", "choices": ["    return", " import os", f" {name}"], "answer": number % 3}
+    for number, name in enumerate(["close", "open", "read", "write", "seek", "flush", "name"])
+]
+
+
+def test_a_task_scores_what_the_logits_say(folder, twin, tmp_path):
+    """lm-eval's accuracy on the exported model, against the likeliest of the choices from transformers' logits."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (tmp_path / "next_keyword.yaml").write_text(TASK.format(folder=tmp_path))
+    report = tmp_path / "scores.json"
+    flags = ["--checkpoint-path", str(folder / "plain"), "--tasks", "next_keyword", "--tasks-path", str(tmp_path)]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    (outcome,) = start("evaluate", [*flags, "--json", str(report)], environment=offline, seconds=120)
+    assert outcome.code == 0, outcome.errors
+    metrics = json.loads(report.read_text())["tasks"]["next_keyword"]
+
+    model, encoder = twin("plain"), Encoder(load_tokenizer(str(folder / "tokenizer")))
+    right = 0
+    for question in QUESTIONS:
+        likelihoods = []
+        for choice in question["choices"]:
+            context, whole = encoder([question["question"], question["question"] + choice])
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            places = range(len(context), len(whole))
+            likelihoods.append(sum(float(logits[place - 1, whole[place]]) for place in places))
+        right += int(np.argmax(likelihoods)) == question["answer"]
+    assert metrics["acc"] == pytest.approx(right / len(QUESTIONS))
+    assert 0 < right < len(QUESTIONS)
+
+
+@pytest.mark.slow
+def test_a_task_that_does_not_exist_is_refused(tmp_path):
+    pytest.importorskip("lm_eval")
+    (outcome,) = start("evaluate", ["--checkpoint-path", "none", "--tasks", "no_such_task"])
+    assert outcome.code == 2
+    assert "there is no task 'no_such_task'" in outcome.errors
