@@ -107,8 +107,7 @@ def score_tasks(
             precision=settings.precision,
             batch_size=settings.batch_size,
             max_length=plan.block_size,
-            # As in training, where the run began documents with a token.
-            add_bos_token=plan.prefix is not None and plan.prefix == trained.special_token_ids.get("bos_token_id"),
+            prefix=plan.prefix,
             few_shot=settings.few_shot,
             limit=settings.task_limit,
         )

@@ -67,7 +67,7 @@ def run_tasks(
     precision: str,
     batch_size: int,
     max_length: int,
-    add_bos_token: bool,
+    prefix: int | None,
     few_shot: int | None,
     limit: int | None,
 ) -> dict[str, Mapping[str, Any]]:
@@ -77,7 +77,9 @@ def run_tasks(
         folder: model and tokenizer, as `transformers` reads them.
         manager: from `check_tasks`.
         max_length: tokens the model is given at most.
-        add_bos_token: put BOS before what the model is given, as in training.
+        prefix: the token that documents began with in training; None: they began with their text. It is put before what
+            the model is given where the exported tokenizer does that by itself (`puts_before`), and before text without
+            context in any case.
         few_shot: examples before each question; None: as the task says.
         limit: of each task this many questions; None for all.
 
@@ -94,8 +96,10 @@ def run_tasks(
         dtype=dtype,
         batch_size=batch_size,
         max_length=max_length,
-        add_bos_token=add_bos_token,
+        add_bos_token=False,
+        prefix_token_id=prefix,
     )
+    model.add_bos_token = prefix is not None and puts_before(model.tokenizer, prefix)
     try:
         found = lm_eval.simple_evaluate(
             model=model,
@@ -111,6 +115,13 @@ def run_tasks(
     assert found is not None
     results: dict[str, Mapping[str, Any]] = found["results"]
     return {task: plain(values) for task, values in results.items()}
+
+
+def puts_before(tokenizer: Any, prefix: int) -> bool:
+    """Whether the special tokens that a tokenizer adds to a text are `prefix` before it, and no others."""
+    text = "text"
+    added: list[int] = tokenizer.encode(text, add_special_tokens=True)
+    return added == [prefix, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ COMMANDS = (
     ["export_hf.py"],
     ["audit_run.py"],
     ["check_bits.py"],
+    ["check_parity.py"],
+    ["evaluate.py"],
     ["benchmarks/checkpoint.py"],
     ["benchmarks/data.py"],
     ["benchmarks/data_memory.py"],

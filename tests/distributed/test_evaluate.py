@@ -21,6 +21,7 @@ from data_helpers import stdlib_texts, tiny_tokenizer
 from distributed.launching import make_inputs
 from forked_commands import start
 from run_evaluation import corpora_of
+from run_tasks import puts_before
 from trained_model import open_trained
 
 ROWS = ["def f(x):\n    return x\n", "", "12345 67890", None, "naïve café ☕ " * 30, "x", *stdlib_texts(6)]
@@ -308,13 +309,13 @@ def test_a_task_scores_what_the_logits_say(folder, twin, tmp_path):
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     (tmp_path / "next_keyword.yaml").write_text(TASK.format(folder=tmp_path))
     report = tmp_path / "scores.json"
-    flags = ["--checkpoint-path", str(folder / "plain"), "--tasks", "next_keyword", "--tasks-path", str(tmp_path)]
+    flags = ["--checkpoint-path", str(folder / "boundaries"), "--tasks", "next_keyword", "--tasks-path", str(tmp_path)]
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     (outcome,) = start("evaluate", [*flags, "--json", str(report)], environment=offline, seconds=120)
     assert outcome.code == 0, outcome.errors
     metrics = json.loads(report.read_text())["tasks"]["next_keyword"]
 
-    model, encoder = twin("plain"), Encoder(load_tokenizer(str(folder / "tokenizer")))
+    model, encoder = twin("boundaries"), Encoder(load_tokenizer(str(folder / "tokenizer")))
     right = 0
     for question in QUESTIONS:
         likelihoods = []
@@ -327,6 +328,24 @@ def test_a_task_scores_what_the_logits_say(folder, twin, tmp_path):
         right += int(np.argmax(likelihoods)) == question["answer"]
     assert metrics["acc"] == pytest.approx(right / len(QUESTIONS))
     assert 0 < right < len(QUESTIONS)
+
+
+def test_a_prefix_is_added_by_tokenizers_that_add_it_alone():
+    from tokenizers.processors import TemplateProcessing
+
+    begin, end = 0, 1
+
+    def made(template):
+        tokenizer = tiny_tokenizer()
+        names = [(str(tokenizer.convert_ids_to_tokens(index)), index) for index in (begin, end)]
+        single = template.format(begin=names[0][0], end=names[1][0])
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=names)
+        return tokenizer
+
+    assert not puts_before(tiny_tokenizer(), begin)
+    assert puts_before(made("{begin} $A"), begin)
+    assert not puts_before(made("{begin} $A"), end)
+    assert not puts_before(made("{begin} $A {end}"), begin)
 
 
 @pytest.mark.slow
