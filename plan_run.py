@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from colonnade.command_settings import PlanSettings
 from colonnade.config import check_settings, complete_settings, override
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
 from colonnade.flags import PLANNED, parse_plan
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
 from colonnade.parallel.launch import launch
-from colonnade.run_settings import PlanSettings, RunSettings
+from colonnade.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from colonnade.tuning.plan import Plan

@@ -20,6 +20,7 @@ from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified
+from colonnade.command_settings import ResumeSettings
 from colonnade.config import complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
@@ -27,7 +28,7 @@ from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
-from colonnade.run_settings import MAX_TOKENS_PER_STEP, ResumeSettings, RunSettings
+from colonnade.run_settings import MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.cost_model import Placement, state_memory
 from colonnade.tuning.memory import GIB

@@ -21,6 +21,7 @@ from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, fetch_checkpoint,
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified, verified
+from colonnade.command_settings import ResumeSettings
 from colonnade.config import check_contradictions, override
 from colonnade.data.position import DataPosition
 from colonnade.errors import ColonnadeError, UsageError
@@ -28,7 +29,7 @@ from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
-from colonnade.run_settings import ResumeSettings, RunSettings
+from colonnade.run_settings import RunSettings
 from colonnade.telemetry.tracking import require_sinks
 from run_assembly import Origin, assemble
 from run_data import resolve_data, weight_changes

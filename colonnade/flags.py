@@ -1,5 +1,4 @@
-"""The command lines of `training.py`, `resume_pretrain_tensor.py` and `plan_run.py`: flags made from the tables in
-`run_settings.py`.
+"""The command lines of the commands that take run settings: flags made from the tables of fields.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -14,9 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
+from colonnade.command_settings import EvaluationSettings, ParitySettings, PlanSettings, ResumeSettings
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
-from colonnade.run_settings import PlanSettings, ResumeSettings, RunSettings
+from colonnade.run_settings import RunSettings
 from colonnade.setting_values import check_field
 
 _TRAINING = (
@@ -34,6 +34,16 @@ _PLAN = (
 )
 # What a plan settles; in a file that is given they are overridden.
 PLANNED = ("total_steps", "initial_batch_size", "gradient_accumulation_steps")
+
+_EVALUATION = (
+    "Loss, perplexity and bits a byte of a trained model on text, at any number of ranks, every token scored "
+    "once; and benchmark tasks through lm-eval. Defaults stand in parentheses."
+)
+_PARITY = (
+    "Train some steps of a run twice, cut over all ranks and whole on the first one, from one seed on the same blocks, "
+    "and compare. Start it under torchrun. Takes every flag of training.py, so that a run's own command line or file "
+    "can be given; those of checkpoints, validation, logs and stopping have no part in what is compared."
+)
 
 
 def parse_training(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -105,6 +115,40 @@ def parse_plan(arguments: Sequence[str] | None = None) -> tuple[PlanSettings, di
     return PlanSettings(**plan), given
 
 
+def parse_parity(arguments: Sequence[str] | None = None) -> tuple[ParitySettings, dict[str, Any]]:
+    """What to compare, and the run settings given to `check_parity.py`, by flag or in a file.
+
+    Raises:
+        UsageError: a flag, key or value that cannot be used.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="check_parity.py", description=_PARITY)
+    parser.add_table(ParitySettings)
+    parser.add_table(RunSettings)
+    values = parser.parse(arguments)
+    given = _run_settings(values)
+    if "checkpoint_path" not in values:  # a checkpoint's own settings are below those given
+        complete_settings(given)
+    return ParitySettings(**_checked(ParitySettings, values)), given
+
+
+def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettings:
+    """What `evaluate.py` is to score.
+
+    Raises:
+        UsageError: a flag or value that cannot be used, or there is nothing to score.
+        SystemExit: after --help.
+    """
+    parser = _SettingsParser(prog="evaluate.py", description=_EVALUATION, with_file=False)
+    parser.add_table(EvaluationSettings)
+    settings = EvaluationSettings(**_checked(EvaluationSettings, parser.parse(arguments)))
+    if not settings.checkpoint_path:
+        raise UsageError("--checkpoint-path is missing: give a run's folder, one of its checkpoints, or a .pth file")
+    if settings.data_glob is None and settings.tasks is None:
+        raise UsageError("--data-glob is missing: give the files whose text is to be scored, or --tasks")
+    return settings
+
+
 def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Run settings of a command line, over those of the file it names."""
     flags = _checked(RunSettings, values)
@@ -152,11 +196,11 @@ class OneLineParser(argparse.ArgumentParser):
 class _SettingsParser(OneLineParser):
     """A parser whose flags are the fields of tables, and a file of them."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, with_file: bool = True, **options: Any) -> None:
         super().__init__(**options)
-        self.add_argument(
-            "--config", metavar="YAML", default=argparse.SUPPRESS, help="file of settings by name; flags override them"
-        )
+        if with_file:
+            text = "file of settings by name; flags override them"
+            self.add_argument("--config", metavar="YAML", default=argparse.SUPPRESS, help=text)
 
     def add_table(self, table: type, leave_out: Collection[str] = ()) -> None:
         """One flag a field, grouped. Flags not given stay out of the namespace."""

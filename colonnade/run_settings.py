@@ -20,7 +20,7 @@ MAX_STEPS = 10**9
 MAX_TOKENS_PER_STEP = 2**28
 
 
-def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
+def setting(default: Any, group: str, text: str, **extra: Any) -> Any:
     """A field with its help text.
 
     `identity` marks what makes two runs different runs; `unit` is the flag's metavar; `only_with` names another field
@@ -29,12 +29,12 @@ def _setting(default: Any, group: str, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": text, **extra})
 
 
-def _identity(default: Any, group: str, text: str, **extra: Any) -> Any:
-    return _setting(default, group, text, identity=True, **extra)
+def identity_setting(default: Any, group: str, text: str, **extra: Any) -> Any:
+    return setting(default, group, text, identity=True, **extra)
 
 
-def _steps(default: int | None, group: str, text: str, **extra: Any) -> Any:
-    return _setting(default, group, text, unit="STEPS", maximum=MAX_STEPS, **extra)
+def step_setting(default: int | None, group: str, text: str, **extra: Any) -> Any:
+    return setting(default, group, text, unit="STEPS", maximum=MAX_STEPS, **extra)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class RunSettings:
     """Everything a run can be told. Units and the value that switches a thing off stand in each help text."""
 
     # Model
-    preset: str | None = _setting(
+    preset: str | None = setting(
         None, "model", "model size, a file name in presets/ (default argonne-2b; on the CPU tiny)", unit="NAME"
     )
-    model_config: str | None = _setting(
+    model_config: str | None = setting(
         None, "model", "Hugging Face config.json (or its folder) instead of a preset", unit="PATH"
     )
-    init_from: str | None = _identity(
+    init_from: str | None = identity_setting(
         None,
         "model",
         "Hugging Face folder whose weights a fresh run begins with, instead of random ones; architecture and tokenizer "
@@ -57,27 +57,27 @@ class RunSettings:
     )
 
     # Data
-    data_glob: str | None = _setting(
+    data_glob: str | None = setting(
         None,
         "data",
         "shards to train on: paths, patterns or URLs, separated by commas, or name=glob:weight,... for a mixture "
         "(default those in data/)",
     )
-    text_column: str = _identity("text", "data", "column (JSON lines: key) that holds the text", unit="NAME")
-    tokenizer_path: str | None = _setting(None, "data", "tokenizer: a folder or a hub name")
-    tokenizer_backend: str = _setting(
+    text_column: str = identity_setting("text", "data", "column (JSON lines: key) that holds the text", unit="NAME")
+    tokenizer_path: str | None = setting(None, "data", "tokenizer: a folder or a hub name")
+    tokenizer_backend: str = setting(
         "auto",
         "data",
         "library that encodes: hf (tokenizers) or fastokens, which is faster; auto is fastokens where it is installed "
         "and has given the same ids",
         choices=TOKENIZER_BACKENDS,
     )
-    trust_remote_code: bool = _setting(False, "data", "run code that comes with the tokenizer")
-    add_document_boundary_tokens: bool = _identity(False, "data", "put BOS and EOS around each document")
-    shuffle: bool = _identity(
+    trust_remote_code: bool = setting(False, "data", "run code that comes with the tokenizer")
+    add_document_boundary_tokens: bool = identity_setting(False, "data", "put BOS and EOS around each document")
+    shuffle: bool = identity_setting(
         True, "data", "read row groups, and the rows of each, in an order of the seed, another one every epoch"
     )
-    data_lanes: int | None = _setting(
+    data_lanes: int | None = setting(
         None,
         "data",
         "lanes V the data is read in, fixed when the run begins; a dp that divides V shares them out (default from the "
@@ -86,32 +86,34 @@ class RunSettings:
         maximum=4096,
         unit="LANES",
     )
-    packing: str = _identity(
+    packing: str = identity_setting(
         "concat",
         "data",
         "how documents fill blocks: laid end to end and cut, or whole ones that fit best",
         choices=("concat", "best-fit"),
     )
-    document_mask: bool = _identity(
+    document_mask: bool = identity_setting(
         False, "data", "attention stays within a document, positions restart with each, and no target crosses over"
     )
-    strict_data: bool = _setting(
+    strict_data: bool = setting(
         False, "data", "stop at a damaged file or row group instead of skipping and recording it"
     )
-    validation_glob: str | None = _setting(None, "data", "shards to validate on; without it there is no validation")
-    validation_interval: int = _steps(250, "data", "steps between validations; 0 for only one at the end", minimum=0)
-    validation_chunks: int = _setting(
+    validation_glob: str | None = setting(None, "data", "shards to validate on; without it there is no validation")
+    validation_interval: int = step_setting(
+        250, "data", "steps between validations; 0 for only one at the end", minimum=0
+    )
+    validation_chunks: int = setting(
         64, "data", "blocks of the validation shards that are evaluated; 0 for all of them", minimum=0, unit="BLOCKS"
     )
 
     # Batch
-    block_size: int | None = _identity(
+    block_size: int | None = identity_setting(
         None, "batch", "tokens a sequence (default the model's context)", minimum=1, unit="TOKENS"
     )
-    initial_batch_size: str = _setting(
+    initial_batch_size: str = setting(
         "auto", "batch", "sequences a micro-batch: a number, lowered where it does not fit, or auto for the largest"
     )
-    gradient_accumulation_steps: int = _setting(
+    gradient_accumulation_steps: int = setting(
         1,
         "batch",
         "micro-batches an optimizer step, on each rank",
@@ -119,7 +121,7 @@ class RunSettings:
         maximum=MAX_TOKENS_PER_STEP,
         unit="COUNT",
     )
-    tokens_per_step: int | None = _setting(
+    tokens_per_step: int | None = setting(
         None,
         "batch",
         "tokens an optimizer step over all ranks; accumulation then follows (default: it follows from accumulation)",
@@ -127,7 +129,7 @@ class RunSettings:
         maximum=MAX_TOKENS_PER_STEP,
         unit="TOKENS",
     )
-    memory_limit_gib: float | None = _setting(
+    memory_limit_gib: float | None = setting(
         None,
         "batch",
         "GiB a rank may use when the micro-batch is tuned on the CPU (default free memory / ranks)",
@@ -136,24 +138,24 @@ class RunSettings:
     )
 
     # Optimization
-    total_steps: int = _identity(
+    total_steps: int = identity_setting(
         1000, "optimization", "optimizer steps of the run", minimum=1, maximum=MAX_STEPS, unit="STEPS"
     )
-    learning_rate: float = _identity(3e-4, "optimization", "peak learning rate", above=0.0, maximum=10.0)
-    min_learning_rate: float | None = _identity(
+    learning_rate: float = identity_setting(3e-4, "optimization", "peak learning rate", above=0.0, maximum=10.0)
+    min_learning_rate: float | None = identity_setting(
         None,
         "optimization",
         "learning rate at the end of the schedule (default a tenth of the peak)",
         minimum=0.0,
         only_with=("schedule", ("cosine", "wsd")),
     )
-    schedule: str = _identity(
+    schedule: str = identity_setting(
         "cosine",
         "optimization",
         "after the warm-up: a cosine down to the horizon, wsd (stable, then a decay before the horizon), or constant",
         choices=SCHEDULES,
     )
-    schedule_steps: int | None = _identity(
+    schedule_steps: int | None = identity_setting(
         None,
         "optimization",
         "horizon of the schedule: where the learning rate has come down (default --total-steps)",
@@ -162,7 +164,7 @@ class RunSettings:
         unit="STEPS",
         only_with=("schedule", ("cosine", "wsd")),
     )
-    decay_steps: int | None = _identity(
+    decay_steps: int | None = identity_setting(
         None,
         "optimization",
         "steps of the decay of wsd, the last ones before the horizon (default a tenth of them)",
@@ -171,26 +173,26 @@ class RunSettings:
         unit="STEPS",
         only_with=("schedule", ("wsd",)),
     )
-    decay_shape: str = _identity(
+    decay_shape: str = identity_setting(
         "1-sqrt",
         "optimization",
         "how wsd decays over its last steps",
         choices=DECAY_SHAPES,
         only_with=("schedule", ("wsd",)),
     )
-    warmup_steps: int = _identity(
+    warmup_steps: int = identity_setting(
         100, "optimization", "steps of linear warm-up; 0 for none", minimum=0, maximum=MAX_STEPS, unit="STEPS"
     )
-    optimizer: str = _identity(
+    optimizer: str = identity_setting(
         "adamw",
         "optimization",
         "adamw for all parameters, or muon for the matrices between embedding and head, and adamw for the others",
         choices=OPTIMIZERS,
     )
-    weight_decay: float = _identity(
+    weight_decay: float = identity_setting(
         0.1, "optimization", "decoupled weight decay, not on norms and biases; 0 for none", minimum=0.0
     )
-    muon_momentum: float = _identity(
+    muon_momentum: float = identity_setting(
         0.95,
         "optimization",
         "decay of Muon's momentum; 0 for none",
@@ -198,12 +200,12 @@ class RunSettings:
         below=1.0,
         only_with=("optimizer", ("muon",)),
     )
-    adam_beta1: float = _identity(0.9, "optimization", "decay of AdamW's first moment", minimum=0.0, below=1.0)
-    adam_beta2: float = _identity(0.95, "optimization", "decay of AdamW's second moment", minimum=0.0, below=1.0)
-    max_grad_norm: float = _identity(
+    adam_beta1: float = identity_setting(0.9, "optimization", "decay of AdamW's first moment", minimum=0.0, below=1.0)
+    adam_beta2: float = identity_setting(0.95, "optimization", "decay of AdamW's second moment", minimum=0.0, below=1.0)
+    max_grad_norm: float = identity_setting(
         1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
     )
-    max_skipped_steps: int = _setting(
+    max_skipped_steps: int = setting(
         10,
         "optimization",
         "steps in a row that may be skipped (loss or gradient norm not finite, or a spike) before the run stops",
@@ -211,14 +213,14 @@ class RunSettings:
         maximum=MAX_STEPS,
         unit="STEPS",
     )
-    spike_sigma: float = _setting(
+    spike_sigma: float = setting(
         0.0,
         "optimization",
         "a loss this many standard deviations above the mean of the last ones is a spike; 0 for no spikes",
         minimum=0.0,
         unit="S",
     )
-    spike_window: int = _setting(
+    spike_window: int = setting(
         100,
         "optimization",
         "losses that a spike is measured against: the last ones that were not skipped; at least half of them",
@@ -226,81 +228,81 @@ class RunSettings:
         maximum=10_000,
         unit="STEPS",
     )
-    spike_action: str = _setting(
+    spike_action: str = setting(
         "warn",
         "optimization",
         "what a spike causes: a line, or that the step is skipped; then these three are fixed for a run",
         choices=("warn", "skip"),
     )
-    seed: int = _identity(
+    seed: int = identity_setting(
         1337, "optimization", "seed of the initial weights and of the order of the data", minimum=0, maximum=2**63 - 1
     )
 
     # Execution
-    precision: str = _identity(
+    precision: str = identity_setting(
         "auto",
         "execution",
         "of matrix products; auto is bf16 on accelerators that have it, else fp32",
         choices=PRECISIONS,
     )
-    tensor_parallel_size: int | None = _setting(
+    tensor_parallel_size: int | None = setting(
         None,
         "execution",
         "ranks one model is cut over, the others are data-parallel (default all)",
         minimum=1,
         unit="RANKS",
     )
-    tensor_slices: int | None = _identity(
+    tensor_slices: int | None = identity_setting(
         None,
         "execution",
         "slices V summed in a fixed order: a step has the same bits at any tp that divides V (default one a rank, any "
         "order; with --deterministic 8, or the largest power of two below that the sizes allow)",
         minimum=1,
     )
-    deterministic: bool = _identity(
+    deterministic: bool = identity_setting(
         False,
         "execution",
         "the same bits at any tp that divides the slices and any dp that halves the batch; one CPU thread a rank",
     )
-    replicate_embeddings: bool = _setting(False, "execution", "keep embedding and head whole on every rank")
-    disable_gradient_checkpointing: bool = _setting(
+    replicate_embeddings: bool = setting(False, "execution", "keep embedding and head whole on every rank")
+    disable_gradient_checkpointing: bool = setting(
         False, "execution", "keep all activations instead of computing them again in the backward pass"
     )
-    compile: bool = _setting(False, "execution", "compile the segments on the CPU too (default on accelerators)")
-    disable_compile: bool = _setting(False, "execution", "run eagerly on accelerators too")
+    compile: bool = setting(False, "execution", "compile the segments on the CPU too (default on accelerators)")
+    disable_compile: bool = setting(False, "execution", "run eagerly on accelerators too")
 
     # Checkpoints and logs
-    checkpoint_dir: str = _setting("pretrained", "checkpoints and logs", "folder of the run")
-    checkpoint_interval: int = _steps(
+    checkpoint_dir: str = setting("pretrained", "checkpoints and logs", "folder of the run")
+    checkpoint_interval: int = step_setting(
         350, "checkpoints and logs", "steps between checkpoints; 0 for only one at the end", minimum=0
     )
-    keep_checkpoints: int = _setting(
+    keep_checkpoints: int = setting(
         50, "checkpoints and logs", "newest checkpoints kept; 0 for all", minimum=0, unit="COUNT"
     )
-    keep_every: int = _steps(
+    keep_every: int = step_setting(
         0,
         "checkpoints and logs",
         "checkpoints at multiples of so many steps stay for good, and are not among the newest kept; 0 for none",
         minimum=0,
     )
-    checkpoint_mode: str = _setting(
+    checkpoint_mode: str = setting(
         "async",
         "checkpoints and logs",
         "async writes a copy while training goes on, sync waits until it is written",
         choices=CHECKPOINT_MODES,
     )
-    checkpoint_hash: bool = _setting(
+    checkpoint_hash: bool = setting(
         True, "checkpoints and logs", "record the SHA-256 of checkpoint files, and compare it before going on from them"
     )
-    log_interval: int = _steps(10, "checkpoints and logs", "steps between log lines", minimum=1)
-    fingerprint_interval: int | None = _steps(
+    log_interval: int = step_setting(10, "checkpoints and logs", "steps between log lines", minimum=1)
+    fingerprint_interval: int | None = step_setting(
         None,
         "checkpoints and logs",
         "steps between fingerprints of parameters and moments; 0 for none; with --deterministic (default 100, else "
         "none) also one at each checkpoint",
         minimum=0,
     )
-    drift_check_interval: int = _steps(
+    drift_check_interval: int = step_setting(
         0,
         "checkpoints and logs",
         "steps between comparisons of parameters that several ranks hold; 0 for only those before each checkpoint",
@@ -308,59 +310,59 @@ class RunSettings:
     )
 
     # Samples
-    sample_interval: int = _steps(
+    sample_interval: int = step_setting(
         0,
         "samples",
         "step of the first samples of the model's text; the next come after twice as many, and so on, and at the end; "
         "0 for none",
         minimum=0,
     )
-    sample_prompts: str | None = _setting(
+    sample_prompts: str | None = setting(
         None, "samples", "prompts that are continued: one a line, or in a .jsonl file one object a line", unit="FILE"
     )
-    sample_tokens: int = _setting(
+    sample_tokens: int = setting(
         64, "samples", "most tokens that are added to a prompt", minimum=1, maximum=2**20, unit="TOKENS"
     )
-    sample_temperature: float = _setting(
+    sample_temperature: float = setting(
         0.8, "samples", "temperature they are drawn at; 0 for the likeliest token each time", minimum=0.0
     )
 
     # Tracking
-    progress_bar: bool = _setting(True, "tracking", "show a progress bar beside the lines")
-    jsonl: bool = _setting(
+    progress_bar: bool = setting(True, "tracking", "show a progress bar beside the lines")
+    jsonl: bool = setting(
         True, "tracking", "write metrics.jsonl, which loss.png, report.html and an audit are made from"
     )
-    csv: bool = _setting(False, "tracking", "write metrics.csv, a row a logged step, for a spreadsheet")
-    tensorboard: bool = _setting(False, "tracking", "write TensorBoard events into tensorboard/")
-    wandb_project: str | None = _setting(
+    csv: bool = setting(False, "tracking", "write metrics.csv, a row a logged step, for a spreadsheet")
+    tensorboard: bool = setting(False, "tracking", "write TensorBoard events into tensorboard/")
+    wandb_project: str | None = setting(
         None, "tracking", "log to this project of Weights & Biases; its WANDB_MODE is respected", unit="NAME"
     )
-    wandb_entity: str | None = _setting(
+    wandb_entity: str | None = setting(
         None, "tracking", "user or team the project belongs to (default that of the login)", unit="NAME"
     )
-    wandb_run_name: str | None = _setting(
+    wandb_run_name: str | None = setting(
         None, "tracking", "name shown there (default that of the run's folder)", unit="NAME"
     )
-    wandb_checkpoints: bool = _setting(False, "tracking", "upload each checkpoint there, in the background")
-    drop_uploaded_checkpoints: bool = _setting(
+    wandb_checkpoints: bool = setting(False, "tracking", "upload each checkpoint there, in the background")
+    drop_uploaded_checkpoints: bool = setting(
         False, "tracking", "remove local checkpoints whose upload is confirmed, but for the newest"
     )
 
     # Stopping and hangs
-    wall_time: str | None = _setting(
+    wall_time: str | None = setting(
         None,
         "stopping and hangs",
         "time since the launch, as [DAYS-]HH:MM:SS, by which the run has saved and stopped (default no limit)",
         unit="TIME",
     )
-    startup_timeout: float = _setting(
+    startup_timeout: float = setting(
         1800.0,
         "stopping and hangs",
         "seconds that ranks wait for each other until the first step is done, and in validations and saves; 0 for ever",
         minimum=0.0,
         unit="SECONDS",
     )
-    step_timeout: float = _setting(
+    step_timeout: float = setting(
         600.0,
         "stopping and hangs",
         "seconds that a later step, or waiting for its data, may take before the run is taken for hung; 0 for ever",
@@ -386,64 +388,3 @@ class RunSettings:
 
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)
-
-
-@dataclass(frozen=True)
-class ResumeSettings:
-    """What `resume_pretrain_tensor.py` is told beside the run's own settings."""
-
-    checkpoint_path: str = _setting(
-        "",
-        "resuming",
-        "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required",
-    )
-    rewarmup_steps: int = _steps(
-        100, "resuming", "steps of linear warm-up from here, after the optimizer is reset; 0 for none", minimum=0
-    )
-    keep_optimizer: bool = _setting(False, "resuming", "go on exactly: optimizer state kept, no warm-up again")
-    allow_data_change: bool = _setting(
-        False, "resuming", "go on where data, tokenizer or block size are others than the checkpoint's, and record it"
-    )
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """What `plan_run.py` is told beside the settings of the run it plans."""
-
-    gpus: int = _setting(1, "planning", "devices, one rank each", minimum=1, maximum=2**20, unit="COUNT")
-    gpu: str | None = _setting(
-        None,
-        "planning",
-        "device, as H100 or A100 80GB: its memory and peak are known (default neither is)",
-        unit="NAME",
-    )
-    tokens: int | None = _setting(
-        None, "planning", "tokens to train on", minimum=1, maximum=MAX_STEPS * MAX_TOKENS_PER_STEP, unit="TOKENS"
-    )
-    tokens_per_parameter: float = _setting(
-        22.0, "planning", "tokens for each parameter, embeddings included, where --tokens is not given", above=0.0
-    )
-    micro_batch_size: int | None = _setting(
-        None,
-        "planning",
-        "sequences a rank computes at once (default the most that fit, where the memory is known)",
-        minimum=1,
-        maximum=2**16,
-        unit="COUNT",
-    )
-    utilisation: float = _setting(
-        0.4, "planning", "part of the devices' peak that training is assumed to reach (MFU)", above=0.0, maximum=1.0
-    )
-    vocab_size: int | None = _setting(
-        None,
-        "planning",
-        "entries of the vocabulary, where neither the model's config nor a tokenizer tells",
-        minimum=1,
-        maximum=2**31 - 1,
-        unit="ENTRIES",
-    )
-    count_parameters: bool = _setting(False, "planning", "print the table of parameters by module, and nothing else")
-    json: bool = _setting(False, "planning", "print one JSON object")
-    output: str = _setting("run.yaml", "planning", "file for training.py --config", unit="YAML")
-    write: bool = _setting(True, "planning", "write that file")
-    force: bool = _setting(False, "planning", "replace the file if it is there")

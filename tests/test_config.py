@@ -122,6 +122,8 @@ def flags_of(settings: Mapping[str, str]) -> list[str]:
 
 def beside(name: str) -> dict[str, str]:
     """The other setting that a setting needs to mean something, where that is not the default."""
+    if name == "sample_interval":
+        return {"sample_prompts": "prompts.txt"}
     other, values = SPECS[name].metadata.get("only_with", (None, ()))
     return {} if other is None or SPECS[other].default in values else {other: values[0]}
 

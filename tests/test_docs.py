@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from colonnade.run_settings import ResumeSettings, RunSettings
+from colonnade.command_settings import ResumeSettings
+from colonnade.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +25,8 @@ COMMANDS = (
     ["audit_run.py"],
     ["check_bits.py"],
     ["plan_run.py"],
+    ["check_parity.py"],
+    ["evaluate.py"],
     ["benchmarks/checkpoint.py"],
     ["benchmarks/data.py"],
     ["benchmarks/data_memory.py"],

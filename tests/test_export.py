@@ -18,10 +18,10 @@ from colonnade.errors import RunError, UsageError
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from data_helpers import EOS, tiny_tokenizer
 from distributed.launching import losses, make_inputs
-from export_hf import export_checkpoint, export_single_file
 from foreign_models import FAMILIES, save_foreign_model
 from forked_commands import start
 from model import ModelConfig
+from run_export import export_checkpoint, export_single_file
 from trained_model import TrainedModel, open_trained
 
 TEXT = "A colonnade is a row of columns that carry one roof together. " * 20

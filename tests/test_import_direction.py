@@ -17,6 +17,7 @@ PARTS = (
     "files",
     "setting_values",
     "run_settings",
+    "command_settings",
     "config",
     "flags",
     "model_config",
@@ -39,7 +40,7 @@ ROOT_LEVELS = (
     ("run_inputs",),
     ("run_report", "trained_model"),
     ("run_assembly", "run_card"),
-    ("run_setup",),
+    ("run_evaluation", "run_export", "run_parity", "run_setup", "run_tasks"),
 )
 
 

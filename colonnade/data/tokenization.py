@@ -263,6 +263,32 @@ class Encoder:
         ids, lengths = self._encode_whole(pieces)
         return FlatIds(ids, np.add.reduceat(lengths, first_pieces))
 
+    def first_token_bytes(self, texts: list[str]) -> list[int]:
+        """UTF-8 bytes of each text up to the end of its first token, all where it has none.
+
+        Where the token ends inside a character, up to that character's end.
+
+        Raises:
+            UsageError: the tokenizer does not tell where its tokens end.
+        """
+        if self._rust is None:
+            raise UsageError(
+                "the tokenizer is written in Python and does not tell where its tokens end; give "
+                "--document-prefix token"
+            )
+        if self._leaking is not None:  # the first piece, as in `flat`
+            found = [self._leaking.search(text) for text in texts]
+            pieces = [
+                text if match is None else text[: match.start() + 1] for text, match in zip(texts, found, strict=True)
+            ]
+        else:
+            pieces = texts
+        encodings = self._rust.encode_batch(pieces, add_special_tokens=False)
+        return [
+            len((text[: encoding.offsets[0][1]] if encoding.offsets else text).encode())
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
     def load_fast(self) -> FastEncoder:
         """The fast encoder for this tokenizer. Raises BackendUnavailableError."""
         if self._rust is None:

@@ -160,6 +160,14 @@ def init_parallel(
     return ParallelLayout(mesh=mesh, device=device)
 
 
+def first_rank_alone(device: torch.device) -> ParallelLayout:
+    """A 1 x 1 mesh of the first rank, for a model it holds whole beside the one that all share. Collective.
+
+    The other ranks get a layout that says nothing of them: they use it for nothing.
+    """
+    return ParallelLayout(mesh=DeviceMesh(device.type, [[0]], mesh_dim_names=("dp", "tp")), device=device)
+
+
 def time_limit(seconds: float) -> timedelta:
     """What `seconds` are to torch; 0 is for ever."""
     return timedelta(seconds=seconds) if seconds else _FOREVER

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.sharding import check_slices, slice_counts
-from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, PlanSettings, RunSettings
+from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.cost_model import Memory, Placement, run_flops, step_memory
 from colonnade.tuning.flops import device_memory, peak_flops

@@ -1,0 +1,333 @@
+"""The first steps of a run taken twice, cut over all ranks and whole on the first one, and what differs.
+
+Both sides have the same settings, the same initial weights (of one seed, or one checkpoint) and the same batches. Each
+takes the steps of `colonnade.optim.step`, with optimizer, clipping and learning rate as the run has them. The side on
+the first rank is a mesh of one: its forward pass, gradients, norm and update have no other rank in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
+
+from colonnade.checkpoint.hugging_face import load_hugging_face
+from colonnade.checkpoint.load import load_model_and_optimizer
+from colonnade.checkpoint.single_file import load_single_file
+from colonnade.data.blocks import counted_targets
+from colonnade.errors import RunError
+from colonnade.model_config import ModelConfig
+from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits, set_learning_rate
+from colonnade.optim.schedule import schedule_of
+from colonnade.optim.step import StepOutcome, optimizer_step
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.vote import vote
+from colonnade.run_settings import RunSettings
+from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
+from colonnade.tuning.memory import is_out_of_memory
+from model import TensorParallelModel
+from run_assembly import DTYPES
+from run_inputs import is_compiled
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a run as its settings say, and the blocks of its first steps.
+
+    Attributes:
+        checkpoint: where the weights come from; None for those of the seed.
+        has_record: whether that is a checkpoint's folder, not a single file.
+        micro_batch: sequences; both sides accumulate as many as make up a step.
+        blocks: int32 [steps, sequences, T + 1] in the wire format of `colonnade/data/blocks.py`.
+    """
+
+    settings: RunSettings
+    config: ModelConfig
+    checkpoint: Path | None
+    has_record: bool
+    micro_batch: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True)
+class StepParity:
+    """One step on both sides; the whole one stands first in pairs.
+
+    Attributes:
+        losses, norms: of each side; the norm before clipping.
+        skipped: of each side, whether the step was left out because something in it was not finite.
+        gradient: the worst parameter's (`colonnade/telemetry/differences.py`), of the gradients that the optimizer
+            is given: summed and clipped. None where neither side took the step.
+        rounding: in a low precision the same between it and fp32, both whole: what the precision itself changes.
+    """
+
+    step: int
+    losses: tuple[float, float]
+    norms: tuple[float, float]
+    skipped: tuple[bool, bool]
+    gradient: Difference | None
+    rounding: Difference | None = None
+
+    @property
+    def loss_difference(self) -> float:
+        return relative(*self.losses)
+
+    @property
+    def norm_difference(self) -> float:
+        return relative(*self.norms)
+
+
+@dataclass
+class WholeSide:
+    """What the whole side came to, on the CPU: the gradients of each step, the parameters after the last."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class PrecisionParity:
+    """All steps in one precision.
+
+    Attributes:
+        tolerance: largest relative difference; in a low precision as a multiple of `StepParity.rounding`.
+        parameters: the worst parameter after the last step.
+        parameters_rounding: in a low precision the same between it and fp32, both whole.
+        whole: kept of fp32, where a low precision is to be held against it.
+    """
+
+    precision: str
+    tolerance: float
+    steps: list[StepParity] = field(default_factory=list)
+    parameters: Difference | None = None
+    parameters_rounding: Difference | None = None
+    whole: WholeSide | None = None
+
+    def limit(self, rounding: Difference | None) -> float:
+        """The largest difference allowed where the precision itself changes as much as `rounding`."""
+        return self.tolerance * (1.0 if rounding is None else rounding.value)
+
+    def problem(self) -> str | None:
+        """The first thing above the tolerance, in words; None where all is within it."""
+        for each in self.steps:
+            if each.skipped[0] != each.skipped[1]:
+                return f"step {each.step} is skipped {'whole' if each.skipped[0] else 'cut'} alone"
+            if each.gradient is None:
+                continue
+            limit = self.limit(each.rounding)
+            for what, value in (
+                (f"the gradient of {each.gradient.name}", each.gradient.value),
+                ("the gradient norm", each.norm_difference),
+                ("the loss", each.loss_difference),
+            ):
+                if not value <= limit:
+                    return f"{what} in step {each.step} differs by {value:.1e}, above {limit:.1e}"
+        if self.parameters is None:
+            return "no step was taken: loss or gradients were not finite in each"
+        limit = self.limit(self.parameters_rounding)
+        if not self.parameters.value <= limit:
+            name, value = self.parameters.name, self.parameters.value
+            return f"{name} after the last step differs by {value:.1e}, above {limit:.1e}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was found, as plain values; differences with the parameter's name."""
+        steps = [
+            {**asdict(step), "loss_difference": step.loss_difference, "norm_difference": step.norm_difference}
+            for step in self.steps
+        ]
+        return {
+            "precision": self.precision,
+            "tolerance": self.tolerance,
+            "steps": steps,
+            "parameters": None if self.parameters is None else asdict(self.parameters),
+            "parameters_rounding": None if self.parameters_rounding is None else asdict(self.parameters_rounding),
+        }
+
+
+# ------------------------------------------------------------------------------------------------------- one side
+
+
+class Side:
+    """A model with its optimizer, as a run has them, on the ranks of `layout`."""
+
+    def __init__(self, subject: Subject, layout: ParallelLayout, precision: str) -> None:
+        settings = subject.settings
+        self.subject, self.layout = subject, layout
+        self.model = TensorParallelModel(
+            subject.config,
+            layout,
+            seed=settings.seed,
+            slices=settings.tensor_slices,
+            replicate_embeddings=settings.replicate_embeddings,
+            compute_dtype=DTYPES[precision],
+            gradient_checkpointing=not settings.disable_gradient_checkpointing,
+            compiled=is_compiled(settings, layout),
+        )
+        keeps_bits = fused_keeps_bits(self.model.parameters(), [count for _, count in self.model.pieces])
+        fused = not settings.deterministic or keeps_bits
+        self.optimizer = create_optimizer(self.model, settings, layout, fused=fused)
+        allocate_state(self.optimizer)
+        self.scaler = GradScaler(layout.device.type, enabled=precision == "fp16")
+        self._schedule = schedule_of(settings, 0, 0)
+
+    def load(self, group: dist.ProcessGroup | None) -> None:
+        """The weights of the checkpoint, or of --init-from. Collective over `group`, the side's ranks."""
+        path, init_from = self.subject.checkpoint, self.subject.settings.init_from
+        if path is None:
+            if init_from is not None:
+                with vote(group):
+                    load_hugging_face(Path(init_from), model=self.model, vocabulary_size=self.model.config.vocab_size)
+            return
+        if self.subject.has_record:
+            load_model_and_optimizer(path, model=self.model, optimizer=None, group=group)
+        else:
+            with vote(group):
+                load_single_file(path, model=self.model, vocabulary_size=self.subject.config.vocab_size)
+
+    def take_step(self, index: int, look: Callable[[], None]) -> StepOutcome:
+        """Step `index` (from 0). `look` is called when the gradients are as AdamW gets them, if it is asked at all."""
+        subject, settings = self.subject, self.subject.settings
+        blocks = subject.blocks[index]
+        share = blocks[self.layout.dp_rank :: self.layout.dp]
+        set_learning_rate(self.optimizer, self._schedule(index))
+        hook = self.optimizer.register_step_pre_hook(lambda *_: look())
+        try:
+            return optimizer_step(
+                self.model,
+                self.optimizer,
+                self.scaler,
+                share.to(self.layout.device),
+                accumulation=share.shape[0] // subject.micro_batch,
+                targets=counted_targets(blocks, settings.document_mask),
+                max_grad_norm=settings.max_grad_norm,
+                document_mask=settings.document_mask,
+                deterministic=settings.deterministic,
+            )
+        finally:
+            hook.remove()
+
+    def tensors(self, *, gradients: bool) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole value of each parameter, or of its gradient, one at a time. Collective."""
+        for name, parameter in self.model.named_parameters():
+            tensor = parameter.grad if gradients else parameter.detach()
+            assert isinstance(tensor, DTensor)
+            yield name, tensor.full_tensor()
+
+
+# ------------------------------------------------------------------------------------------------------ both sides
+
+
+def compare_sides(
+    subject: Subject,
+    layout: ParallelLayout,
+    alone: ParallelLayout,
+    precision: str,
+    tolerance: float,
+    *,
+    against: PrecisionParity | None = None,
+    keep: bool = False,
+) -> PrecisionParity:
+    """Take the subject's steps on both sides. Collective; what differs is known to the first rank.
+
+    Args:
+        alone: the mesh of the first rank (`first_rank_alone`).
+        against: the comparison in fp32, which kept its whole side; None where this is it.
+        keep: keep the whole side.
+
+    Raises:
+        UsageError: the sizes cannot be cut over these ranks, or the checkpoint does not fit them.
+        RunError: the first rank has not the memory for both sides.
+    """
+    parity, kept = PrecisionParity(precision, tolerance), WholeSide()
+    with vote():
+        cut = Side(subject, layout, precision)
+    cut.load(None)
+    whole = None
+    with vote(), _memory_told():
+        if layout.is_main:
+            whole = Side(subject, alone, precision)
+            whole.load(alone.tp_group)
+    for index in range(len(subject.blocks)):
+        first, expected = None, None
+        with vote(), _memory_told():
+            if whole is not None:
+                first, expected = _whole_step(whole, index)
+        rounding = None
+        if expected is not None:
+            if keep:
+                kept.gradients.append({name: value.cpu().clone() for name, value in expected.items()})
+            if against is not None and against.whole is not None and expected:
+                # Without those gradients fp32 was skipped there: nothing to measure this precision by.
+                fp32 = against.whole.gradients[index]
+                rounding = worst_of(differences(expected.items(), fp32)) if fp32 else None
+        second, found = _cut_step(cut, index, expected)
+        if first is not None:
+            parity.steps.append(_step_parity(index + 1, first, second, found, rounding))
+    _compare_parameters(parity, cut, whole, against)
+    if keep and whole is not None:
+        kept.parameters = {name: value.cpu() for name, value in whole.tensors(gradients=False)}
+        parity.whole = kept
+    return parity
+
+
+def _compare_parameters(
+    parity: PrecisionParity, cut: Side, whole: Side | None, against: PrecisionParity | None
+) -> None:
+    """Compare what the steps have made of the parameters. Collective."""
+    expected = dict(whole.tensors(gradients=False)) if whole is not None else None
+    found = differences(cut.tensors(gradients=False), expected)
+    if expected is None or all(all(step.skipped) for step in parity.steps):
+        return
+    parity.parameters = worst_of(found, at_least_average=True)
+    if against is not None and against.whole is not None:
+        parity.parameters_rounding = worst_of(
+            differences(expected.items(), against.whole.parameters), at_least_average=True
+        )
+
+
+def _whole_step(whole: Side, index: int) -> tuple[StepOutcome, dict[str, Tensor]]:
+    """A step and its gradients, as AdamW got them; none where it was not asked to take it."""
+    gradients: dict[str, Tensor] = {}
+    # The tensors themselves, which the step lets go of: on a mesh of one nothing is gathered or copied.
+    outcome = whole.take_step(index, lambda: gradients.update(whole.tensors(gradients=True)))
+    return outcome, gradients
+
+
+def _cut_step(cut: Side, index: int, expected: Mapping[str, Tensor] | None) -> tuple[StepOutcome, dict[str, Norms]]:
+    """A step, and what its gradients differ by from those expected. Collective."""
+    found: dict[str, Norms] = {}
+    outcome = cut.take_step(index, lambda: found.update(differences(cut.tensors(gradients=True), expected)))
+    return outcome, found
+
+
+def _step_parity(
+    step: int,
+    whole: StepOutcome,
+    cut: StepOutcome,
+    found: Mapping[str, Norms],
+    rounding: Difference | None,
+) -> StepParity:
+    losses, norms = (float(whole.loss), float(cut.loss)), (float(whole.grad_norm), float(cut.grad_norm))
+    skipped = bool(whole.skipped), bool(cut.skipped)
+    return StepParity(step, losses, norms, skipped, None if all(skipped) or not found else worst_of(found), rounding)
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            "out of memory with the whole model beside the first rank's share of it; compare a model of fewer layers, "
+            "or a smaller --block-size or --initial-batch-size: what is compared is the same in every layer"
+        ) from error
