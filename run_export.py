@@ -1,7 +1,8 @@
 """Exporting a checkpoint: a Hugging Face folder or one `.pth` file, shown to be the same model before it has its name.
 
 1. The model is read, at any number of ranks, and its logits on real text are kept.
-2. Weights, config, generation config, tokenizer and model card are written beside the place they are to have.
+2. Weights, `config.json`, `generation_config.json`, tokenizer and model card are written beside the place they are to
+   have.
 3. The model is let go; `transformers` reads what was written and computes the same logits. Where they differ nothing is
    left. A .pth file is read back and compared to the bit.
 """
