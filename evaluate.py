@@ -65,8 +65,8 @@ def score_texts(
     corpora: Sequence[CorpusPattern],
 ) -> list[Score]:
     """Each corpus's score, printed as it comes. Collective."""
-    from run_assembly import DTYPES
     from run_evaluation import score
+    from run_model import DTYPES
 
     if not corpora:
         return []

@@ -24,7 +24,7 @@ from colonnade.checkpoint.single_file import load_single_file
 from colonnade.data.blocks import counted_targets
 from colonnade.errors import RunError
 from colonnade.model_config import ModelConfig
-from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits, set_learning_rate
+from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.schedule import schedule_of
 from colonnade.optim.step import StepOutcome, optimizer_step
 from colonnade.parallel.mesh import ParallelLayout
@@ -32,9 +32,7 @@ from colonnade.parallel.vote import vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
 from colonnade.tuning.memory import is_out_of_memory
-from model import TensorParallelModel
-from run_assembly import DTYPES
-from run_inputs import is_compiled
+from run_model import build_model, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -161,20 +159,8 @@ class Side:
     def __init__(self, subject: Subject, layout: ParallelLayout, precision: str) -> None:
         settings = subject.settings
         self.subject, self.layout = subject, layout
-        self.model = TensorParallelModel(
-            subject.config,
-            layout,
-            seed=settings.seed,
-            slices=settings.tensor_slices,
-            replicate_embeddings=settings.replicate_embeddings,
-            compute_dtype=DTYPES[precision],
-            gradient_checkpointing=not settings.disable_gradient_checkpointing,
-            compiled=is_compiled(settings, layout),
-        )
-        keeps_bits = fused_keeps_bits(self.model.parameters(), [count for _, count in self.model.pieces])
-        fused = not settings.deterministic or keeps_bits
-        self.optimizer = create_optimizer(self.model, settings, layout, fused=fused)
-        allocate_state(self.optimizer)
+        self.model = build_model(settings, subject.config, layout, precision)
+        self.optimizer = build_optimizer(self.model, settings, layout)
         self.scaler = GradScaler(layout.device.type, enabled=precision == "fp16")
         self._schedule = schedule_of(settings, 0, 0)
 

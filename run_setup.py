@@ -31,7 +31,7 @@ from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.tracking import require_sinks
-from run_assembly import Origin, assemble
+from run_assembly import assemble
 from run_data import resolve_data, weight_changes
 from run_inputs import (
     arithmetic_changes,
@@ -52,6 +52,7 @@ from run_inputs import (
     resolve_model_settings,
     with_preset,
 )
+from run_model import Origin
 from run_state import HANGS_NAME, Run
 
 # ------------------------------------------------------------------------------------------------ the two ways in

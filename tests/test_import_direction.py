@@ -38,7 +38,7 @@ ROOT_LEVELS = (
     ("run_checks", "run_data", "run_end", "run_measurements"),
     ("training_utils",),
     ("run_inputs",),
-    ("run_report", "trained_model"),
+    ("run_batch", "run_model", "run_report", "trained_model"),
     ("run_assembly", "run_card"),
     ("run_evaluation", "run_export", "run_parity", "run_setup", "run_tasks"),
 )

@@ -18,7 +18,7 @@ from distributed.test_bits import STEPS, differing
 from distributed.test_parity import CONFIG, is_vocabulary
 from distributed.workers import captured_graphs, deterministic_steps, packed_step
 from model import TensorParallelModel
-from run_assembly import _probe_seconds
+from run_batch import _probe_seconds
 from run_measurements import validate
 from run_state import Validation
 

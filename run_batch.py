@@ -1,0 +1,87 @@
+"""The micro-batch of a run on these ranks: as its settings fix it, as it was found before, or as trials find it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.run_settings import RunSettings
+from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
+from colonnade.tuning.memory import trial_runner
+from model import TensorParallelModel
+from run_inputs import is_compiled
+
+
+def tune_batch(
+    model: TensorParallelModel,
+    settings: RunSettings,
+    layout: ParallelLayout,
+    global_batch: int | None,
+    micro_batch: int | None,
+) -> tuple[TunedMicroBatch, dict[str, Any]]:
+    """The micro-batch for these ranks, and what it depends on. `global_batch` None: it follows from the answer."""
+    if micro_batch is not None and global_batch is not None:
+        plan = plan_search(micro_batch, chunks_per_rank=global_batch // layout.dp)
+        return TunedMicroBatch(micro_batch, global_batch // layout.dp // micro_batch, (), plan), {}
+    initial = None if settings.initial_batch_size == "auto" else int(settings.initial_batch_size)
+    if global_batch is None:
+        plan = plan_search(initial, gradient_accumulation_steps=settings.gradient_accumulation_steps)
+    else:
+        plan = plan_search(initial, chunks_per_rank=global_batch // layout.dp)
+    on_cuda = layout.device.type == "cuda"
+    depends_on = {
+        "device": torch.cuda.get_device_name(layout.device) if on_cuda else "cpu",
+        "device_bytes": torch.cuda.mem_get_info(layout.device)[1] if on_cuda else None,
+        "memory_limit_gib": settings.memory_limit_gib,
+        "model": model.config.to_dict(),
+        "block_size": settings.block_size,
+        "tp": layout.tp,
+        "dp": layout.dp,
+        "precision": settings.precision,
+        "compile": is_compiled(settings, layout),
+        "gradient_checkpointing": not settings.disable_gradient_checkpointing,
+        "replicate_embeddings": settings.replicate_embeddings,
+        "document_mask": settings.document_mask,
+        "tensor_slices": settings.tensor_slices,
+        "torch": torch.__version__,
+    }
+    if settings.optimizer != "adamw":  # answers on record from before there was a choice stay valid
+        depends_on["optimizer"] = settings.optimizer
+
+    def probe(size: int) -> float:
+        warm = on_cuda or is_compiled(settings, layout)
+        return _probe_seconds(model, size, settings.block_size or 0, warm=warm, document_mask=settings.document_mask)
+
+    tuned = tune_micro_batch(
+        plan,
+        trial_runner(layout.device, probe, settings.memory_limit_gib),
+        agree_over_group(None, "cpu"),
+        directory=Path(settings.checkpoint_dir),
+        depends_on=depends_on,
+        is_writer=layout.is_main,
+    )
+    return tuned, depends_on
+
+
+def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: bool, document_mask: bool) -> float:
+    """Time of a forward and backward pass of this rank's share alone, at a micro-batch of `size`.
+
+    With `document_mask` each block is one document: there is no larger one, and none costs more.
+    """
+    device = model.layout.device
+    tokens = torch.zeros((size, block), dtype=torch.int64, device=device)
+    starts = torch.zeros_like(tokens, dtype=torch.bool) if document_mask else None
+    begin = 0.0
+    with model.group.collectives_as_identity():
+        # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second pass.
+        for _ in range(2 if warm else 1):
+            begin = time.perf_counter()
+            model(tokens, tokens, starts).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - begin

@@ -1,0 +1,150 @@
+"""What a run trains: model and optimizer, built from its settings, fresh or as a checkpoint has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from colonnade.checkpoint.hugging_face import load_hugging_face
+from colonnade.checkpoint.load import load_model_and_optimizer
+from colonnade.checkpoint.single_file import load_single_file
+from colonnade.errors import RunError, UsageError
+from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.vote import one_line, vote
+from colonnade.run_settings import RunSettings
+from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
+from model import ModelConfig, TensorParallelModel
+from run_inputs import is_compiled
+from run_state import restore_rng
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from; everything empty for a fresh one.
+
+    Attributes:
+        global_batch: None: from the settings.
+        began_at: the step at which the run was last changed; None: as the record says.
+        libraries: versions that the checkpoint was written with.
+        actions: what this start changes, for its report.
+        damaged: newer checkpoints that were passed over.
+    """
+
+    path: Path | None = None
+    record: Mapping[str, Any] | None = None
+    step: int = 0
+    keep_optimizer: bool = False
+    rewarmup_steps: int = 0
+    global_batch: int | None = None
+    began_at: int | None = None
+    allow_data_change: bool = False
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    actions: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+
+
+def build_model(
+    settings: RunSettings, config: ModelConfig, layout: ParallelLayout, precision: str
+) -> TensorParallelModel:
+    """The model of a run, with the initial weights of its seed."""
+    return TensorParallelModel(
+        config,
+        layout,
+        seed=settings.seed,
+        slices=settings.tensor_slices,
+        replicate_embeddings=settings.replicate_embeddings,
+        compute_dtype=DTYPES[precision],
+        gradient_checkpointing=not settings.disable_gradient_checkpointing,
+        compiled=is_compiled(settings, layout),
+    )
+
+
+def build_optimizer(model: TensorParallelModel, settings: RunSettings, layout: ParallelLayout) -> torch.optim.Optimizer:
+    """The optimizer of a run, with its state in memory."""
+    keeps_bits = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
+    optimizer = create_optimizer(model, settings, layout, fused=not settings.deterministic or keeps_bits)
+    allocate_state(optimizer)
+    return optimizer
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run trains, as it was restored, and the optimizer steps that this took."""
+
+    model: TensorParallelModel
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    step: int
+
+
+def build_state(
+    settings: RunSettings, config: ModelConfig, layout: ParallelLayout, origin: Origin, *, compares: bool
+) -> State:
+    """Model, optimizer and loss scale, restored. `compares`: refuse tensors that the manifest does not tell of."""
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, config, layout, settings.precision)
+    optimizer = build_optimizer(model, settings, layout)
+    scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
+    step = _restore(origin, model, optimizer, scaler, settings.init_from)
+    if compares:  # an audit compares by itself, and names the tensor
+        _require_fingerprint(origin, model, optimizer)
+    return State(model, optimizer, scaler, step)
+
+
+def _restore(
+    origin: Origin,
+    model: TensorParallelModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    init_from: str | None,
+) -> int:
+    """Load what the origin holds, or a fresh run's first weights; returns the optimizer steps taken so far."""
+    if origin.path is None:
+        if init_from is not None:
+            with vote():
+                load_hugging_face(Path(init_from), model=model, vocabulary_size=model.config.vocab_size)
+        return 0
+    record, path = origin.record, origin.path
+    if not record:
+        with vote():
+            info = load_single_file(path, model=model, vocabulary_size=model.config.vocab_size)
+            if info.step is not None and info.step < 0:
+                raise UsageError(f"{path} says it is at step {info.step}; a step is at least 0")
+        return info.step or origin.step
+    try:
+        load_model_and_optimizer(path, model=model, optimizer=optimizer if origin.keep_optimizer else None)
+    except RunError as error:  # on all ranks
+        raise UsageError(f"{error}; use another checkpoint") from error
+    with vote():
+        try:
+            if origin.keep_optimizer and record.get("scaler") and scaler.is_enabled():
+                scaler.load_state_dict(record["scaler"])
+            restore_rng(record["rng"], model.layout.device)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(f"{path}: its loss scale or random state is damaged ({one_line(error)})") from error
+    return origin.step
+
+
+def _require_fingerprint(origin: Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a checkpoint whose tensors, as they were restored, are not those its manifest tells of."""
+    record = origin.record or {}
+    if record.get("fingerprint") is None:
+        return
+    found = fingerprint_of(model, optimizer if origin.keep_optimizer else None)
+    found.require_equal_copies(origin.step)
+    for key, what in zip(FINGERPRINT_KEYS, ("parameters", "optimizer's moments"), strict=True):
+        if key == "moments_fingerprint" and not origin.keep_optimizer:
+            continue
+        if record[key] not in (None, found.columns()[key]):
+            raise UsageError(
+                f"{origin.path} is damaged: its {what} do not have the fingerprint that its manifest records; use "
+                "another checkpoint (move this one away: the newest is taken)"
+            )
