@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked_commands
 from data_helpers import stdlib_texts, tiny_tokenizer, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -67,7 +68,10 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120.0
 
 
 def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0) -> str:
-    return finish(start(script, flags, ranks), code)
+    """Run a command to its end, forked instead of started by torchrun; what rank 0 printed, its errors last."""
+    outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks, seconds=120)
+    assert outcomes[0].code == code, outcomes
+    return outcomes[0].output + outcomes[0].errors
 
 
 def losses(directory: Path) -> dict[int, float]:
