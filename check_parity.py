@@ -263,7 +263,10 @@ def conclude(
             "problems": problems,
             "precisions": [each.to_dict() for each in done],
         }
-        Path(parity.json).write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            Path(parity.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"--json {parity.json} cannot be written: {error.strerror or error}") from error
     if problems:
         return "; ".join(problems)
     bits = " to the bit" if all(each.tolerance == 0 for each in done) else ""

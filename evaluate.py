@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colonnade.command_settings import EvaluationSettings
-from colonnade.errors import UsageError
+from colonnade.errors import RunError, UsageError
 from colonnade.flags import parse_evaluation
 from colonnade.parallel.launch import launch
 
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UsageError("--tasks: lm-eval runs the exported model in one process; start it without torchrun")
         manager = prepare_tasks(settings)
     layout = init_parallel(settings.tensor_parallel_size)
+    on_first_rank(lambda: require_writable_report(settings.json))
     trained = open_trained(
         Path(settings.checkpoint_path),
         tokenizer_path=settings.tokenizer_path,
@@ -143,6 +144,12 @@ def line(score: Score) -> str:
     return row
 
 
+def require_writable_report(path: str | None) -> None:
+    """Refuse a --json that could not be written when all is scored. Raises UsageError."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise UsageError(f"--json {path} cannot be a file: give one in a folder that exists")
+
+
 def write_report(
     settings: EvaluationSettings, trained: TrainedModel, plan: Plan, scores: list[Score], results: dict[str, Any]
 ) -> None:
@@ -159,7 +166,10 @@ def write_report(
         "data": [score.to_dict() for score in scores],
         "tasks": results,
     }
-    Path(settings.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--json {settings.json} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

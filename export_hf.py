@@ -72,7 +72,8 @@ def _read_text(path: Path) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="export_hf.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint-path", required=True, metavar="PATH", help="a run's folder, one checkpoint, or a .pth file")
+    text = "a run's folder, one checkpoint, a .pth file, or wandb:entity/project/name:version"
+    add("--checkpoint-path", required=True, metavar="PATH", help=text)
     add("--output", required=True, metavar="PATH", help="the folder to make, or a file whose name ends in .pth")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32: exact)")
     text = "largest file of weights (default 5GB); so much is held beside the model"

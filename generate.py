@@ -184,7 +184,8 @@ def _require_new(path: Path) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="generate.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint-path", required=True, metavar="PATH", help="a run's folder, one checkpoint, or a .pth file")
+    text = "a run's folder, one checkpoint, a .pth file, or wandb:entity/project/name:version"
+    add("--checkpoint-path", required=True, metavar="PATH", help=text)
     add("--prompt", metavar="TEXT", help="text to continue; it appears as it is sampled")
     add("--prompts-file", metavar="FILE", help="prompts to continue: one a line, or in a .jsonl file one object a line")
     add("--output", metavar="FILE", help="write prompts and continuations as JSON lines too")

@@ -44,7 +44,11 @@ class ParitySettings:
 class EvaluationSettings:
     """What `evaluate.py` is told."""
 
-    checkpoint_path: str = setting("", "model", "a run's folder, one of its checkpoints, or a .pth file; required")
+    checkpoint_path: str = setting(
+        "",
+        "model",
+        "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required",
+    )
     preset: str | None = setting(None, "model", "sizes of a .pth file, by name", unit="NAME")
     model_config: str | None = setting(None, "model", "sizes of a .pth file, as a config.json", unit="PATH")
     tokenizer_path: str | None = setting(None, "model", "where the run's tokenizer is now, if it was moved")
