@@ -16,7 +16,7 @@ from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import init_parallel
 from dense_reference import assert_gradients_equal, relative_error
-from distributed.workers import imported_loss_and_gradients
+from distributed.workers import elements_read, imported_loss_and_gradients
 from foreign_models import FAMILIES, LLAMA3_SCALING, save_foreign_model
 from model import ModelConfig, TensorParallelModel
 
@@ -48,6 +48,14 @@ def test_fixed_slices_give_the_same_bits(rank_pool: Any, tmp_path: Path, family:
         assert torch.equal(actual["loss"], expected["loss"]), f"tp {tp}"
         for name, value in expected["gradients"].items():
             assert torch.equal(actual["gradients"][name], value), f"{name} at tp {tp}"
+
+
+def test_a_rank_reads_only_its_part(rank_pool: Any, tmp_path: Path) -> None:
+    theirs = save_foreign_model(tmp_path, "llama", vocab_size=256, num_key_value_heads=4)
+    whole = sum(parameter.numel() for parameter in theirs.parameters())
+    for read, held in rank_pool.run(4, elements_read, tmp_path, 4):
+        assert read == held
+        assert read < 0.26 * whole
 
 
 @pytest.fixture

@@ -408,3 +408,31 @@ def generated(
     load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
     steps = generate_tokens(model, prompts, count, sampling, ())
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+def elements_read(folder: Path, tp: int) -> tuple[int, int]:
+    """Elements that a rank reads of a Hugging Face folder's weights, and those that its parameters hold."""
+    from colonnade.checkpoint import hugging_face
+
+    config = ModelConfig.from_json(folder)
+    _, model = build(config, tp)
+    read = 0
+
+    class Counting:
+        def __init__(self, part: Any) -> None:
+            self._part = part
+            self.get_shape = part.get_shape
+
+        def __getitem__(self, places: Any) -> Tensor:
+            nonlocal read
+            found = self._part[places]
+            read += found.numel()
+            return found
+
+    copy = hugging_face.copy_part
+    setattr(hugging_face, "copy_part", lambda source, parameter: copy(Counting(source), parameter))  # noqa: B010
+    try:
+        load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
+    finally:
+        setattr(hugging_face, "copy_part", copy)  # noqa: B010
+    return read, sum(local_part(parameter).numel() for parameter in model.parameters())
