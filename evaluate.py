@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.mesh import init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank, vote
-    from run_evaluation import corpora_of, plan_of
+    from run_evaluation import corpora_of, plan_of, require_readable
     from trained_model import open_trained
 
     manager = None
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     with vote():
         plan = plan_of(settings, trained)
         corpora = () if settings.data_glob is None else corpora_of(settings.data_glob)
+    on_first_rank(lambda: require_readable(corpora, plan))
     scores = score_texts(settings, trained, layout, plan, corpora)
     results = {} if manager is None else score_tasks(settings, trained, layout, plan, manager)
     on_first_rank(lambda: write_report(settings, trained, plan, scores, results))

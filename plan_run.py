@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from colonnade.command_settings import PlanSettings
-from colonnade.config import check_settings, complete_settings, override
+from colonnade.config import check_settings, complete_settings, load_preset, override
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
 from colonnade.flags import PLANNED, parse_plan
@@ -69,7 +69,8 @@ def _model(asked: PlanSettings, settings: RunSettings) -> ModelConfig:
     entries = asked.vocab_size
     if settings.tokenizer_path is not None:
         entries = vocabulary_size(run_tokenizer(settings))
-    if entries is None and settings.preset is not None:
+    has_own = settings.preset is not None and "vocab_size" in load_preset(settings.preset)[0]
+    if entries is None and settings.preset is not None and not has_own:
         raise UsageError(
             f"--preset {settings.preset} takes its vocabulary from the tokenizer: give --tokenizer-path or --vocab-size"
         )
@@ -120,7 +121,7 @@ def _counts(config: ModelConfig) -> dict[str, Any]:
 
 def _print_plan(config: ModelConfig, plan: Plan, output: Path | None) -> None:
     memory, placement = plan.memory, plan.placement
-    of_limit = "" if plan.memory_limit is None else f" of {plan.memory_limit / GIB:.2f}"
+    of_limit = "" if plan.memory_limit is None else f" of {_amount(plan.memory_limit)}"
     kinds = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
@@ -135,8 +136,8 @@ def _print_plan(config: ModelConfig, plan: Plan, output: Path | None) -> None:
         f"dp {plan.dp}, blocks of {plan.block_size:,}",
         "steps": f"{plan.steps:,}, the first {plan.warmup_steps:,} of them warm-up",
         "ranks": f"{plan.gpus}: tp {placement.tp} x dp {plan.dp}, {placement.precision}, {placement.optimizer}",
-        "memory a rank": f"{memory.total / GIB:.2f}{of_limit} GiB: "
-        + ", ".join(f"{name} {size / GIB:.2f}" for name, size in kinds.items()),
+        "memory a rank": f"{_amount(memory.total)}{of_limit}: "
+        + ", ".join(f"{name} {_amount(size)}" for name, size in kinds.items()),
         "FLOPs": f"{plan.flops:.3g}",
         "time": "not known" if plan.seconds is None else _duration(plan.seconds),
     }
@@ -147,6 +148,10 @@ def _print_plan(config: ModelConfig, plan: Plan, output: Path | None) -> None:
         print(f"  {assumption}")
     if output is not None:
         print(f"written to {output}: {_command(plan, output)}")
+
+
+def _amount(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:
@@ -192,8 +197,9 @@ def _print_parameters(config: ModelConfig, *, as_json: bool) -> None:
         print(f"{row.name:<{width}}  {shape:>15}  {row.times:>5}  {row.parameters:>15,}  {share:>6.1%}")
     for name, count in (("all", whole), ("without embeddings", config.num_parameters_without_embeddings)):
         print(f"{name:<{width}}  {'':>15}  {'':>5}  {count:>15,}  {count / whole:>6.1%}")
-    if config.tie_word_embeddings:
-        print("the head is the embedding")
+    print(
+        f"a vocabulary of {config.vocab_size:,}" + ("; the head is the embedding" if config.tie_word_embeddings else "")
+    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,11 @@ def _results(trained: TrainedModel) -> dict[str, Any]:
             for key, label in (("loss", "training loss"), ("validation_loss", "held-out loss")):
                 if row.get(key) is not None:
                     results[label] = row[key]
-    return {key: f"{value:.4f}" for key, value in results.items() if value is not None}
+    blocks, chunks = trained.settings.block_size, trained.settings.validation_chunks
+    held_out = {f"held-out loss of the first {chunks} blocks of {blocks} tokens": results.pop("held-out loss", None)}
+    if chunks == 0:
+        held_out = {"held-out loss": next(iter(held_out.values()))}
+    return {key: f"{value:.4f}" for key, value in {**results, **held_out}.items() if value is not None}
 
 
 def _training(trained: TrainedModel) -> dict[str, Any]:
@@ -92,5 +96,6 @@ def _training(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {value} |" for key, value in values.items() if value is not None]
+    shown = {key: f"{value:.6g}" if type(value) is float else value for key, value in values.items()}
+    rows = [f"| {key} | {value} |" for key, value in shown.items() if value is not None]
     return "\n".join(["| | |", "| --- | --- |", *rows])

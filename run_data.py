@@ -15,6 +15,7 @@ from colonnade.data.position import DataPosition
 from colonnade.data.shards import BadShardError, Shard, Units, open_shard
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
+from colonnade.model_config import VOCAB_MULTIPLE
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.parallel.vote import one_line
@@ -47,6 +48,9 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
     if settings.init_from is not None and not Path(settings.init_from, "config.json").is_file():
         raise UsageError(f"--init-from {settings.init_from} holds no config.json; give a Hugging Face folder")
+    for flag, source in (("--model-config", settings.model_config), ("--init-from", settings.init_from)):
+        if source is not None:  # a model that is refused is refused before a corpus is made
+            ModelConfig.from_json(source, vocab_size=VOCAB_MULTIPLE, flag=flag)
     if settings.data_glob is not None:
         _require_shards("--data-glob", settings.data_glob)
     elif shards := find_default_shards():

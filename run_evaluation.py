@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -116,6 +116,19 @@ def corpora_of(data_glob: str) -> tuple[CorpusPattern, ...]:
     """The corpora of a --data-glob: as for training, where a weight may be left out, since it says nothing here."""
     parts = [part.strip() for part in data_glob.split(",")]
     return parse_data_glob(",".join(f"{part}:1" if _NAME_ONLY.fullmatch(part) else part for part in parts))
+
+
+def require_readable(corpora: Sequence[CorpusPattern], plan: Plan) -> None:
+    """Open the footers of all files, before a model is read.
+
+    Raises:
+        UsageError: no file is there, one has no such column, or holds token ids.
+        RunError: one is damaged.
+    """
+    for corpus in corpora:
+        for shard in open_shards(discover_shards(corpus.pattern), plan.text_column):
+            if shard.layout == "tokens":
+                raise UsageError(f"{shard.path} holds token ids: bits a byte need text; give the text they come from")
 
 
 def score(model: TensorParallelModel, trained: TrainedModel, corpus: CorpusPattern, plan: Plan) -> Score:

@@ -58,10 +58,7 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         UsageError: there is no preset of that name (the nearest one is named), or its file has other sections.
     """
     if name not in preset_names():
-        near = nearest(name, preset_names())
-        raise UsageError(
-            f"--preset {brief.repr(name)} does not exist; the nearest is {near!r} (all: {', '.join(preset_names())})"
-        )
+        raise UsageError(f"--preset {brief.repr(name)} does not exist; there are {', '.join(preset_names())}")
     path = PRESET_FOLDER / f"{name}.yaml"
     values = read_yaml(path, "--preset")
     model, training = values.pop("model", None), values.pop("training", {})

@@ -49,6 +49,7 @@ def test_an_exported_folder_holds_the_weights_it_came_from(layout: Any, tmp_path
     trained, weights = opened(tmp_path, family)
     said = export_checkpoint(trained, layout, tmp_path / "out", text=TEXT)
     assert "tokens of the text given" in said
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, "all are as readable"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.config.model_type == trained.config.model_type
     found = theirs.state_dict()

@@ -118,8 +118,8 @@ def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     query = ["model.layers.*.self_attn.q_proj.weight", "3072", "x", "3072", "20", "188,743,680", "6.5%"]
     assert lines[2].split() == query
-    assert lines[-2].split()[:2] == ["all", f"{answer['parameters']:,}"]
-    assert lines[-1].split()[-2] == f"{answer['parameters_without_embeddings']:,}"
+    assert lines[-3].split()[:2] == ["all", f"{answer['parameters']:,}"]
+    assert lines[-2].split()[-2] == f"{answer['parameters_without_embeddings']:,}"
     assert not Path("run.yaml").exists()
 
 
@@ -177,3 +177,11 @@ def test_a_file_is_not_replaced_unless_told(capsys: pytest.CaptureFixture[str]) 
     assert yaml.safe_load(Path("run.yaml").read_text())["preset"] == "tiny"
     with pytest.raises(UsageError, match="cannot be written"):
         plan_run.main([*tiny, "--output", "nowhere/run.yaml"])
+
+
+@pytest.mark.parametrize(("name", "entries"), [("ernie-0.3b", 103_424), ("llama3-8b", 128_256)])
+def test_a_preset_with_a_vocabulary_of_its_own_needs_no_other(
+    name: str, entries: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned(capsys, "--preset", name, "--count-parameters")["vocab_size"] == entries
+    assert planned(capsys, "--preset", name, "--gpus", "8", "--gpu", "H200", "--no-write")["vocab_size"] == entries

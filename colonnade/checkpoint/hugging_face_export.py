@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -100,8 +101,16 @@ def write_weights(
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} cannot be written: {one_line(error)[:200]}") from error
+
+
+def _umask() -> int:
+    """What the process takes from the permissions of new files: it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write_text(file: Path, text: str) -> None:

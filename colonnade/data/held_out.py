@@ -20,7 +20,7 @@ from colonnade.data.flat_ids import to_lists
 from colonnade.data.text_filter import judge
 from colonnade.data.tokenization import DEFAULT_BATCH_ROWS, Encoder
 from colonnade.data.unit_reader import UnitReader
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import RunError
 
 # Lines of one document are encoded together up to this much text: tokens that would join two pieces are rare.
 PIECE_BYTES = 1 << 16
@@ -70,14 +70,11 @@ def texts_of(shards: Sequence[Shard], text_column: str, *, concatenate: bool, ta
     A line that does not end in a newline is given one, an empty one too. Text files are their own lines already.
 
     Raises:
-        UsageError: a shard of token ids, which has no text.
         RunError: a damaged shard: what is left of it is not what was to be measured.
     """
     reader = UnitReader(text_column)
     try:
         for shard in shards:
-            if shard.layout == "tokens":
-                raise UsageError(f"{shard.path} holds token ids: bits a byte need text; give the text they come from")
             rows = _rows(reader, shard, keep_empty=concatenate, tally=tally)
             if concatenate:
                 yield from _joined(rows if shard.layout == "text" else map(_as_line, rows))

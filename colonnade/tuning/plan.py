@@ -234,7 +234,11 @@ def _assumptions(
     kept = "one layer at a time computed again" if placement.gradient_checkpointing else "all activations kept"
     yield f"memory: tensors of eager {placement.precision} steps, {kept}; without caches of allocator and libraries"
     if asked.gpu is not None:
-        yield f"memory: {SAFETY_MARGIN:.0%} of the device is left free; compiled segments may need less"
+        size = (device_memory(asked.gpu) or 0) / 2**30
+        yield (
+            f"memory: {asked.gpu} has {size:g} GiB, of which {SAFETY_MARGIN:.0%} are left free; compiled segments may "
+            "need less"
+        )
     yield "FLOPs: 6 for each weight and token, attention in full, nothing for what is computed again"
     if peak is not None:
         yield (
