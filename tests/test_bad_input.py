@@ -108,6 +108,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "tokenizer", folder / name)
         (folder / name / file).write_text(content)
     (folder / "nothing").mkdir()
+    (folder / "weights").mkdir()
+    (folder / "weights" / "config.json").write_text(json.dumps(MODEL))
     (folder / "file").write_text("text")
     (folder / "dangling").symlink_to(folder / "nowhere" / "at all")
     for name, changes in MODELS.items():
@@ -399,6 +401,7 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "learning_rate": (1e-4, "learning_rate 0.0003 -> 0.0001"),
     "min_learning_rate": (1e-6, "min_learning_rate 2.9999999999999997e-05 -> 1e-06"),
     "schedule": ("wsd", "schedule cosine -> wsd"),
+    "init_from": ("{}/weights", "init_from None -> "),
     "schedule_steps": (9, "schedule_steps None -> 9"),
     "optimizer": ("muon", "optimizer adamw -> muon"),
     "warmup_steps": (3, "warmup_steps 1 -> 3"),

@@ -108,7 +108,7 @@ def _match(
             )
         earlier = sources.setdefault(target, tensor)
         if earlier is not tensor and not torch.equal(earlier, tensor):
-            raise UsageError(f"{path}: {name!r} differs from {target!r}, with which this model ties it")
+            raise UsageError(f"{path}: {name!r} differs from {target!r}, with which this model ties it; {_REMEDY}")
     for name, parameter in parameters.items():
         source = sources.get(name)
         if source is None:

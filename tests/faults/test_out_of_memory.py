@@ -65,6 +65,7 @@ def test_out_of_memory_on_one_rank_ends_all_and_the_same_command_goes_on(flags, 
     assert losses(directory) == {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()}
 
 
+@pytest.mark.slow
 def test_max_restarts_of_torchrun_goes_on_by_itself(flags, tmp_path):
     """The restarted ranks find the smaller size and the last checkpoint."""
     driver = tmp_path / "driver.py"

@@ -155,6 +155,7 @@ def restarting(script: str, fault: str, flags: list[str], folder: Path) -> str:
     return finish(start_torchrun(str(driver), [], command_line=line))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_when_a_rank_aborts_at_its_exit(
     flags: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_finished_run_is_not_trained_again_when_a_rank_aborts_at_its_exit(
     assert_same_end(directory, undisturbed, STEPS, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_restarted_resume_goes_on_and_does_not_warm_up_once_more(
     flags: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
