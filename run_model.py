@@ -62,7 +62,7 @@ def build_model(
         slices=settings.tensor_slices,
         replicate_embeddings=settings.replicate_embeddings,
         compute_dtype=DTYPES[precision],
-        gradient_checkpointing=not settings.disable_gradient_checkpointing,
+        activation_checkpointing="none" if settings.disable_gradient_checkpointing else "full",
         compiled=is_compiled(settings, layout),
     )
 

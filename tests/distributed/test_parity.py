@@ -70,11 +70,11 @@ def test_step_equals_dense(rank_pool, tp, variant, dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        {"gradient_checkpointing": True},
+        {"activation_checkpointing": "full"},
         {"replicate_embeddings": True},
         {"slices": 8},
         {"compiled": True},
-        {"compiled": True, "gradient_checkpointing": True, "slices": 8},
+        {"compiled": True, "activation_checkpointing": "full", "slices": 8},
     ],
     ids=lambda options: "+".join(options),
 )
