@@ -154,14 +154,16 @@ class PlainDecoder(nn.Module):
                 nn.init.normal_(parameter, std=config.initializer_range)
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
         angles = torch.outer(torch.arange(config.max_position_embeddings), config.rope_theta**-exponents).repeat(1, 2)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
-        block = input_ids.shape[1]
+        cos, sin = (table[: input_ids.shape[1]] for table in (self.cos, self.sin))
         for layer in self.layers:
-            x = layer(x, self.cos[:block], self.sin[:block])
+            x = layer(x, cos, sin)
         return self.lm_head(self.norm(x))
 
 
@@ -169,7 +171,7 @@ class PlainDecoder(nn.Module):
 
 
 def torch_plan(work: Work, mesh: DeviceMesh, device: torch.device) -> Contender:
-    """torch's own tensor parallelism: `PlainDecoder` under `parallelize_module`, loss and backward in `loss_parallel`."""
+    """torch's own tensor parallelism: `PlainDecoder` under `parallelize_module`, with `loss_parallel`."""
     model = parallelized(PlainDecoder(work.config).to(device), mesh)
     return contender(model, plan_loss(model, work, device))
 
