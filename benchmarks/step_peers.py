@@ -257,8 +257,13 @@ def predecessor(work: Work, ranks: int, device: torch.device) -> Contender:
     ever is: each rank trains on gradients of its own paths alone. Each clips by the norm of what it holds. So the
     gradients are wrong by design, which is why it was succeeded; its speed is what this measures.
     """
-    model = PlainDecoder(work.config, ranks, _ForwardSum.apply).to(device)
+    model = predecessor_model(work.config, ranks).to(device)
     return contender(model, dense_loss(model, work, device))
+
+
+def predecessor_model(config: ModelConfig, ranks: int) -> PlainDecoder:
+    """A rank's part of `predecessor`: heads and channels of its own, embedding and head whole."""
+    return PlainDecoder(config, ranks, _ForwardSum.apply)
 
 
 def dense_loss(model: nn.Module, work: Work, device: torch.device) -> Callable[[], Tensor]:
@@ -278,11 +283,21 @@ def dense_loss(model: nn.Module, work: Work, device: torch.device) -> Callable[[
 
 def llama(work: Work, device: torch.device) -> Contender:
     """`transformers`' LlamaForCausalLM with scaled dot-product attention on one process; it computes its own loss."""
+    model = llama_model(work.config).to(device)
+    return contender(model, llama_loss(model, work, device), alone=True)
+
+
+def llama_model(config: ModelConfig) -> nn.Module:
+    """A fresh LlamaForCausalLM of these sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = work.config.to_dict()
-    model: Any = LlamaForCausalLM._from_config(LlamaConfig(**sizes, use_cache=False), attn_implementation="sdpa")
-    model = model.to(device)
+    sizes: Any = {**config.to_dict(), "use_cache": False}
+    model: nn.Module = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="sdpa")
+    return model
+
+
+def llama_loss(model: Any, work: Work, device: torch.device) -> Callable[[], Tensor]:
+    """Forward and backward of a LlamaForCausalLM, which is given labels."""
     share = work.share(device)
     ids, labels = share[:, :-1].contiguous(), share[:, 1:].contiguous()
 
@@ -291,6 +306,7 @@ def llama(work: Work, device: torch.device) -> Contender:
             # Labels that stand in their places already: all tokens count, as they do for the others.
             value = model(input_ids=ids, labels=labels, shift_labels=labels).loss
         value.backward()
-        return value.detach()
+        found: Tensor = value.detach()
+        return found
 
-    return contender(model, loss, alone=True)
+    return loss

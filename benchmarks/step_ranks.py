@@ -125,7 +125,7 @@ def _absent() -> Contender:
 
 def _take_turns(contenders: dict[str, Contender], rounds: int, device: torch.device) -> dict[str, Measured]:
     losses = {name: float(_step(contender)) for name, contender in contenders.items()}
-    memory = {name: 0 if name.startswith(MATMUL) else _memory(one, device) for name, one in contenders.items()}
+    memory = {name: 0 if name.startswith(MATMUL) else step_memory(one, device) for name, one in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders)[:: -1 if number % 2 else 1]:
@@ -163,7 +163,7 @@ def _await_all(device: torch.device) -> None:
     _Turns.barrier.wait()
 
 
-def _memory(contender: Contender, device: torch.device) -> int:
+def step_memory(contender: Contender, device: torch.device) -> int:
     """Bytes held between steps and the most that one step has above them: as torch allocates them, on this rank."""
     held = sum(tensor.nbytes for tensor in contender.held())
     if device.type == "cuda":
