@@ -246,15 +246,14 @@ def summary(
 
 def product_rates(group: dict[str, Measured], device_type: str, ranks: int) -> dict[str, list[float]]:
     """Operations a second of each bare product, of all ranks together, in each round."""
-    from benchmarks.step_ranks import PRODUCTS, product_flops, product_name
+    from benchmarks.step_ranks import PRODUCTS, product_flops, product_name, product_repeats
 
-    return {
-        product_name(shape): [
-            ranks * product_flops(shape, device_type) / seconds for seconds in group[product_name(shape)].seconds
-        ]
-        for shape in PRODUCTS
-        if product_name(shape) in group
-    }
+    rates = {}
+    for shape in PRODUCTS:
+        if product_name(shape) in group:
+            flops = ranks * product_flops(shape) * product_repeats(shape, device_type)
+            rates[product_name(shape)] = [flops / seconds for seconds in group[product_name(shape)].seconds]
+    return rates
 
 
 def check_losses(losses: dict[str, float], expected: float) -> None:

@@ -22,9 +22,20 @@ from model import ModelConfig, TensorParallelModel
 def ours(work: Work, layout: ParallelLayout, *, alone: bool = False, **options: Any) -> Contender:
     """A run's own step with its defaults, no activations recomputed. `options` go to the model."""
     model = TensorParallelModel(work.config, layout, compute_dtype=work.dtype, **options)
-    optimizer = create_adamw(model, learning_rate=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    scaler = torch.amp.GradScaler(layout.device.type, enabled=False)
-    share = work.share(layout.device)
+    return our_contender(model, our_optimizer(model), work, alone=alone)
+
+
+def our_optimizer(model: TensorParallelModel) -> torch.optim.Optimizer:
+    return create_adamw(model, learning_rate=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+
+def our_contender(
+    model: TensorParallelModel, optimizer: torch.optim.Optimizer, work: Work, *, alone: bool = False
+) -> Contender:
+    """A contender from a model and its optimizer."""
+    device = model.layout.device
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    share = work.share(device)
 
     def step() -> torch.Tensor:
         return optimizer_step(
@@ -77,7 +88,7 @@ def _stepper(precision: str, *, deterministic: bool) -> Callable[[], float]:
     model = TensorParallelModel(
         config, layout, slices=SLICES if deterministic else None, compute_dtype=PRECISIONS[precision]
     )
-    optimizer = create_adamw(model, learning_rate=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = our_optimizer(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     share = Work(config, MODE_MICRO_BATCH, config.max_position_embeddings, PRECISIONS[precision]).share(layout.device)
 

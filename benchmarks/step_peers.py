@@ -43,11 +43,14 @@ def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Ten
     return [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *moments)]
 
 
-def contender(model: nn.Module, loss: Callable[[], Tensor], *, alone: bool = False) -> Contender:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def contender(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], *, alone: bool = False
+) -> Contender:
     """A contender from what runs forward and backward and returns the loss."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
 
     def step() -> Tensor:
         value = loss()
@@ -173,7 +176,7 @@ class PlainDecoder(nn.Module):
 def torch_plan(work: Work, mesh: DeviceMesh, device: torch.device) -> Contender:
     """torch's own tensor parallelism: `PlainDecoder` under `parallelize_module`, with `loss_parallel`."""
     model = parallelized(PlainDecoder(work.config).to(device), mesh)
-    return contender(model, plan_loss(model, work, device))
+    return contender(model, adamw(model), plan_loss(model, work, device))
 
 
 def parallelized(model: PlainDecoder, mesh: DeviceMesh) -> PlainDecoder:
@@ -258,7 +261,7 @@ def predecessor(work: Work, ranks: int, device: torch.device) -> Contender:
     gradients are wrong by design, which is why it was succeeded; its speed is what this measures.
     """
     model = predecessor_model(work.config, ranks).to(device)
-    return contender(model, dense_loss(model, work, device))
+    return contender(model, adamw(model), dense_loss(model, work, device))
 
 
 def predecessor_model(config: ModelConfig, ranks: int) -> PlainDecoder:
@@ -284,7 +287,7 @@ def dense_loss(model: nn.Module, work: Work, device: torch.device) -> Callable[[
 def llama(work: Work, device: torch.device) -> Contender:
     """`transformers`' LlamaForCausalLM with scaled dot-product attention on one process; it computes its own loss."""
     model = llama_model(work.config).to(device)
-    return contender(model, llama_loss(model, work, device), alone=True)
+    return contender(model, adamw(model), llama_loss(model, work, device), alone=True)
 
 
 def llama_model(config: ModelConfig) -> nn.Module:

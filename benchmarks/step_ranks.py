@@ -111,7 +111,9 @@ def measure_case(
         torch.manual_seed(0)
         contenders = {name: makers.get(name, _absent)() for name in group if name != MATMUL}
         if MATMUL in group:
-            contenders |= {product_name(shape): bare_product(shape, work.dtype, device) for shape in PRODUCTS}
+            for shape in PRODUCTS:
+                repeats = product_repeats(shape, device.type)
+                contenders[product_name(shape)] = bare_product(shape, work.dtype, device, repeats)
         found.append(_take_turns(contenders, rounds, device))
         contenders.clear()
         gc.collect()
@@ -190,23 +192,22 @@ def product_name(shape: tuple[int, int, int]) -> str:
     return f"{MATMUL} {'x'.join(map(str, shape))}"
 
 
-def product_flops(shape: tuple[int, int, int], device_type: str) -> float:
-    """Operations of a rank's turn of a product of this shape."""
+def product_flops(shape: tuple[int, int, int]) -> int:
+    """Operations of one product of this shape."""
     rows, inner, columns = shape
-    return 2.0 * rows * inner * columns * _repeats(shape, device_type)
+    return 2 * rows * inner * columns
 
 
-def _repeats(shape: tuple[int, int, int], device_type: str) -> int:
-    rows, inner, columns = shape
-    return max(1, round(PRODUCT_FLOPS[device_type] / (2 * rows * inner * columns)))
+def product_repeats(shape: tuple[int, int, int], device_type: str) -> int:
+    """Products of a turn."""
+    return max(1, round(PRODUCT_FLOPS[device_type] / product_flops(shape)))
 
 
-def bare_product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Contender:
+def bare_product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> Contender:
     """Matrix products x W^T of one shape into memory that is there, on every rank at the same time."""
     rows, inner, columns = shape
     x, weight = (torch.randn(count, inner, device=device).to(dtype) for count in (rows, columns))
     out = torch.empty(rows, columns, dtype=dtype, device=device)
-    repeats = _repeats(shape, device.type)
 
     def step() -> Tensor:
         for _ in range(repeats):
