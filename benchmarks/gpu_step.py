@@ -36,7 +36,7 @@ from colonnade.errors import RunError, UsageError
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_contenders import Plan
+    from benchmarks.training_step.gpu import Plan
 
 TRANSFORMERS = "transformers"
 # Sizes that a CPU takes in seconds, to try the command itself.
@@ -54,7 +54,7 @@ SMOKE: dict[str, Any] = {
 def main() -> None:
     given = parsed()
     plan, variants = plan_of(given)
-    from benchmarks.gpu_contenders import measure_ours, measure_transformers
+    from benchmarks.training_step.gpu import measure_ours, measure_transformers
 
     turns: dict[str, tuple[Any, ...]] = {name: (measure_ours, options, 1) for name, options in variants.items()}
     if not given.skip_transformers:
@@ -82,7 +82,7 @@ def take_turn(
     """Measure one contender in a process of its own; one that fails does not take the others with it."""
     from torch.multiprocessing.spawn import ProcessException
 
-    from benchmarks.step_ranks import on_ranks
+    from benchmarks.training_step.ranks import on_ranks
 
     print(f"{name}: {arguments}", file=sys.stderr, flush=True)
     try:
@@ -132,9 +132,11 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
     sizes = given.micro_batches.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise UsageError(f"--micro-batches is {given.micro_batches!r}; it takes numbers above 0, as in 1,2,4")
+    if given.json and not Path(given.json).parent.is_dir():
+        raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
     import torch
 
-    from benchmarks.gpu_contenders import Plan
+    from benchmarks.training_step.gpu import Plan
     from colonnade.config import load_preset
     from colonnade.model_config import ModelConfig
     from colonnade.parallel.sharding import check_slices

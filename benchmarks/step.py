@@ -16,7 +16,7 @@ A step is all of it: forward and backward of one micro-batch, norm, clip and fus
     ours_over_transformers    ours on one process over `LlamaForCausalLM` on one process
     fraction_of_matmul_rate   the rate of matrix products and attention in our step (`step_flops`) over that of bare
                               products on the same ranks: of the shape that the machine is fastest at
-    deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one, at smaller sizes
+    deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one: smaller sizes, CPU
 
 Keys end in precision and vocabulary, as in `ours_over_torch_tp/fp32/32k`. With one GPU there is one rank, and only the
 ratios that need no second. Contenders that are not to be in memory together (vocabulary of 152k) are in two groups;
@@ -41,11 +41,12 @@ from colonnade.errors import UsageError
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
-    from benchmarks.step_ranks import Measured
-    from benchmarks.step_work import Work
+    from benchmarks.training_step.ranks import Measured
+    from benchmarks.training_step.work import Work
 
 RANKS = 2
-MODE_ROUNDS = 11
+PRECISIONS = ("fp32", "bf16")
+MODES = "deterministic"
 # What --only may name, and the ratio it asks for: (name, numerator, denominator).
 RATIOS = {
     "torch_tp": ("ours_over_torch_tp", "ours", "torch_tp"),
@@ -65,26 +66,28 @@ ONE_RANK_GROUPS = (("ours_tp1", "transformers", "matmul"),)
 
 def main() -> None:
     given = parsed()
-    chosen = names(given.only, RATIOS, "--only")
+    chosen = names(given.only, (*RATIOS, MODES), "--only")
     vocabularies = names(given.vocabularies, ("32k", "152k"), "--vocabularies")
-    precisions = names(given.precisions, ("fp32", "bf16"), "--precisions") if given.precisions else None
-    if given.rounds < 1:
-        raise UsageError(f"--rounds is {given.rounds}; it must be at least 1")
+    precisions = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
+    for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
+        if value < 1:
+            raise UsageError(f"{flag} is {value}; it must be at least 1")
+    if given.json and not Path(given.json).parent.is_dir():
+        raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
     device_type, ranks = device_and_ranks(given.device)
-    if precisions is None:
-        precisions = default_precisions(device_type)
     table = RATIOS if ranks > 1 else ONE_RANK_RATIOS
     wanted = [table[name] for name in chosen if name in table]
-    if not wanted:
+    if not wanted and MODES not in chosen:
         raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
     report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(device_type, ranks)}
-    for precision in precisions:
-        for vocabulary in vocabularies:
-            case = measured_case(precision, vocabulary, wanted, given.rounds, device_type, ranks)
-            report["cases"][f"{precision}/{vocabulary}"] = case
-            report["ratios"] |= case.pop("ratios")
-            write(report, given.json)
-    if not given.skip_deterministic and device_type == "cpu":
+    if wanted:
+        for precision in precisions or default_precisions(device_type):
+            for vocabulary in vocabularies:
+                case = measured_case(precision, vocabulary, wanted, given.rounds, device_type, ranks)
+                report["cases"][f"{precision}/{vocabulary}"] = case
+                report["ratios"] |= case.pop("ratios")
+                write(report, given.json)
+    if MODES in chosen:
         report["ratios"] |= deterministic_over_default(given.mode_rounds)
     for name, ratio in report["ratios"].items():
         print(f"{name:44s}{ratio:8.3f}")
@@ -92,6 +95,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
+    everything = ",".join((*RATIOS, MODES))
     parser = argparse.ArgumentParser(description="Speed of a training step; the higher a ratio, the better.")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each contender (5)")
@@ -99,12 +103,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--precisions", metavar="NAMES", help="fp32,bf16; without bf16 where its products are slower than those of fp32"
     )
-    parser.add_argument("--only", default=",".join(RATIOS), metavar="NAMES", help=f"compare with: {','.join(RATIOS)}")
+    parser.add_argument("--only", default=everything, metavar="NAMES", help=f"compare with: {everything}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
-    parser.add_argument(
-        "--mode-rounds", type=int, default=MODE_ROUNDS, metavar="N", help="of deterministic_over_default (11)"
-    )
-    parser.add_argument("--skip-deterministic", action="store_true", help="leave deterministic_over_default out")
+    parser.add_argument("--mode-rounds", type=int, default=11, metavar="N", help="of deterministic_over_default (11)")
     return parser.parse_args()
 
 
@@ -132,7 +133,7 @@ def default_precisions(device_type: str) -> list[str]:
     import torch
 
     if device_type == "cuda":
-        return ["fp32", "bf16"]
+        return list(PRECISIONS)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(512, 512).to(dtype)
@@ -141,7 +142,7 @@ def default_precisions(device_type: str) -> list[str]:
         torch.mm(x, x)
         seconds[dtype] = time.perf_counter() - began
     if seconds[torch.bfloat16] < 2 * seconds[torch.float32]:
-        return ["fp32", "bf16"]
+        return list(PRECISIONS)
     print(
         "bf16 is left out: this processor only emulates its products; --precisions fp32,bf16 measures it all the same"
     )
@@ -168,13 +169,13 @@ def processor() -> str:
 
 def deterministic_over_default(rounds: int) -> dict[str, float]:
     """Speed of the deterministic mode over the default one, by precision, and the lower of the two."""
-    from benchmarks.step_ours import compare_modes
-    from benchmarks.step_ranks import on_ranks
+    from benchmarks.training_step.ours import compare_modes
+    from benchmarks.training_step.ranks import on_ranks
 
     print("deterministic mode and default one", file=sys.stderr)
     ratios = {
         f"deterministic_over_default_{precision}": on_ranks(RANKS, compare_modes, precision, rounds)
-        for precision in ("fp32", "bf16")
+        for precision in PRECISIONS
     }
     return {"deterministic_over_default": min(ratios.values()), **ratios}
 
@@ -186,8 +187,8 @@ def measured_case(
     precision: str, vocabulary: str, wanted: list[tuple[str, str, str]], rounds: int, device_type: str, ranks: int
 ) -> dict[str, Any]:
     """Ratios, tokens a second and memory of one precision and vocabulary; printed as a table as well."""
-    from benchmarks.step_ranks import measure_case, on_ranks
-    from benchmarks.step_work import VOCABULARIES, work
+    from benchmarks.training_step.ranks import measure_case, on_ranks
+    from benchmarks.training_step.work import VOCABULARIES, work
 
     step = work(VOCABULARIES[vocabulary], precision)
     groups = groups_of(wanted, ranks)
@@ -213,8 +214,8 @@ def summary(
     step: Work, measured: list[dict[str, Measured]], wanted: list[tuple[str, str, str]], device_type: str, ranks: int
 ) -> dict[str, Any]:
     """Medians over the rounds, of what the ranks have measured group by group."""
-    from benchmarks.step_ranks import MATMUL
-    from benchmarks.step_work import step_flops
+    from benchmarks.training_step.ranks import MATMUL
+    from benchmarks.training_step.work import step_flops
 
     flops = step_flops(step.config, step.micro_batch, step.block)
     case: dict[str, Any] = {"ratios": {}, "tokens_per_second": {}, "peak_mib": {}, "loss": {}}
@@ -246,7 +247,7 @@ def summary(
 
 def product_rates(group: dict[str, Measured], device_type: str, ranks: int) -> dict[str, list[float]]:
     """Operations a second of each bare product, of all ranks together, in each round."""
-    from benchmarks.step_ranks import PRODUCTS, product_flops, product_name, product_repeats
+    from benchmarks.training_step.ranks import PRODUCTS, product_flops, product_name, product_repeats
 
     rates = {}
     for shape in PRODUCTS:

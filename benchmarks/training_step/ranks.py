@@ -16,9 +16,9 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step_ours import ours
-from benchmarks.step_peers import Contender, llama, predecessor, torch_plan
-from benchmarks.step_work import Work
+from benchmarks.training_step.ours import ours
+from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
+from benchmarks.training_step.work import Work
 from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
 
 MATMUL = "matmul"

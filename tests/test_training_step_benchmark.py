@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step as benchmark
-from benchmarks.step_peers import (
+from benchmarks.training_step.peers import (
     Contender,
     PlainDecoder,
     dense_loss,
@@ -22,8 +22,8 @@ from benchmarks.step_peers import (
     plan_loss,
     predecessor_model,
 )
-from benchmarks.step_ranks import step_memory
-from benchmarks.step_work import Work, step_flops
+from benchmarks.training_step.ranks import step_memory
+from benchmarks.training_step.work import Work, step_flops
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from dense_reference import relative_error
@@ -145,6 +145,7 @@ def test_memory_is_what_is_held_and_the_most_above_it() -> None:
         (["--precisions", "fp8"], "'fp8'"),
         (["--only", "megatron"], "'megatron'"),
         (["--rounds", "0"], "at least 1"),
+        (["--json", "no/such/folder/step.json"], "no folder"),
     ],
 )
 def test_a_bad_value_is_named(flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.step_peers import Contender, held_tensors
-from benchmarks.step_work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, PRECISIONS, WEIGHT_DECAY, Work
+from benchmarks.training_step.peers import Contender, held_tensors
+from benchmarks.training_step.work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, PRECISIONS, WEIGHT_DECAY, Work
 from colonnade.optim.optimizer import create_adamw
 from colonnade.optim.step import optimizer_step
 from colonnade.parallel.determinism import fix_arithmetic

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from benchmarks.step_work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Work
+from benchmarks.training_step.work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Work
 from colonnade.model_config import ModelConfig
 
 

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu_contenders import DTYPE, Plan, our_shard
 from benchmarks.gpu_step import parsed_variant, ratios_of
-from benchmarks.step_ours import our_contender, our_optimizer
-from benchmarks.step_work import Work, step_flops
+from benchmarks.training_step.gpu import DTYPE, Plan, our_shard
+from benchmarks.training_step.ours import our_contender, our_optimizer
+from benchmarks.training_step.work import Work, step_flops
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 

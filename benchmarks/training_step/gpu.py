@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step_ours import our_contender, our_optimizer
-from benchmarks.step_peers import Contender, adamw, contender, llama_loss, llama_model
-from benchmarks.step_ranks import bare_product, product_flops, step_memory
-from benchmarks.step_work import Work, step_flops
+from benchmarks.training_step.ours import our_contender, our_optimizer
+from benchmarks.training_step.peers import Contender, adamw, contender, llama_loss, llama_model
+from benchmarks.training_step.ranks import bare_product, product_flops, step_memory
+from benchmarks.training_step.work import Work, step_flops
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.mesh import init_parallel
 from model import TensorParallelModel
