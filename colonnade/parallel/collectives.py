@@ -28,6 +28,10 @@ from torch import Tensor
 ALIGNMENT = 64
 """Bytes to which torch aligns memory on the CPU (on CUDA it is 512)."""
 
+# Names of torch 2.13 on; the earlier ones warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 T = TypeVar("T")
 
 
@@ -101,7 +105,7 @@ class TensorGroup:
         if self._identity:
             return Pending(part.repeat(self.size, *[1] * (part.ndim - 1)))
         whole = part.new_empty(part.shape[0] * self.size, *part.shape[1:])
-        work = dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group, async_op=True)
+        work = _all_gather(whole, part.contiguous(), group=self.group, async_op=True)
         return _under_way(whole, work)
 
     def start_sum_part(self, partial: Tensor) -> Pending[Tensor]:
@@ -112,7 +116,7 @@ class TensorGroup:
         if self.fixed_order and self.size > 2:
             return start_tree_reduce_scatter(partial, self.group)
         part = partial.new_empty(partial.shape[0] // self.size, *partial.shape[1:])
-        work = dist.reduce_scatter_tensor(part, partial, group=self.group, async_op=True)
+        work = _reduce_scatter(part, partial, group=self.group, async_op=True)
         return _under_way((part, partial), work, part)
 
     def own_part(self, whole: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ def start_tree_all_reduce(
 
     def finish() -> Tensor:
         gathered = torch.empty_like(flat)
-        dist.all_gather_into_tensor(gathered, scattered.wait(), group=group)
+        _all_gather(gathered, scattered.wait(), group=group)
         return gathered[: partial.numel()].view(partial.shape)
 
     return Pending(finish=finish)

@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * factor).to(x.dtype) * weight.to(x.dtype), factor
+    return (wide * factor).to(x.dtype).mul_(weight.to(x.dtype)), factor
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -38,11 +38,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, factor = ctx.saved_tensors
-        unit = x * factor  # float32 or wider, as the factor is
-        of_weight = (gradient * unit.to(x.dtype)).flatten(0, -2).sum(0, dtype=factor.dtype).to(weight.dtype)
-        scaled = (gradient * weight.to(x.dtype)).to(factor.dtype)
-        along = (scaled * unit).mean(-1, keepdim=True)
-        return torch.addcmul(scaled, unit, along, value=-1).mul_(factor).to(x.dtype), of_weight, None
+        # All in float32 or wider, as the factor is.
+        unit, wide = x * factor, weight.to(factor.dtype)
+        product = gradient * unit
+        of_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = (product @ wide).div_(-x.shape[-1]).unsqueeze(-1)
+        of_x = unit.mul_(along).addcmul_(gradient.to(factor.dtype), wide).mul_(factor)
+        return of_x.to(x.dtype), of_weight, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Shapes: T positions, D head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,9 +45,43 @@ def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Turn the pairs of channels of x [B, n, T, D] by the angles of the tables, which broadcast to it."""
+    if torch.compiler.is_compiling():
+        if interleaved:
+            turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+        else:
+            first, second = x.chunk(2, dim=-1)
+            turned = torch.cat((-second, first), dim=-1)
+        return x * cos + turned * sin
+    rotated: Tensor = _Rotation.apply(x, cos, sin, interleaved)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """The same with two passes over memory; the backward pass turns the other way and needs no x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turned(x, cos, sin, 1, interleaved=interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, sin, -1, interleaved=ctx.interleaved), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int, *, interleaved: bool) -> Tensor:
+    result = x * cos
+    (first, second), (of_first, of_second), (sine, _) = (_pairs(whole, interleaved) for whole in (x, result, sin))
+    of_first.addcmul_(second, sine, value=-direction)
+    of_second.addcmul_(first, sine, value=direction)
+    return result
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second channel of each pair, as views."""
     if interleaved:
-        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-    else:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-    return x * cos + turned * sin
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second
