@@ -39,6 +39,7 @@ from colonnade.parallel.collectives import (
     reduce_partials,
     take_part,
 )
+from colonnade.parallel.data_parallel import DataParallelShards
 from colonnade.parallel.initialization import fill_normal_
 from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.mesh import ParallelLayout
@@ -261,6 +262,8 @@ class TensorParallelModel(nn.Module):
             None if config.tie_word_embeddings else make("lm_head", config.padded_vocab_size, config.hidden_size, False)
         )
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self.shards: DataParallelShards | None = None
+        """How data-parallel ranks share out the parameters (`shard_over_data_parallel`); None: each has all."""
 
     # -- creation
 

@@ -15,6 +15,7 @@ from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits
+from colonnade.parallel.data_parallel import shard_over_data_parallel
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.vote import one_line, vote
 from colonnade.run_settings import RunSettings
@@ -54,8 +55,11 @@ class Origin:
 def build_model(
     settings: RunSettings, config: ModelConfig, layout: ParallelLayout, precision: str
 ) -> TensorParallelModel:
-    """The model of a run, with the initial weights of its seed."""
-    return TensorParallelModel(
+    """The model of a run, with the initial weights of its seed, cut as its settings say. Collective."""
+    mode = settings.data_parallel_shard
+    if mode != "none":
+        layout = layout.sharded(settings.data_parallel_replicate_size)
+    model = TensorParallelModel(
         config,
         layout,
         seed=settings.seed,
@@ -65,6 +69,19 @@ def build_model(
         gradient_checkpointing=not settings.disable_gradient_checkpointing,
         compiled=is_compiled(settings, layout),
     )
+    if layout.shard_mesh is not None:
+        lower = precision != "fp32" and not settings.deterministic  # which sums a gradient in the parameters' dtype
+        model.shards = shard_over_data_parallel(
+            model,
+            model.model.layers,
+            layout,
+            model.group,
+            mode=mode,
+            fixed_order=settings.deterministic,
+            gather_dtype=DTYPES[precision] if lower else None,
+            evaluations=("logits", "next_logits"),
+        )
+    return model
 
 
 def build_optimizer(model: TensorParallelModel, settings: RunSettings, layout: ParallelLayout) -> torch.optim.Optimizer:

@@ -14,7 +14,9 @@ from torch.amp.grad_scaler import GradScaler
 from colonnade.data.blocks import counted_targets, unpack_blocks
 from colonnade.optim.gradients import (
     accumulate_in_tree,
+    accumulate_over_shards,
     agreed_norm,
+    agreed_norm_of_shards,
     clip_by_norm,
     local_gradients,
     sum_over_data_parallel,
@@ -22,6 +24,7 @@ from colonnade.optim.gradients import (
 from colonnade.optim.loss_window import WindowStatistics
 from colonnade.optim.optimizer import step_unless
 from colonnade.parallel.collectives import TensorGroup
+from colonnade.parallel.data_parallel import DataParallelShards
 from colonnade.parallel.mesh import ParallelLayout
 
 
@@ -33,6 +36,8 @@ class SlicedModel(Protocol):
 
     @property
     def pieces(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def shards(self) -> DataParallelShards | None: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def __call__(self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
 
@@ -112,7 +117,10 @@ def optimizer_step(
         return part.detach()
 
     micro_batches = micro_batches_of(share, accumulation)
-    if deterministic:
+    shards = model.shards
+    if shards is not None:
+        loss = accumulate_over_shards(micro_batches, backward, shards)
+    elif deterministic:
         loss = accumulate_in_tree(micro_batches, backward, list(model.parameters()))
     else:
         loss = torch.zeros((), device=model.layout.device)
@@ -121,14 +129,22 @@ def optimizer_step(
     if after_backward is not None:
         after_backward()
     gradients = local_gradients(model.parameters())
-    summed = [*(gradient for gradient, _ in gradients), loss]
-    sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
+    if shards is None:
+        summed = [*(gradient for gradient, _ in gradients), loss]
+        sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
+    else:
+        if not shards.fixed_order:  # else they have been summed over the replicas as well
+            sum_over_data_parallel([gradient for gradient, _ in gradients], shards.replicate_group)
+        sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=deterministic)
     scaler.unscale_(optimizer)
     flag = ~torch.isfinite(loss)
     if skip_above is not None:
         flag |= loss > skip_above
     pieces = model.pieces if model.group.fixed_order else None
-    norm, skipped = agreed_norm(gradients, model.group, flag, pieces)
+    if shards is None:
+        norm, skipped = agreed_norm(gradients, model.group, flag, pieces)
+    else:
+        norm, skipped = agreed_norm_of_shards(list(model.parameters()), model.group, flag, shards, pieces)
     if max_grad_norm > 0:
         clip_by_norm(gradients, norm, max_grad_norm)
     # Not `scaler.step`: it would tell the optimizer of overflows alone. Each of them makes the norm infinite or NaN.

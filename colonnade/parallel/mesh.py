@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,10 +31,16 @@ TRACE_PREFIX = "nccl_trace_rank_"
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Where this process stands: its device and its place on the ("dp", "tp") mesh."""
+    """Where this process stands: its device and its place on the ("dp", "tp") mesh.
+
+    Attributes:
+        shard_mesh: ("dp_replicate", "dp_shard", "tp") over the same ranks in the same order, where data-parallel ranks
+            share out the parameters; None where each of them holds all.
+    """
 
     mesh: DeviceMesh
     device: torch.device
+    shard_mesh: DeviceMesh | None = None
 
     @property
     def tp(self) -> int:
@@ -54,15 +60,29 @@ class ParallelLayout:
 
     @property
     def tp_mesh(self) -> DeviceMesh:
-        return self.mesh["tp"]
+        return (self.mesh if self.shard_mesh is None else self.shard_mesh)["tp"]
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
-        return self.mesh["tp"].get_group()
+        return self.tp_mesh.get_group()
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
         return self.mesh["dp"].get_group()
+
+    def sharded(self, replicas: int) -> ParallelLayout:
+        """This layout with the data-parallel ranks cut into `replicas`, each of which holds the parameters once.
+
+        Collective over all ranks. Neighbours share out the parameters, so that a node can hold whole replicas. With one
+        rank a replica there is nothing to share out, and the layout is returned as it is.
+
+        Args:
+            replicas: a divisor of dp.
+        """
+        if self.dp == replicas:
+            return self
+        shape, names = (replicas, self.dp // replicas, self.tp), ("dp_replicate", "dp_shard", "tp")
+        return replace(self, shard_mesh=init_device_mesh(self.device.type, shape, mesh_dim_names=names))
 
     @property
     def is_main(self) -> bool:
@@ -193,7 +213,10 @@ def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
     limit = time_limit(seconds)
     if layout.device.type != "cuda":
         limit += _BEHIND_WATCHDOG
-    for group in (dist.group.WORLD, layout.tp_group, layout.dp_group):
+    groups = [dist.group.WORLD, *layout.mesh.get_all_groups()]
+    if layout.shard_mesh is not None:
+        groups += layout.shard_mesh.get_all_groups()
+    for group in groups:
         dist.distributed_c10d._set_pg_timeout(limit, group)
 
 

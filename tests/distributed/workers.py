@@ -19,6 +19,7 @@ from colonnade.data.stream import TokenChunk
 from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
+from colonnade.parallel.data_parallel import shard_over_data_parallel
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
@@ -35,9 +36,20 @@ def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor
     return ids, labels
 
 
-def build(config: ModelConfig, tp: int | None, **options: Any) -> tuple[ParallelLayout, TensorParallelModel]:
+def build(
+    config: ModelConfig, tp: int | None, shard: dict[str, Any] | None = None, replicas: int = 1, **options: Any
+) -> tuple[ParallelLayout, TensorParallelModel]:
+    """`shard`: how `shard_over_data_parallel` cuts the model; None for whole on each data-parallel rank."""
     layout = init_parallel(tp, torch.device("cpu"))
-    return layout, TensorParallelModel(config, layout, **options)
+    if shard is None:
+        return layout, TensorParallelModel(config, layout, **options)
+    layout = layout.sharded(replicas)
+    model = TensorParallelModel(config, layout, **options)
+    methods = ("logits", "next_logits")
+    model.shards = shard_over_data_parallel(
+        model, model.model.layers, layout, model.group, evaluations=methods, **{"fixed_order": False, **shard}
+    )
+    return layout, model
 
 
 def make_optimizer(
