@@ -57,10 +57,10 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
 def part_off_border(
     config: ModelConfig, tp: int, slices: int, shards: int, *, replicate_embeddings: bool = False
 ) -> str | None:
-    """A parameter of which the fused AdamW of the CPU treats a part otherwise than the whole; None where there is none.
+    """A parameter of which the fused AdamW of the CPU treats a part otherwise than the whole; None if there is none.
 
-    Its scalar code for what does not fill a vector register rounds differently (`fused_keeps_bits`). A part is a stretch
-    of the memory of the whole: it has the same bits if it begins at a register's border.
+    Its scalar code for what does not fill a vector register rounds differently (`fused_keeps_bits`). A part is a
+    stretch of the memory of the whole: it has the same bits if it begins at a register's border.
     """
     rest = False
     found = None
