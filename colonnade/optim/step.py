@@ -133,7 +133,8 @@ def optimizer_step(
         summed = [*(gradient for gradient, _ in gradients), loss]
         sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
     else:
-        if not shards.fixed_order:  # else they have been summed over the replicas as well
+        # In the fixed order they have been summed over the replicas as well.
+        if shards.replicate_group is not None and not shards.fixed_order:
             sum_over_data_parallel([gradient for gradient, _ in gradients], shards.replicate_group)
         sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=deterministic)
     scaler.unscale_(optimizer)

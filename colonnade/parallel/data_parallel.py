@@ -44,20 +44,18 @@ class DataParallelShards:
 
     Attributes:
         group: the ranks that share out one replica's parameters.
-        replicate_group: the ranks of all replicas that hold the same part.
+        replicate_group: the ranks of all replicas that hold the same part; None with one replica.
         fixed_order: whether the reduction adds up micro-batches and all data-parallel ranks, in the tree.
         merges: nodes of the tree over micro-batches that the present one completes.
         is_last: whether the present micro-batch is the last of its step.
     """
 
     def __init__(self, root: FSDPModule, layout: ParallelLayout, group: TensorGroup, *, mode: str, fixed_order: bool):
-        assert layout.shard_mesh is not None
         self._root, self._keeps_whole, self._tensor_group = root, mode == "zero2", group
         self._tp_mesh = layout.tp_mesh
-        self.group = layout.shard_mesh["dp_shard"].get_group()
-        self.replicate_group = layout.shard_mesh["dp_replicate"].get_group()
+        self.group, self.replicate_group = layout.replica_mesh.get_group(), layout.replicate_group
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        self.replicas = dist.get_world_size(self.replicate_group)
+        self.replicas = layout.dp // self.size
         self.fixed_order = fixed_order
         self.merges, self.is_last = 0, True
 
@@ -130,8 +128,7 @@ def shard_over_data_parallel(
             are then of this dtype within a micro-batch, and summed over ranks and micro-batches in float32.
         evaluations: methods that use parameters as `forward` does, without gradients, and return a tensor.
     """
-    assert layout.shard_mesh is not None
-    mesh = layout.shard_mesh["dp_shard"]
+    mesh = layout.replica_mesh
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
     lower = own
     if gather_dtype is not None:
@@ -245,7 +242,7 @@ class _Reduction(_Buffers):
         shards = self.shards
         arrived = torch.empty_like(total)
         dist.all_to_all_single(arrived, total, group=group)
-        if shards.replicas > 1:
+        if shards.replicate_group is not None:
             arrived = tree_all_reduce(arrived, shards.replicate_group, leaf_order(range(shards.replicas)))
         parts = arrived.view(shards.size, -1)
         return tree_sum([parts[rank] for rank in leaf_order(range(shards.size))])

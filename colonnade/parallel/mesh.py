@@ -34,8 +34,8 @@ class ParallelLayout:
     """Where this process stands: its device and its place on the ("dp", "tp") mesh.
 
     Attributes:
-        shard_mesh: ("dp_replicate", "dp_shard", "tp") over the same ranks in the same order, where data-parallel ranks
-            share out the parameters; None where each of them holds all.
+        shard_mesh: where data-parallel ranks share out the parameters, ("dp", "tp"), or ("dp_replicate", "dp_shard",
+            "tp") over the same ranks in the same order; None where each of them holds all.
     """
 
     mesh: DeviceMesh
@@ -70,6 +70,19 @@ class ParallelLayout:
     def dp_group(self) -> dist.ProcessGroup:
         return self.mesh["dp"].get_group()
 
+    @property
+    def replica_mesh(self) -> DeviceMesh:
+        """The data-parallel ranks that share out one replica's parameters; only where `shard_mesh` is given."""
+        assert self.shard_mesh is not None
+        return self.shard_mesh["dp" if self.shard_mesh.ndim == 2 else "dp_shard"]
+
+    @property
+    def replicate_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part of each replica's parameters; None with one replica."""
+        if self.shard_mesh is None or self.shard_mesh.ndim == 2:
+            return None
+        return self.shard_mesh["dp_replicate"].get_group()
+
     def sharded(self, replicas: int) -> ParallelLayout:
         """This layout with the data-parallel ranks cut into `replicas`, each of which holds the parameters once.
 
@@ -81,8 +94,10 @@ class ParallelLayout:
         """
         if self.dp == replicas:
             return self
-        shape, names = (replicas, self.dp // replicas, self.tp), ("dp_replicate", "dp_shard", "tp")
-        return replace(self, shard_mesh=init_device_mesh(self.device.type, shape, mesh_dim_names=names))
+        if replicas == 1:
+            return replace(self, shard_mesh=self.mesh)
+        sizes, names = (replicas, self.dp // replicas), ("dp_replicate", "dp_shard")
+        return replace(self, shard_mesh=self.mesh._unflatten(0, sizes, names))
 
     @property
     def is_main(self) -> bool:

@@ -319,11 +319,11 @@ def fingerprints_of_changes(config: ModelConfig, name: str) -> list[dict[str, st
     return [*seen, fingerprint_of(model).tensors]
 
 
-def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]]) -> Any:
+def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]], **options: Any) -> Any:
     """Fingerprints before and after flipping one bit of each (parameter, rank), and what the ranks are told."""
     from distributed.flipped_training import flip
 
-    layout, model = build(config, tp)
+    layout, model = build(config, tp, **options)
     optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     allocate_state(optimizer)
     before = fingerprint_of(model, optimizer)
