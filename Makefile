@@ -50,7 +50,7 @@ format: install ## put the code into the common format
 bits: install ## train a short reference run at tp 1, 2, 4 and dp 2 and print its fingerprint at each: all the same
 	$(BIN)/python check_bits.py --data $(SAMPLE) --output runs/bits
 
-bench: install ## run every benchmark
-	@set -e; for benchmark in benchmarks/*.py; do \
+bench: install ## run every benchmark that needs no GPU
+	@set -e; for benchmark in $(filter-out benchmarks/gpu_step.py,$(wildcard benchmarks/*.py)); do \
 	  test -e "$$benchmark" || { echo "no benchmarks in benchmarks/"; exit 0; }; \
 	  echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done

@@ -16,8 +16,8 @@ from colonnade.data.shards import BadShardError, Shard, Units, open_shard
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
 from colonnade.errors import RunError, UsageError
 from colonnade.model_config import VOCAB_MULTIPLE
+from colonnade.parallel.head_loss import IGNORE_INDEX
 from colonnade.parallel.mesh import ParallelLayout
-from colonnade.parallel.vocabulary import IGNORE_INDEX
 from colonnade.parallel.vote import one_line
 from colonnade.run_settings import RunSettings
 from data_processing import (

@@ -21,7 +21,7 @@ from colonnade.data.mixture import CorpusPattern, parse_data_glob
 from colonnade.data.shards import open_shards
 from colonnade.data.tokenization import Encoder, boundary_tokens
 from colonnade.errors import RunError, UsageError
-from colonnade.parallel.vocabulary import IGNORE_INDEX
+from colonnade.parallel.head_loss import IGNORE_INDEX
 from colonnade.parallel.vote import on_first_rank
 from model import TensorParallelModel
 from trained_model import TrainedModel

@@ -15,7 +15,6 @@ from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits
-from colonnade.parallel.data_parallel import shard_over_data_parallel
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.vote import one_line, vote
 from colonnade.run_settings import RunSettings
@@ -66,20 +65,13 @@ def build_model(
         slices=settings.tensor_slices,
         replicate_embeddings=settings.replicate_embeddings,
         compute_dtype=DTYPES[precision],
-        gradient_checkpointing=not settings.disable_gradient_checkpointing,
+        activation_checkpointing="none" if settings.disable_gradient_checkpointing else "full",
         compiled=is_compiled(settings, layout),
     )
     if layout.shard_mesh is not None:
         lower = precision != "fp32" and not settings.deterministic  # which sums a gradient in the parameters' dtype
-        model.shards = shard_over_data_parallel(
-            model,
-            model.model.layers,
-            layout,
-            model.group,
-            mode=mode,
-            fixed_order=settings.deterministic,
-            gather_dtype=DTYPES[precision] if lower else None,
-            evaluations=("logits", "next_logits"),
+        model.share_out(
+            mode=mode, fixed_order=settings.deterministic, gather_dtype=DTYPES[precision] if lower else None
         )
     return model
 

@@ -1,160 +1,286 @@
-"""Speed of an optimizer step: one way of training over another, both measured in the same processes.
+"""Speed and memory of a training step, ours and that of others, all measured in the same processes.
 
     python benchmarks/step.py
-    python benchmarks/step.py --json step.json --rounds 15
+    python benchmarks/step.py --json step.json --rounds 9 --vocabularies 32k --precisions fp32
 
-1. Start two tensor-parallel ranks (gloo on the CPU, one thread each).
-2. Both ways keep their model in memory and take turns step by step, so that whatever else the machine does hits both.
+1. Start two tensor-parallel ranks: gloo and one thread each on the CPU, a GPU each with `--device cuda`.
+2. The contenders keep their models in memory and take turns step by step, so that whatever else the machine does hits
+   all of them. Every other round goes backwards.
 3. A ratio is the median of the rounds' ratios, which forgets the rounds that something disturbed.
 
-`deterministic_over_default` is the speed of the deterministic mode (V = 4 slices at tp 2) over that of the default one.
-A step is all of it: forward and backward, norm, clip and AdamW.
+A step is all of it: forward and backward of one micro-batch, norm, clip and fused AdamW, with float32 parameters.
+
+    ours_over_torch_tp        ours at tp 2 over the same decoder under torch's `parallelize_module` and `loss_parallel`
+    ours_over_predecessor     ours at tp 2 over the scheme of this project's predecessor
+    tp2_over_tp1              ours at tp 2 over ours on one process that has the threads of both ranks
+    ours_over_transformers    ours on one process over `LlamaForCausalLM` on one process
+    fraction_of_matmul_rate   the rate of matrix products and attention in our step (`step_flops`) over that of bare
+                              products on the same ranks: of the shape that the machine is fastest at
+    deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one: smaller sizes, CPU
+
+Keys end in precision and vocabulary, as in `ours_over_torch_tp/fp32/32k`. With one GPU there is one rank, and only the
+ratios that need no second. Contenders that are not to be in memory together (vocabulary of 152k) are in two groups;
+ours is in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-RANKS, SLICES = 2, 4
-# Large enough that matrix products set the pace, small enough for two cores: about 0.3 s a step in float32.
-SIZES: dict[str, Any] = {
-    "vocab_size": 8192,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 48,
-    "max_position_embeddings": 256,
-}
-MICRO_BATCH, ACCUMULATION = 4, 1
+from colonnade.errors import UsageError
+from colonnade.parallel.launch import launch
+
+if TYPE_CHECKING:
+    from benchmarks.training_step.ranks import Measured
+    from benchmarks.training_step.work import Work
+
+RANKS = 2
 PRECISIONS = ("fp32", "bf16")
+MODES = "deterministic"
+# What --only may name, and the ratio it asks for: (name, numerator, denominator).
+RATIOS = {
+    "torch_tp": ("ours_over_torch_tp", "ours", "torch_tp"),
+    "predecessor": ("ours_over_predecessor", "ours", "predecessor"),
+    "matmul": ("fraction_of_matmul_rate", "ours", "matmul"),
+    "ours_tp1": ("tp2_over_tp1", "ours", "ours_tp1"),
+    "transformers": ("ours_over_transformers", "ours_tp1", "transformers"),
+}
+GROUPS = (("ours", "torch_tp", "predecessor", "matmul"), ("ours", "ours_tp1", "transformers"))
+# With one rank: what needs no second.
+ONE_RANK_RATIOS = {
+    "matmul": ("fraction_of_matmul_rate", "ours_tp1", "matmul"),
+    "transformers": RATIOS["transformers"],
+}
+ONE_RANK_GROUPS = (("ours_tp1", "transformers", "matmul"),)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of an optimizer step; the higher a ratio, the better.")
-    parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}} to this file')
-    parser.add_argument("--rounds", type=int, default=11, metavar="N", help="steps of each way (11)")
-    given = parser.parse_args()
-    ratios = deterministic_over_default(given.rounds)
-    for name, ratio in ratios.items():
-        print(f"{name}  {ratio:.3f}")
-    if given.json:
-        Path(given.json).write_text(json.dumps({"ratios": ratios}, indent=2) + "\n")
+    given = parsed()
+    chosen = names(given.only, (*RATIOS, MODES), "--only")
+    vocabularies = names(given.vocabularies, ("32k", "152k"), "--vocabularies")
+    precisions = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
+    for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
+        if value < 1:
+            raise UsageError(f"{flag} is {value}; it must be at least 1")
+    if given.json and not Path(given.json).parent.is_dir():
+        raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
+    device_type, ranks = device_and_ranks(given.device)
+    table = RATIOS if ranks > 1 else ONE_RANK_RATIOS
+    wanted = [table[name] for name in chosen if name in table]
+    if not wanted and MODES not in chosen:
+        raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
+    report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(device_type, ranks)}
+    if wanted:
+        for precision in precisions or default_precisions(device_type):
+            for vocabulary in vocabularies:
+                case = measured_case(precision, vocabulary, wanted, given.rounds, device_type, ranks)
+                report["cases"][f"{precision}/{vocabulary}"] = case
+                report["ratios"] |= case.pop("ratios")
+                write(report, given.json)
+    if MODES in chosen:
+        report["ratios"] |= deterministic_over_default(given.mode_rounds)
+    for name, ratio in report["ratios"].items():
+        print(f"{name:44s}{ratio:8.3f}")
+    write(report, given.json)
+
+
+def parsed() -> argparse.Namespace:
+    everything = ",".join((*RATIOS, MODES))
+    parser = argparse.ArgumentParser(description="Speed of a training step; the higher a ratio, the better.")
+    parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each contender (5)")
+    parser.add_argument("--vocabularies", default="32k,152k", metavar="NAMES", help="32k,152k")
+    parser.add_argument(
+        "--precisions", metavar="NAMES", help="fp32,bf16; without bf16 where its products are slower than those of fp32"
+    )
+    parser.add_argument("--only", default=everything, metavar="NAMES", help=f"compare with: {everything}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
+    parser.add_argument("--mode-rounds", type=int, default=11, metavar="N", help="of deterministic_over_default (11)")
+    return parser.parse_args()
+
+
+def names(text: str, known: Any, flag: str) -> list[str]:
+    """The names of a comma-separated list, in the order they are known in."""
+    found = text.split(",")
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise UsageError(f"{flag} names {unknown[0]!r}; it takes {','.join(known)}")
+    return [name for name in known if name in found]
+
+
+def device_and_ranks(asked: str | None) -> tuple[str, int]:
+    """Where to measure, and on how many ranks."""
+    import torch
+
+    count = torch.cuda.device_count() if asked != "cpu" else 0
+    if asked == "cuda" and not count:
+        raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
+    return ("cuda", min(RANKS, count)) if count else ("cpu", RANKS)
+
+
+def default_precisions(device_type: str) -> list[str]:
+    """Both, unless this is a CPU without instructions for bf16: products there are emulated, at a tenth of fp32's."""
+    import torch
+
+    if device_type == "cuda":
+        return list(PRECISIONS)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(512, 512).to(dtype)
+        torch.mm(x, x)
+        began = time.perf_counter()
+        torch.mm(x, x)
+        seconds[dtype] = time.perf_counter() - began
+    if seconds[torch.bfloat16] < 2 * seconds[torch.float32]:
+        return list(PRECISIONS)
+    print(
+        "bf16 is left out: this processor only emulates its products; --precisions fp32,bf16 measures it all the same"
+    )
+    return ["fp32"]
+
+
+def machine(device_type: str, ranks: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device_type == "cuda" else processor()
+    return {"device": name, "ranks": ranks, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(found)} x {found[0]}" if found else platform.processor()
 
 
 def deterministic_over_default(rounds: int) -> dict[str, float]:
     """Speed of the deterministic mode over the default one, by precision, and the lower of the two."""
+    from benchmarks.training_step.ours import compare_modes
+    from benchmarks.training_step.ranks import on_ranks
+
+    print("deterministic mode and default one", file=sys.stderr)
     ratios = {
-        f"deterministic_over_default_{precision}": on_ranks(_compare_modes, precision, rounds)
+        f"deterministic_over_default_{precision}": on_ranks(RANKS, compare_modes, precision, rounds)
         for precision in PRECISIONS
     }
     return {"deterministic_over_default": min(ratios.values()), **ratios}
 
 
-def on_ranks(measure: Callable[..., float], *args: Any) -> float:
-    """What rank 0 returns of `measure(*args)`, called on all ranks."""
-    import torch.multiprocessing as multiprocessing
-
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.spawn(_rank, args=(_free_port(), results, measure, args), nprocs=RANKS)
-    value: float = results.get()
-    return value
+# --------------------------------------------------------------------------------------------------------- one case
 
 
-def _free_port() -> int:
-    import socket
+def measured_case(
+    precision: str, vocabulary: str, wanted: list[tuple[str, str, str]], rounds: int, device_type: str, ranks: int
+) -> dict[str, Any]:
+    """Ratios, tokens a second and memory of one precision and vocabulary; printed as a table as well."""
+    from benchmarks.training_step.ranks import measure_case, on_ranks
+    from benchmarks.training_step.work import VOCABULARIES, work
 
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _rank(rank: int, port: int, results: Any, measure: Callable[..., float], args: tuple[Any, ...]) -> None:
-    import torch
-
-    from colonnade.parallel.mesh import shutdown_parallel
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    value = measure(*args)
-    if rank == 0:
-        results.put(value)
-    shutdown_parallel()
+    step = work(VOCABULARIES[vocabulary], precision)
+    groups = groups_of(wanted, ranks)
+    print(f"{precision}, vocabulary {vocabulary}", file=sys.stderr)
+    measured = on_ranks(ranks, measure_case, step, groups, rounds, device_type)
+    case = summary(step, measured, wanted, device_type, ranks)
+    case["ratios"] = {f"{name}/{precision}/{vocabulary}": value for name, value in case["ratios"].items()}
+    print_case(f"{precision}/{vocabulary}", case)
+    return case
 
 
-def _compare_modes(precision: str, rounds: int) -> float:
-    """Speed of the deterministic mode over the default one on this rank."""
-    steps = {name: _stepper(precision, deterministic=name == "deterministic") for name in ("default", "deterministic")}
-    for step in steps.values():
-        step()  # allocates the gradients, the optimizer's state and the allocator's pools
-    ratios = []
-    for number in range(rounds):
-        order = list(steps) if number % 2 else list(steps)[::-1]
-        seconds = {name: steps[name]() for name in order}
-        ratios.append(seconds["default"] / seconds["deterministic"])
-    return statistics.median(ratios)
+def groups_of(wanted: list[tuple[str, str, str]], ranks: int) -> list[tuple[str, ...]]:
+    """Of each group the contenders that a wanted ratio needs there."""
+    groups = []
+    for group in GROUPS if ranks > 1 else ONE_RANK_GROUPS:
+        needed = {name for _, *pair in wanted if set(pair) <= set(group) for name in pair}
+        if needed:
+            groups.append(tuple(name for name in group if name in needed))
+    return groups
 
 
-def _stepper(precision: str, *, deterministic: bool) -> Callable[[], float]:
-    """A function that takes one optimizer step on all ranks and returns its seconds."""
-    import torch
-    import torch.distributed as dist
+def summary(
+    step: Work, measured: list[dict[str, Measured]], wanted: list[tuple[str, str, str]], device_type: str, ranks: int
+) -> dict[str, Any]:
+    """Medians over the rounds, of what the ranks have measured group by group."""
+    from benchmarks.training_step.ranks import MATMUL
+    from benchmarks.training_step.work import step_flops
 
-    from colonnade.optim.optimizer import create_adamw
-    from colonnade.optim.step import optimizer_step
-    from colonnade.parallel.determinism import fix_arithmetic
-    from colonnade.parallel.mesh import init_parallel
-    from model import ModelConfig, TensorParallelModel
+    flops = step_flops(step.config, step.micro_batch, step.block)
+    case: dict[str, Any] = {"ratios": {}, "tokens_per_second": {}, "peak_mib": {}, "loss": {}}
+    for group in measured:
+        steps = {name: one for name, one in group.items() if not name.startswith(MATMUL)}
+        for name, one in steps.items():
+            case["tokens_per_second"].setdefault(name, step.tokens / statistics.median(one.seconds))
+            case["peak_mib"].setdefault(name, one.memory / 2**20)
+            case["loss"].setdefault(name, one.loss)
+        for ratio, first, second in wanted:
+            if first in steps and second in steps:
+                pairs = zip(steps[first].seconds, steps[second].seconds, strict=True)
+                case["ratios"][ratio] = statistics.median(theirs / own for own, theirs in pairs)
+        rates = product_rates(group, device_type, ranks)
+        if rates:
+            best = max(rates, key=lambda name: statistics.median(rates[name]))
+            case["matmul_gflops"] = {name: statistics.median(found) / 1e9 for name, found in rates.items()}
+            case["fraction_of_matmul_rate"] = {
+                name: statistics.median(flops / s / rate for s, rate in zip(one.seconds, rates[best], strict=True))
+                for name, one in steps.items()
+            }
+    for ratio, first, second in wanted:
+        if second == MATMUL:
+            case["ratios"][ratio] = case["fraction_of_matmul_rate"][first]
+    case["ratios"] = {name: case["ratios"][name] for name, *_ in wanted}
+    check_losses(case["loss"], math.log(step.config.vocab_size))
+    return case
 
-    layout = init_parallel(RANKS, torch.device("cpu"))
-    config = ModelConfig(**SIZES)
-    model = TensorParallelModel(
-        config,
-        layout,
-        slices=SLICES if deterministic else None,
-        compute_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-    )
-    optimizer = create_adamw(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    block = config.max_position_embeddings
-    generator = torch.Generator().manual_seed(0)
-    share = torch.randint(0, config.vocab_size, (MICRO_BATCH * ACCUMULATION, block + 1), generator=generator)
 
-    def step() -> float:
-        torch.use_deterministic_algorithms(False)
-        if deterministic:
-            fix_arithmetic(compiled=False)
-        dist.barrier()
-        begin = time.perf_counter()
-        optimizer_step(
-            model,
-            optimizer,
-            scaler,
-            share,
-            accumulation=ACCUMULATION,
-            targets=share[:, 1:].numel(),
-            max_grad_norm=1.0,
-            deterministic=deterministic,
-        )
-        dist.barrier()
-        return time.perf_counter() - begin
+def product_rates(group: dict[str, Measured], device_type: str, ranks: int) -> dict[str, list[float]]:
+    """Operations a second of each bare product, of all ranks together, in each round."""
+    from benchmarks.training_step.ranks import PRODUCTS, product_flops, product_name, product_repeats
 
-    return step
+    rates = {}
+    for shape in PRODUCTS:
+        if product_name(shape) in group:
+            flops = ranks * product_flops(shape) * product_repeats(shape, device_type)
+            rates[product_name(shape)] = [flops / seconds for seconds in group[product_name(shape)].seconds]
+    return rates
+
+
+def check_losses(losses: dict[str, float], expected: float) -> None:
+    """Fresh weights know nothing: the first loss of each is about ln V, or it does not compute what the others do."""
+    for name, loss in losses.items():
+        if not abs(loss - expected) < 0.5:
+            raise AssertionError(f"{name} begins with the loss {loss:.3f}, and not about {expected:.3f}")
+
+
+def print_case(title: str, case: dict[str, Any]) -> None:
+    print(f"\n{title:20s}{'tokens/s':>12s}{'peak MiB':>12s}{'of matmul rate':>16s}")
+    shares = case.get("fraction_of_matmul_rate", {})
+    for name, speed in case["tokens_per_second"].items():
+        share = f"{shares[name]:16.3f}" if name in shares else ""
+        print(f"{name:20s}{speed:12.0f}{case['peak_mib'][name]:12.0f}{share}")
+    for name, rate in case.get("matmul_gflops", {}).items():
+        print(f"{name:32s}{rate:8.1f} GFLOP/s")
+    for name, ratio in case["ratios"].items():
+        print(f"{name:44s}{ratio:8.3f}")
+    print(flush=True)
+
+
+def write(report: dict[str, Any], path: str | None) -> None:
+    if path:
+        Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

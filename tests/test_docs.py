@@ -33,6 +33,7 @@ COMMANDS = (
     ["benchmarks/export.py"],
     ["benchmarks/generation.py"],
     ["benchmarks/step.py"],
+    ["benchmarks/gpu_step.py"],
     ["benchmarks/packing.py"],
     ["benchmarks/document_mask.py"],
     ["-m", "colonnade.data.sample_corpus"],
@@ -139,7 +140,8 @@ def test_every_file_named_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_name_in_backticks_is_in_the_code(page: Path) -> None:
     sources = [*ROOT.glob("*.py"), *(ROOT / "colonnade").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    sources += [*(ROOT / "presets").glob("*.yaml"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    sources += [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "presets").glob("*.yaml")]
+    sources += [ROOT / "Makefile", ROOT / "pyproject.toml"]
     words = set()
     for source in sources:
         if source != Path(__file__):

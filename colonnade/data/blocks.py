@@ -67,7 +67,7 @@ def unpack_blocks(wire: Tensor, *, document_mask: bool) -> Blocks:
     """
     import torch
 
-    from colonnade.parallel.vocabulary import IGNORE_INDEX
+    from colonnade.parallel.head_loss import IGNORE_INDEX
 
     ids = torch.where(wire < 0, 0, wire & (BEGIN - 1)).long()
     labels = ids[:, 1:].masked_fill(~_counted(wire, document_mask=document_mask), IGNORE_INDEX)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from colonnade.optim.overlapped_sum import local_gradient
 from colonnade.parallel.batch_tree import halves, leaf_order, nodes_completed
 from colonnade.parallel.collectives import TensorGroup, laid_out, tree_all_reduce
 from colonnade.parallel.data_parallel import DataParallelShards
@@ -38,7 +39,7 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, bo
 
 
 def accumulate_in_tree(
-    micro_batches: Sequence[T], backward: Callable[[T], Tensor], parameters: Sequence[nn.Parameter]
+    micro_batches: Sequence[T], backward: Callable[[T], Tensor], holders: Callable[[], Sequence[Tensor]]
 ) -> Tensor:
     """Leave the sum of all micro-batches' gradients in `.grad`, and return that of their losses, added in the tree.
 
@@ -47,18 +48,23 @@ def accumulate_in_tree(
     Args:
         micro_batches: at least one.
         backward: adds the gradients of one micro-batch to `.grad` and returns its loss.
-        parameters: without gradients before the call; each micro-batch reaches them all.
+        holders: what has gradients after a backward pass, and none before the call; each micro-batch reaches them all.
     """
     if len(micro_batches) == 1:
         return backward(micro_batches[0])
     left, right = halves(micro_batches)
-    loss = accumulate_in_tree(left, backward, parameters)
-    gradients = [gradient for gradient, _ in local_gradients(parameters)]
-    for parameter in parameters:
-        parameter.grad = None
-    loss = loss + accumulate_in_tree(right, backward, parameters)
-    torch._foreach_add_([gradient for gradient, _ in local_gradients(parameters)], gradients)
+    loss = accumulate_in_tree(left, backward, holders)
+    gradients = _held(holders())
+    for holder in holders():
+        holder.grad = None
+    loss = loss + accumulate_in_tree(right, backward, holders)
+    torch._foreach_add_(_held(holders()), gradients)
     return loss
+
+
+def _held(holders: Sequence[Tensor]) -> list[Tensor]:
+    gradients = [local_gradient(holder) for holder in holders]
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def accumulate_over_shards(

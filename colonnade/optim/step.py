@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from colonnade.optim.gradients import (
 )
 from colonnade.optim.loss_window import WindowStatistics
 from colonnade.optim.optimizer import step_unless
+from colonnade.optim.overlapped_sum import OverlappedSum
 from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.data_parallel import DataParallelShards
 from colonnade.parallel.mesh import ParallelLayout
@@ -39,7 +41,11 @@ class SlicedModel(Protocol):
     @property
     def shards(self) -> DataParallelShards | None: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def __call__(self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
+    def weights_kept(self) -> AbstractContextManager[None]: ...
+    def gradient_holders(self) -> list[Tensor]: ...
+    def __call__(
+        self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def optimizer_step(
     max_grad_norm: float,
     document_mask: bool = False,
     deterministic: bool = False,
+    plain: bool = False,
     skip_above: Tensor | None = None,
     after_backward: Callable[[], None] | None = None,
 ) -> StepOutcome:
@@ -105,38 +112,49 @@ def optimizer_step(
         max_grad_norm: 0 for no clipping.
         document_mask: attention and loss stay within documents.
         deterministic: sum in the order that does not depend on the number of ranks; needs a model with fixed slices.
+        plain: neither keep weights over micro-batches nor sum gradients during the backward pass.
         skip_above: a loss above it is skipped as well; NaN for none.
         after_backward: called while a device is still busy with what was launched.
     """
 
+    micro_batches = micro_batches_of(share, accumulation)
+    shards = model.shards
+    # In the fixed order gradients are final only after the whole tree over micro-batches.
+    overlapped = None
+    if model.layout.dp > 1 and not deterministic and not plain and shards is None:
+        overlapped = OverlappedSum(model.layout.dp_group)
+
     def backward(micro_batch: Tensor) -> Tensor:
         blocks = unpack_blocks(micro_batch, document_mask=document_mask)
         # A batch without a single target has the loss 0, not 0 / 0.
-        part = model(blocks.input_ids, blocks.labels, blocks.document_starts) / max(targets, 1)
+        part = model(blocks.input_ids, blocks.labels, blocks.document_starts, scale=1 / max(targets, 1))
+        if overlapped is not None and micro_batch is micro_batches[-1]:
+            overlapped.watch(model.gradient_holders())
         scaler.scale(part).backward()
         return part.detach()
 
-    micro_batches = micro_batches_of(share, accumulation)
-    shards = model.shards
-    if shards is not None:
-        loss = accumulate_over_shards(micro_batches, backward, shards)
-    elif deterministic:
-        loss = accumulate_in_tree(micro_batches, backward, list(model.parameters()))
-    else:
-        loss = torch.zeros((), device=model.layout.device)
-        for micro_batch in micro_batches:
-            loss += backward(micro_batch)
-    if after_backward is not None:
-        after_backward()
+    with nullcontext() if plain else model.weights_kept():
+        if shards is not None:
+            loss = accumulate_over_shards(micro_batches, backward, shards)
+        elif deterministic:
+            loss = accumulate_in_tree(micro_batches, backward, model.gradient_holders)
+        else:
+            loss = torch.zeros((), device=model.layout.device)
+            for micro_batch in micro_batches:
+                loss += backward(micro_batch)
+        if after_backward is not None:
+            after_backward()
+        if overlapped is not None:
+            overlapped.finish(loss)
     gradients = local_gradients(model.parameters())
-    if shards is None:
-        summed = [*(gradient for gradient, _ in gradients), loss]
-        sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
-    else:
+    if shards is not None:
         # In the fixed order they have been summed over the replicas as well.
         if shards.replicate_group is not None and not shards.fixed_order:
             sum_over_data_parallel([gradient for gradient, _ in gradients], shards.replicate_group)
         sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=deterministic)
+    elif overlapped is None:
+        summed = [*(gradient for gradient, _ in gradients), loss]
+        sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
     scaler.unscale_(optimizer)
     flag = ~torch.isfinite(loss)
     if skip_above is not None:

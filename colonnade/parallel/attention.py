@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
+from colonnade.parallel.elementwise import rms_norm
 from colonnade.parallel.rotary import rotate
 
 FLEX_BLOCK = 128
@@ -144,22 +145,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, its statistics in float32 or wider. [..., C] -> [..., C]"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight.to(x.dtype)
-
-
 class SliceWeights(NamedTuple):
-    """The attention parameters of one slice: q, k, v are (weight [heads * D, H], bias); o is [H, n * D].
+    """The attention parameters of one slice.
 
-    norms: [2, D], of each head's queries and of its keys; None for none.
+    Attributes:
+        qkv: [(n + 2 k) * D, H], the rows of queries, keys and values.
+        bias: of them; None for none.
+        o: [H, n * D].
+        norms: [2, D], of each head's queries and of its keys; None for none.
     """
 
-    q: tuple[Tensor, Tensor | None]
-    k: tuple[Tensor, Tensor | None]
-    v: tuple[Tensor, Tensor | None]
+    qkv: Tensor
+    bias: Tensor | None
     o: Tensor
     norms: Tensor | None
 
@@ -179,15 +176,17 @@ def project_heads(
     cos, sin [T, D], or [B, 1, T, D] where rows have positions of their own; None for a layer without rotary positions.
     """
     batch, block, _ = x.shape
-    query, key, value = (
-        linear(x, *pair).view(batch, block, -1, head_dim) for pair in (weights.q, weights.k, weights.v)
-    )
+    heads = weights.o.shape[1] // head_dim
+    shared = (weights.qkv.shape[0] // head_dim - heads) // 2
+    projected = linear(x, weights.qkv, weights.bias).view(batch, block, -1, head_dim).transpose(1, 2)
+    turning, value = projected.split([heads + shared, shared], dim=1)
     if weights.norms is not None:
+        query, key = turning.split([heads, shared], dim=1)
         query, key = rms_norm(query, weights.norms[0], eps=eps), rms_norm(key, weights.norms[1], eps=eps)
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        turning = torch.cat((query, key), dim=1)
     if cos is not None and sin is not None:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        query, key = (rotate(heads, cos, sin, interleaved=interleaved) for heads in (query, key))
+        turning = rotate(turning, cos.to(x.dtype), sin.to(x.dtype), interleaved=interleaved)
+    query, key = turning.split([heads, shared], dim=1)
     return query, key, value
 
 

@@ -16,9 +16,10 @@ Everything here runs outside compiled graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import count
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,25 @@ from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes to which torch aligns memory on the CPU (on CUDA it is 512)."""
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """A value that a collective under way has yet to deliver.
+
+    Args:
+        value: what `wait` returns, unless `finish` returns it.
+        finish: called once; returns the value when it is there. On CUDA it makes the stream wait, not the host.
+    """
+
+    def __init__(self, value: T | None = None, finish: Callable[[], T] | None = None) -> None:
+        self._value, self._finish = value, finish
+
+    def wait(self) -> T:
+        if self._finish is not None:
+            self._value, self._finish = self._finish(), None
+        return self._value  # type: ignore[return-value]
 
 
 class TensorGroup:
@@ -67,14 +87,42 @@ class TensorGroup:
 
     def sum_(self, partial: Tensor) -> Tensor:
         """Sum `partial` over the ranks, in place where the library does it. Returns the summed tensor."""
+        return self.start_sum(partial).wait()
+
+    def start_sum(self, partial: Tensor) -> Pending[Tensor]:
+        """`sum_`, under way when this returns: until it is waited for nothing may touch `partial`."""
         if not self.communicates:
-            return partial
+            return Pending(partial)
         partial = partial.contiguous()
         # Two addends have one order only, so the tree is the library's all-reduce there.
         if self.fixed_order and self.size > 2:
-            return tree_all_reduce(partial, self.group)
-        dist.all_reduce(partial, group=self.group)
-        return partial
+            return start_tree_all_reduce(partial, self.group)
+        return _under_way(partial, dist.all_reduce(partial, group=self.group, async_op=True))
+
+    def start_gather(self, part: Tensor) -> Pending[Tensor]:
+        """The parts [R, ...] of all ranks, one after the other: [tp * R, ...]."""
+        if self.size == 1:
+            return Pending(part)
+        if self._identity:
+            return Pending(part.repeat(self.size, *[1] * (part.ndim - 1)))
+        whole = part.new_empty(part.shape[0] * self.size, *part.shape[1:])
+        work = dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group, async_op=True)
+        return _under_way(whole, work)
+
+    def start_sum_part(self, partial: Tensor) -> Pending[Tensor]:
+        """This rank's part [R, ...] of the sum of all ranks' [tp * R, ...]: a reduce-scatter."""
+        if not self.communicates:
+            return Pending(self.own_part(partial))
+        partial = partial.contiguous()
+        if self.fixed_order and self.size > 2:
+            return start_tree_reduce_scatter(partial, self.group)
+        part = partial.new_empty(partial.shape[0] // self.size, *partial.shape[1:])
+        work = dist.reduce_scatter_tensor(part, partial, group=self.group, async_op=True)
+        return _under_way((part, partial), work, part)
+
+    def own_part(self, whole: Tensor) -> Tensor:
+        """This rank's rows of what all ranks hold: [tp * R, ...] -> [R, ...]."""
+        return whole.chunk(self.size)[self.rank]
 
     def max_(self, values: Tensor) -> Tensor:
         """Elementwise maximum over the ranks, in place. A maximum does not depend on the order."""
@@ -85,6 +133,16 @@ class TensorGroup:
     def sum_slices(self, partials: Sequence[Tensor]) -> Tensor:
         """Sum one tensor a local slice over all slices of the group. The first tensor may be overwritten."""
         return self.sum_(tree_sum(partials))
+
+
+def _under_way(held: Any, work: Any, value: Tensor | None = None) -> Pending[Tensor]:
+    """The value of a collective under way; `held` lives until it is done."""
+
+    def finish() -> Tensor:
+        work.wait()
+        return held if value is None else value
+
+    return Pending(finish=finish)
 
 
 def tree_sum(addends: Sequence[Tensor]) -> Tensor:
@@ -101,41 +159,116 @@ def tree_all_reduce(partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[i
     An all-to-all hands each rank one piece from every rank, which it sums in rank order (or in the order `ranks`); an
     all-gather brings the summed pieces back. The bytes are a ring all-reduce's, the order does not depend on the piece.
     """
+    return start_tree_all_reduce(partial, group, ranks).wait()
+
+
+def start_tree_all_reduce(
+    partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[int] | None = None
+) -> Pending[Tensor]:
+    """`tree_all_reduce`, its all-to-all under way; `wait` sums and gathers."""
     size = dist.get_world_size(group)
     flat = partial.reshape(-1)
     piece = -(-flat.numel() // size)
     if piece * size != flat.numel():
         flat = torch.nn.functional.pad(flat, (0, piece * size - flat.numel()))
-    pieces = torch.empty_like(flat)
-    dist.all_to_all_single(pieces, flat, group=group)
-    addends = pieces.view(size, piece).unbind(0)
-    summed = tree_sum(addends if ranks is None else [addends[rank] for rank in ranks])
-    gathered = torch.empty_like(flat)
-    dist.all_gather(list(gathered.view(size, piece).unbind(0)), summed, group=group)
-    return gathered[: partial.numel()].view(partial.shape)
+    scattered = start_tree_reduce_scatter(flat, group, ranks)
+
+    def finish() -> Tensor:
+        gathered = torch.empty_like(flat)
+        dist.all_gather_into_tensor(gathered, scattered.wait(), group=group)
+        return gathered[: partial.numel()].view(partial.shape)
+
+    return Pending(finish=finish)
+
+
+def start_tree_reduce_scatter(
+    partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[int] | None = None
+) -> Pending[Tensor]:
+    """This rank's part [R, ...] of the sum of contiguous tensors [ranks * R, ...], in the tree over ranks."""
+    size = dist.get_world_size(group)
+    parts = torch.empty_like(partial)
+    work = dist.all_to_all_single(parts, partial, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        assert work is not None
+        work.wait()
+        addends = parts.chunk(size)
+        return tree_sum(addends if ranks is None else [addends[rank] for rank in ranks]).contiguous()
+
+    return Pending(finish=finish)
+
+
+class Flight:
+    """Where the backward pass of a collective's start leaves what that of `awaiting` waits for."""
+
+    def __init__(self) -> None:
+        self.pending: Pending[Tensor] | None = None
+
+    def leave(self, pending: Pending[Tensor], placeholder: Tensor) -> Tensor:
+        """What the node returns meanwhile: a tensor of the right shape that nobody reads."""
+        self.pending = pending
+        return placeholder
+
+    def land(self) -> Tensor:
+        assert self.pending is not None
+        gradient, self.pending = self.pending.wait(), None
+        return gradient
+
+
+class _Awaiting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight, ctx.count = flight, len(xs)
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *([ctx.flight.land()] * ctx.count))
+
+
+_awaited = count()
+
+
+def awaiting(xs: Sequence[Tensor], flight: Flight | None) -> Sequence[Tensor]:
+    """The identity, whose backward pass waits for the collective that a later node's backward pass has started.
+
+    Autograd runs the ready node with the highest sequence number, the one made last. These nodes get numbers below
+    those of all others, so that whatever does not depend on the collective runs first: that is the overlap.
+
+    Args:
+        xs: tensors that all get the gradient which the collective delivers.
+        flight: of that collective; None where its start waits for it.
+    """
+    if flight is None or not any(x.requires_grad for x in xs):
+        return xs
+    xs = _Awaiting.apply(flight, *xs)
+    node: Any = xs[0].grad_fn
+    node._set_sequence_nr(next(_awaited))
+    return xs
 
 
 class _FanOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: TensorGroup, flight: Flight | None) -> tuple[Tensor, ...]:
+        ctx.group, ctx.flight = group, flight
         return tuple(x.view_as(x) for _ in range(group.local_slices))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.sum_slices(gradients), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        partial = tree_sum(gradients)
+        pending = ctx.group.start_sum(partial)
+        return pending.wait() if ctx.flight is None else ctx.flight.leave(pending, partial), None, None
 
 
 class _ReducePartials(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: TensorGroup, *partials: Tensor) -> Tensor:
+    def forward(ctx: Any, group: TensorGroup, total: Tensor, *partials: Tensor) -> Tensor:
         ctx.count = len(partials)
-        total = group.sum_slices(partials)
-        return total.view_as(total) if total is partials[0] else total
+        return total.view_as(total)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *([gradient] * ctx.count))
+        return (None, None, *([gradient] * ctx.count))
 
 
 class _FanOutLocal(torch.autograd.Function):
@@ -161,25 +294,29 @@ class _TakePart(torch.autograd.Function):
         return ctx.group.sum_(whole), None, None, None
 
 
-def fan_out(x: Tensor, group: TensorGroup) -> tuple[Tensor, ...]:
+def fan_out(x: Tensor, group: TensorGroup, flight: Flight | None = None) -> tuple[Tensor, ...]:
     """*f*: one view of the replicated `x` for each local slice; backward sums the gradients over all slices.
 
     The all-reduce may overwrite the incoming gradient, so what consumes a view must produce a gradient of its own
-    (a matrix product does; a bare addition passes one tensor to two inputs).
+    (a matrix product does; a bare addition passes one tensor to two inputs). With a `flight` the backward pass only
+    starts the all-reduce.
     """
     if group.local_slices == 1 and group.size == 1:
         return (x,)
-    return _FanOut.apply(x, group)
+    (x,) = awaiting((x,), flight)
+    return _FanOut.apply(x, group, flight)
 
 
-def reduce_partials(partials: Sequence[Tensor], group: TensorGroup) -> Tensor:
-    """*g*: the sum over all slices of one partial result each; backward hands the gradient to each of them.
+def reduce_partials(partials: Sequence[Tensor], group: TensorGroup) -> Pending[Tensor]:
+    """*g*: the sum over all slices of one partial result each, under way; backward hands the gradient to each of them.
 
     A lone partial may be overwritten: nothing may have saved it for a backward pass (a matrix product's output is not).
     """
     if len(partials) == 1 and group.size == 1:
-        return partials[0]
-    return _ReducePartials.apply(group, *partials)
+        return Pending(partials[0])
+    with torch.no_grad():
+        pending = group.start_sum(tree_sum([partial.detach() for partial in partials]))
+    return Pending(finish=lambda: _ReducePartials.apply(group, pending.wait(), *partials))
 
 
 def fan_out_locally(x: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ reduction after each micro-batch would not.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -128,6 +129,8 @@ def shard_over_data_parallel(
             are then of this dtype within a micro-batch, and summed over ranks and micro-batches in float32.
         evaluations: methods that use parameters as `forward` does, without gradients, and return a tensor.
     """
+    # Blocks return sums that a collective made, as views; nothing is written into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = layout.replica_mesh
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
     lower = own

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import allow_recompilation, attention_slice, cached_attention_slice, linear, rms_norm
+from colonnade.parallel.attention import allow_recompilation, attention_slice, cached_attention_slice, linear
+from colonnade.parallel.elementwise import rms_norm, swiglu
+from colonnade.parallel.head_loss import softmax_of_slice_
 
 
 def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -24,9 +25,9 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> t
     return x, rms_norm(x, weight, eps=eps)
 
 
-def mlp_slice(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], down: Tensor) -> Tensor:
-    """SwiGLU over one slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate, up [i, H]; down [H, i]."""
-    return linear(F.silu(linear(x, *gate)) * linear(x, *up), down, None)
+def mlp_slice(x: Tensor, gate_up: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
+    """SwiGLU over one slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate_up [2 i, H]; down [H, i]."""
+    return linear(swiglu(linear(x, gate_up, bias)), down, None)
 
 
 def logits_slice(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,3 +59,4 @@ class Segments:
         self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
         self.mlp = build(mlp_slice)
         self.logits = build(logits_slice)
+        self.softmax = build(softmax_of_slice_)

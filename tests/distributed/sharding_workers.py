@@ -80,7 +80,7 @@ def sharded_steps(config: ModelConfig, tp: int, steps: int, accumulation: int = 
 
 def step_after_trials(config: ModelConfig, tp: int, fails_on: int | None, **options: Any) -> dict[str, Any]:
     """A step after the autotuner's trials, one of which runs out of memory on one rank amid the backward pass."""
-    layout, model = build(config, tp, gradient_checkpointing=True, **options)
+    layout, model = build(config, tp, activation_checkpointing="full", **options)
     optimizer = make_optimizer("adamw", model, layout)
     mlp, calls = model.segments.mlp, 0
 

@@ -70,11 +70,11 @@ def test_every_number_of_ranks_trains_to_the_same_bits(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("untied, odd vocabulary", {"gradient_checkpointing": True}),
+        ("untied, odd vocabulary", {"activation_checkpointing": "full"}),
         ("untied, odd vocabulary", {"compute_dtype": torch.float16}),
         ("odd sizes", {"compute_dtype": torch.float16}),  # a loss scale with the unfused update
         ("untied, odd vocabulary", {"compiled": True}),
-        ("tied", {"compiled": True, "compute_dtype": torch.bfloat16, "gradient_checkpointing": True}),
+        ("tied", {"compiled": True, "compute_dtype": torch.bfloat16, "activation_checkpointing": "full"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )
@@ -82,7 +82,7 @@ def test_every_way_to_compute_keeps_its_bits(rank_pool: RankPool, name: str, opt
     options = {"slices": 4, "seed": 2, **options}
     config = dataclasses.replace(MODELS[name], num_hidden_layers=1 if "compiled" in options else 2)
     # Activations that are computed again are the ones that were thrown away.
-    plain = {**options, "gradient_checkpointing": False}
+    plain = {**options, "activation_checkpointing": "none"}
     expected = rank_pool.run(1, deterministic_steps, config, 1, STEPS, **plain)[0]
     for world_size, tp in [(2, 2)] if "compiled" in options else [(2, 2), (4, 2)]:
         results = rank_pool.run(world_size, deterministic_steps, config, tp, STEPS, **options)

@@ -9,7 +9,9 @@ COLLECTIVE_MARKS = ("c10d", "all_reduce", "all_gather", "all_to_all", "reduce_sc
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_checkpointing": True}, {"slices": 4}], ids=lambda options: "+".join(options) or "plain"
+    "options",
+    [{}, {"activation_checkpointing": "full"}, {"slices": 4}],
+    ids=lambda options: "+".join(options) or "plain",
 )
 def test_no_captured_graph_holds_a_collective(rank_pool, options):
     for graphs in rank_pool.run(2, captured_graphs, CONFIG, 2, **options):

@@ -66,8 +66,8 @@ VARIANTS = {
         {},
     ),
     "slices": (CONFIG, {"slices": 8}),
-    "checkpointing": (CONFIG, {"gradient_checkpointing": True}),
-    "checkpointing, slices": (CONFIG, {"gradient_checkpointing": True, "slices": 4}),
+    "checkpointing": (CONFIG, {"activation_checkpointing": "full"}),
+    "checkpointing, slices": (CONFIG, {"activation_checkpointing": "full", "slices": 4}),
 }
 
 
@@ -96,7 +96,7 @@ def test_packed_documents_equal_documents_one_by_one(rank_pool, tp, variant):
 def test_compiled_segments_equal_documents_one_by_one(rank_pool):
     # Of the shape that tests/distributed/test_parity.py compiles as well: what both have in common comes from a cache.
     wire, documents = packed([[25], [3, 1, 12, 9], [7, 7]], width=25)
-    options = {"compiled": True, "gradient_checkpointing": True, "seed": 5}
+    options = {"compiled": True, "activation_checkpointing": "full", "seed": 5}
     results = rank_pool.run(1, packed_step, CONFIG, 1, wire, **options)
     assert_equals_documents_one_by_one(CONFIG, wire, documents, results)
 

@@ -70,15 +70,23 @@ def test_step_equals_dense(rank_pool, tp, variant, dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        {"gradient_checkpointing": True},
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
         {"replicate_embeddings": True},
         {"slices": 8},
         {"compiled": True},
-        {"compiled": True, "gradient_checkpointing": True, "slices": 8},
+        {"compiled": True, "activation_checkpointing": "full", "slices": 8},
+        {"sequence_parallel": True},
+        {"sequence_parallel": True, "slices": 8, "activation_checkpointing": "full"},
+        {"sequence_parallel": True, "replicate_embeddings": True, "activation_checkpointing": "selective"},
+        {"overlap_collectives": True},
+        {"overlap_collectives": True, "slices": 8, "activation_checkpointing": "full"},
+        {"overlap_collectives": True, "sequence_parallel": True, "activation_checkpointing": "selective"},
     ],
     ids=lambda options: "+".join(options),
 )
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+# At 8 ranks slices share key/value heads, some hold nothing but padding, and 72 tokens are 9 for each.
+@pytest.mark.parametrize("tp", [2, 8])
 def test_step_equals_dense_with_options(rank_pool, tp, options):
     results = rank_pool.run(tp, loss_and_gradients, CONFIG, tp, seed=5, **options)
     assert_step_equals_dense(CONFIG, results, torch.float32)

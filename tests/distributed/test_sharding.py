@@ -66,8 +66,8 @@ def test_a_rank_holds_its_part(rank_pool: RankPool) -> None:
         ("untied, odd vocabulary", "zero2", 4, 2, 1, {}),
         ("untied, odd vocabulary", "zero3", 4, 2, 1, {"compute_dtype": torch.bfloat16}),
         ("untied, odd vocabulary", "zero2", 4, 1, 2, {}),
-        ("tied", "zero3", 4, 1, 1, {"gradient_checkpointing": True}),
-        ("biases, one key/value head", "zero3", 4, 1, 2, {"gradient_checkpointing": True}),
+        ("tied", "zero3", 4, 1, 1, {"activation_checkpointing": "full"}),
+        ("biases, one key/value head", "zero3", 4, 1, 2, {"activation_checkpointing": "full"}),
         # Parts of unequal size, and none on the last rank; a loss scale, and a step that is skipped.
         ("odd sizes", "zero3", 8, 2, 1, {"compute_dtype": torch.float16}),
     ],
@@ -114,7 +114,7 @@ def test_trials_compute_alone_and_leave_nothing_behind(rank_pool: RankPool, mode
     assert [result.pop("failures") for result in results] == [0, 1]
     assert [result.pop("failures") for result in expected] == [0, 0]
     assert results == expected
-    plain = rank_pool.run(2, sharded_steps, CONFIG, 1, 1, seed=5, gradient_checkpointing=True)[0]
+    plain = rank_pool.run(2, sharded_steps, CONFIG, 1, 1, seed=5, activation_checkpointing="full")[0]
     assert results[0]["loss"] == pytest.approx(float(plain["losses"][0]), rel=1e-6)
     assert results[0]["norm"] == pytest.approx(plain["norms"][0], rel=1e-6)
 

@@ -19,12 +19,13 @@ from colonnade.data.stream import TokenChunk
 from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
-from colonnade.parallel.data_parallel import shard_over_data_parallel
+from colonnade.parallel.collectives import reduce_partials
+from colonnade.parallel.layers import Attention
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import fingerprint_of, float32_bits
-from model import Attention, ModelConfig, TensorParallelModel
+from model import ModelConfig, TensorParallelModel
 from text_generation import Sampling, generate_tokens
 
 
@@ -45,10 +46,7 @@ def build(
         return layout, TensorParallelModel(config, layout, **options)
     layout = layout.sharded(replicas)
     model = TensorParallelModel(config, layout, **options)
-    methods = ("logits", "next_logits")
-    model.shards = shard_over_data_parallel(
-        model, model.model.layers, layout, model.group, evaluations=methods, **{"fixed_order": False, **shard}
-    )
+    model.share_out(**{"fixed_order": False, **shard})
     return layout, model
 
 
@@ -294,10 +292,11 @@ def signed_zeros(config: ModelConfig, tp: int | None) -> tuple[Tensor, Tensor]:
     _, model = build(config, tp, slices=8)
     table = local_part(model.model.embed_tokens.weight).detach().fill_(-0.0)
     ids, _ = tokens_for(config, 2)
-    hidden = embed_tokens(ids, table, model._vocabulary_start(model.model.embed_tokens.weight), model.group)
+    start = model._vocabulary_start(model.model.embed_tokens.weight)
+    hidden = reduce_partials([embed_tokens(ids, table, start, model.group)], model.group).wait()
     attention = model.model.layers[0].self_attn
     assert isinstance(attention, Attention)
-    weights = [weight for weight, _ in attention._key_value_slices(attention.k_proj, torch.float32)]
+    weights, *_ = attention._key_value_slices(attention.k_proj)
     torch.autograd.backward(weights, [torch.full_like(weight, -0.0) for weight in weights])
     gradient = attention.k_proj.weight.grad
     assert isinstance(gradient, DTensor)

@@ -1,0 +1,189 @@
+"""The measured part of `benchmarks/gpu_step.py`: each function is the life of one process on one device."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.training_step.ours import our_contender, our_optimizer
+from benchmarks.training_step.peers import Contender, adamw, contender, llama_loss, llama_model
+from benchmarks.training_step.ranks import bare_product, product_flops, step_memory
+from benchmarks.training_step.work import Work, step_flops
+from colonnade.model_config import ModelConfig
+from colonnade.parallel.mesh import init_parallel
+from model import TensorParallelModel
+
+# Rows, inner size, columns: a square that suits any library, and the feed-forward of a large model.
+PRODUCTS = {"cuda": ((8192, 8192, 8192), (16_384, 3072, 8192), (16_384, 8192, 3072)), "cpu": ((256, 256, 256),)}
+# Operations of all turns of a product. Long enough for a GPU to slow down as it does under load: half a second.
+PRODUCT_FLOPS = {"cuda": 4e14, "cpu": 1e9}
+DTYPE = torch.bfloat16
+PROFILED_STEPS, PROFILED_ROWS = 2, 60
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every contender is measured at.
+
+    Attributes:
+        config: sizes of the decoder.
+        block: tokens a sequence.
+        micro_batches: tried in this order until one does not fit.
+        windows: the median of so many counts.
+        window_steps: steps of a window.
+        device_type: cuda or cpu.
+        profile_folder: where tables of kernels go; None for no profile.
+    """
+
+    config: ModelConfig
+    block: int
+    micro_batches: list[int]
+    windows: int
+    window_steps: int
+    device_type: str
+    profile_folder: str | None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0) if self.device_type == "cuda" else torch.device("cpu")
+
+    def described(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, for JSON."""
+        name = torch.cuda.get_device_name() if self.device_type == "cuda" else "cpu"
+        return {**asdict(self), "device": name, "torch": torch.__version__}
+
+
+def measure_ours(plan: Plan, name: str, options: dict[str, Any], shards: int) -> dict[str, Any]:
+    """Our step, of the whole model or of the first of so many shards."""
+    model = our_shard(plan, options, shards)
+    optimizer = our_optimizer(model)
+    return _measure(plan, name, shards, lambda work: our_contender(model, optimizer, work))
+
+
+def our_shard(plan: Plan, options: dict[str, Any], shards: int) -> TensorParallelModel:
+    """The model of the first of so many ranks, of which the others are not there."""
+    if shards > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
+    return TensorParallelModel(plan.config, init_parallel(shards, plan.device), compute_dtype=DTYPE, **options)
+
+
+def measure_transformers(plan: Plan, name: str, compiled: bool) -> dict[str, Any]:
+    """The step of `transformers`' LlamaForCausalLM."""
+    with plan.device:
+        model = llama_model(plan.config)
+    optimizer = adamw(model)
+    called = torch.compile(model, dynamic=False) if compiled else model
+    return _measure(plan, name, 1, lambda work: contender(model, optimizer, llama_loss(called, work, plan.device)))
+
+
+def _measure(plan: Plan, name: str, shards: int, make: Callable[[Work], Contender]) -> dict[str, Any]:
+    """Speed and memory at each micro-batch that fits, and the best of them."""
+    rates = [matmul_rate(plan.device)]
+    tried: list[dict[str, Any]] = []
+    does_not_fit = 0
+    for micro_batch in plan.micro_batches:
+        work = Work(plan.config, micro_batch, plan.block, DTYPE)
+        found = _if_it_fits(lambda work=work: _tried(make(work), work, plan, shards))  # type: ignore[misc]
+        _release()
+        if found is None:
+            does_not_fit = micro_batch
+            break
+        tried.append(found)
+        print(f"  micro-batch {micro_batch}: {found['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
+    if not tried:
+        raise MemoryError(f"{name}: not even a micro-batch of {plan.micro_batches[0]} fits")
+    rates.append(matmul_rate(plan.device))
+    for one in tried:
+        one["fraction_of_matmul_rate"] = one["flops_per_second"] / (sum(rates) / len(rates))
+    best = max(tried, key=lambda one: one["tokens_per_second"])
+    if plan.profile_folder is not None:
+        work = Work(plan.config, best["micro_batch"], plan.block, DTYPE)
+        table = kernels(make(work), plan.device)
+        path = Path(plan.profile_folder, f"{name.replace('/', '_')}.txt")
+        path.write_text(table + "\n", encoding="utf-8")
+    return {"best": best, "tried": tried, "does_not_fit": does_not_fit, "matmul_flops_per_second": rates}
+
+
+def _if_it_fits(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tried(one: Contender, work: Work, plan: Plan, shards: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    one.step()  # compiles, and allocates gradients, moments and the allocator's pools
+    _await(plan.device)
+    warmed = time.perf_counter() - began
+    peak = step_memory(one, plan.device)
+    seconds = []
+    for _ in range(plan.windows):
+        _await(plan.device)
+        began = time.perf_counter()
+        for _ in range(plan.window_steps):
+            one.step()
+        _await(plan.device)
+        seconds.append((time.perf_counter() - began) / plan.window_steps)
+    taken = sorted(seconds)[len(seconds) // 2]
+    return {
+        "micro_batch": work.micro_batch,
+        "tokens_per_second": work.tokens / taken,
+        "seconds": seconds,
+        "first_step_seconds": warmed,
+        "peak_bytes": peak,
+        "flops_per_second": step_flops(work.config, work.micro_batch, work.block) / shards / taken,
+    }
+
+
+def _await(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Operations a second of bare products, of the shape that the device is fastest at."""
+    rates = []
+    for shape in PRODUCTS[device.type]:
+        repeats = round(PRODUCT_FLOPS[device.type] / product_flops(shape))
+        product = bare_product(shape, DTYPE, device, repeats)
+        product.step()
+        _await(device)
+        began = time.perf_counter()
+        product.step()
+        _await(device)
+        rates.append(repeats * product_flops(shape) / (time.perf_counter() - began))
+    _release()
+    return max(rates)
+
+
+def kernels(one: Contender, device: torch.device) -> str:
+    """A table of what takes the most time in some steps."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    one.step()
+    _await(device)
+    with profile(activities=activities, record_shapes=True) as recorded:
+        for _ in range(PROFILED_STEPS):
+            one.step()
+        _await(device)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    by_shape = recorded.key_averages(group_by_input_shape=device.type == "cpu")
+    table: str = by_shape.table(sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=90)
+    return table

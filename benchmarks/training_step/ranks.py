@@ -1,0 +1,217 @@
+"""Ranks that take the steps of `benchmarks/step.py` in turns, and what is measured of each."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.training_step.ours import ours
+from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
+from benchmarks.training_step.work import Work
+from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
+
+MATMUL = "matmul"
+# Rows, inner size, columns: a rank's gate and up product, its head, and a product that suits any library.
+PRODUCTS = ((2048, 512, 1376), (2048, 512, 16_000), (2048, 2048, 2048))
+# Operations of one turn of a product: half a second on a core, a twentieth on a GPU.
+PRODUCT_FLOPS = {"cpu": 4e10, "cuda": 4e13}
+
+
+def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
+    """What rank 0 returns of `measure(*args)`, called on all of so many new processes with one thread each."""
+    context = multiprocessing.get_context("spawn")
+    results, barrier = context.SimpleQueue(), context.Barrier(ranks)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
+    multiprocessing.spawn(_rank, args=(ranks, _free_port(), results, barrier, measure, args), nprocs=ranks)
+    return results.get()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _rank(
+    rank: int, ranks: int, port: int, results: Any, barrier: Any, measure: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    _Turns.barrier = barrier
+    value = measure(*args)
+    if rank == 0:
+        results.put(value)
+    shutdown_parallel()
+
+
+class _Turns:
+    """How the ranks wait for each other: asleep, which `torch.distributed` does not promise of its barriers."""
+
+    barrier: Any = None
+
+
+# -------------------------------------------------------------------------------------------------------- one case
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contender took.
+
+    Attributes:
+        seconds: of each round.
+        memory: bytes of parameters and moments on the first rank, and the most that a step has allocated there above
+            them (gradients, activations, what the optimizer needs for a moment); 0 for a bare product.
+        loss: of the first step.
+    """
+
+    seconds: list[float]
+    memory: int
+    loss: float
+
+
+def measure_case(
+    work: Work, groups: Iterable[tuple[str, ...]], rounds: int, device_type: str
+) -> list[dict[str, Measured]]:
+    """Seconds and memory of the contenders of each group, which stay in memory together and take turns. Collective.
+
+    A round is one step of each; every other round goes backwards. A first step warms up, a second one is measured for
+    its memory, and the rounds begin.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    layout = init_parallel(ranks, device)
+    makers: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: ours(work, layout),
+        "torch_tp": lambda: torch_plan(work, layout.tp_mesh, device),
+        "predecessor": lambda: predecessor(work, ranks, device),
+    }
+    alone = first_rank_alone(device)
+    if rank == 0:
+        makers["ours_tp1"] = lambda: ours(work, alone, alone=True)
+        makers["transformers"] = lambda: llama(work, device)
+    found = []
+    for group in groups:
+        torch.manual_seed(0)
+        contenders = {name: makers.get(name, _absent)() for name in group if name != MATMUL}
+        if MATMUL in group:
+            for shape in PRODUCTS:
+                repeats = product_repeats(shape, device.type)
+                contenders[product_name(shape)] = bare_product(shape, work.dtype, device, repeats)
+        found.append(_take_turns(contenders, rounds, device))
+        contenders.clear()
+        gc.collect()
+    return found
+
+
+def _absent() -> Contender:
+    """What a rank has of a contender that runs on another rank."""
+    return Contender(lambda: torch.zeros(()), list, alone=True)
+
+
+def _take_turns(contenders: dict[str, Contender], rounds: int, device: torch.device) -> dict[str, Measured]:
+    losses = {name: float(_step(contender)) for name, contender in contenders.items()}
+    memory = {name: 0 if name.startswith(MATMUL) else step_memory(one, device) for name, one in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
+            seconds[name].append(_seconds(contenders[name], device))
+        if os.environ["RANK"] == "0":
+            taken = "  ".join(f"{name} {times[-1]:.2f}" for name, times in seconds.items())
+            print(f"  round {number + 1} of {rounds}, seconds: {taken}", file=sys.stderr, flush=True)
+    return {name: Measured(seconds[name], memory[name], losses[name]) for name in contenders}
+
+
+def _step(contender: Contender) -> Tensor:
+    """Take a step, or let the first rank take it with all threads."""
+    if not contender.alone:
+        return contender.step()
+    ranks, is_first = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
+    if is_first:
+        torch.set_num_threads(ranks)
+    loss = contender.step()
+    torch.set_num_threads(1)
+    _Turns.barrier.wait()
+    return loss
+
+
+def _seconds(contender: Contender, device: torch.device) -> float:
+    _await_all(device)
+    began = time.perf_counter()
+    _step(contender)
+    _await_all(device)
+    return time.perf_counter() - began
+
+
+def _await_all(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    _Turns.barrier.wait()
+
+
+def step_memory(contender: Contender, device: torch.device) -> int:
+    """Bytes held between steps and the most that one step has above them: as torch allocates them, on this rank."""
+    held = sum(tensor.nbytes for tensor in contender.held())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _step(contender)
+        torch.cuda.synchronize(device)
+        return held + torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        _step(contender)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return held + most
+
+
+# ---------------------------------------------------------------------------------------------------- bare products
+
+
+def product_name(shape: tuple[int, int, int]) -> str:
+    """The name of a bare product among the contenders."""
+    return f"{MATMUL} {'x'.join(map(str, shape))}"
+
+
+def product_flops(shape: tuple[int, int, int]) -> int:
+    """Operations of one product of this shape."""
+    rows, inner, columns = shape
+    return 2 * rows * inner * columns
+
+
+def product_repeats(shape: tuple[int, int, int], device_type: str) -> int:
+    """Products of a turn."""
+    return max(1, round(PRODUCT_FLOPS[device_type] / product_flops(shape)))
+
+
+def bare_product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> Contender:
+    """Matrix products x W^T of one shape into memory that is there, on every rank at the same time."""
+    rows, inner, columns = shape
+    x, weight = (torch.randn(count, inner, device=device).to(dtype) for count in (rows, columns))
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def step() -> Tensor:
+        for _ in range(repeats):
+            torch.mm(x, weight.t(), out=out)
+        return torch.zeros(())
+
+    return Contender(step, list)

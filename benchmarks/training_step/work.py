@@ -1,0 +1,81 @@
+"""What the benchmarks of a training step compute: the sizes, the tokens, and the operations that such a step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colonnade.model_config import ModelConfig
+
+VOCABULARIES = {"32k": 32_000, "152k": 151_936}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# 1376 is Llama's feed-forward width at this hidden size: 8/3 of it, rounded up to a multiple of 32. Two query heads
+# share a key/value head, as in Llama's and Qwen's smaller models. Embedding and head are two matrices.
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+BLOCK, MICRO_BATCH = 512, 4
+LEARNING_RATE, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, (0.9, 0.95), 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step of one micro-batch.
+
+    Attributes:
+        config: sizes of the decoder.
+        micro_batch: sequences.
+        block: tokens a sequence.
+        dtype: of the matrix products; parameters and optimizer state are float32.
+    """
+
+    config: ModelConfig
+    micro_batch: int
+    block: int
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.block
+
+    def share(self, device: torch.device) -> Tensor:
+        """Random token ids [micro-batch, block + 1], the same on every rank."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.micro_batch, self.block + 1)
+        return torch.randint(0, self.config.vocab_size, shape, generator=generator).to(device)
+
+
+def work(vocabulary: int, precision: str) -> Work:
+    """The step of `benchmarks/step.py` at a vocabulary of that many entries."""
+    config = ModelConfig(vocab_size=vocabulary, max_position_embeddings=BLOCK, **SIZES)
+    return Work(config, MICRO_BATCH, BLOCK, PRECISIONS[precision])
+
+
+def step_flops(config: ModelConfig, micro_batch: int, block: int, *, causal: bool = True) -> int:
+    """Floating-point operations of a step's matrix products and attention; all else, and all recomputed, counts 0.
+
+    A product with a weight of n elements takes 2 n operations a token forward and 4 n backward (for the gradients of
+    its input and of the weight). So do the head's; the embedding is a lookup. Attention is Q K^T and P V forward, twice
+    that backward, over the pairs of a token and one it may see: block * (block + 1) / 2 of a sequence. A kernel that
+    computes the scores again in its backward pass gets nothing for it.
+
+    Args:
+        causal: False counts all block * block pairs, as kernels without a mask compute them.
+    """
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = config.hidden_size * (2 * queries + 2 * keys)
+    feed_forward = 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_hidden_layers * (attention + feed_forward) + config.hidden_size * config.vocab_size
+    pairs = block * (block + 1) // 2 if causal else block * block
+    products = 6 * weights * micro_batch * block
+    return products + 12 * config.num_hidden_layers * queries * pairs * micro_batch

@@ -1,0 +1,278 @@
+"""Head and cross-entropy in one, over vocabulary slices and stretches of tokens: whole logits never exist.
+
+Each rank holds a stretch of the vocabulary, cut into slices. For m tokens at a time, and each slice:
+
+1. logits [m, v], and in their place the softmax p over the slice; its maximum and sum of exponentials, a token each.
+2. The statistics [slices, 3, m] of all slices are gathered. While they are under way: p W, [m, H].
+3. The softmax over the vocabulary is p times a factor r for each token and slice. So the gradients are r (p W) and
+   p^T (r h), less the row of the target, which is added by itself in float32.
+
+Gradients are therefore made in the forward pass, and the backward pass multiplies them by what comes from above: no
+product is computed twice. Statistics and losses are float32 or wider. Every number depends on slices alone, and sums
+over them run over the fixed tree: the bits are the same at every tensor-parallel size.
+
+Shapes: M tokens (B * T), m of one stretch, H hidden, v vocabulary entries of one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colonnade.parallel.collectives import Pending, TensorGroup, tree_sum
+
+IGNORE_INDEX = -100
+"""A label that takes no part in the loss (the value `torch.nn.functional.cross_entropy` uses)."""
+
+# Of full logits in float32 a stretch may take an eighth. It holds its logits (in float32 itself: a tenth); in another
+# dtype a copy in float32 as well, 6 bytes an entry together, and a stripe of the weight's gradient.
+STRETCHES = {torch.float32: 10, torch.float64: 10}
+STRETCHES_OF_HALF = 16
+SMALLEST_STRETCH = 32
+# Rows of a weight's gradient that are made in half precision before they are added in float32: they stay in the cache.
+STRIPE = 2048
+
+SliceSoftmax = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss is made of, besides tokens and weights.
+
+    Attributes:
+        vocab_size: ids from here on are padding and never enter the loss.
+        z_loss: coefficient of the squared log of the sum of exponentials, added to each token's loss (PaLM,
+            arXiv:2204.02311, section 5); 0 for none.
+        scale: the loss and its gradients are multiplied by it.
+    """
+
+    vocab_size: int
+    z_loss: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """The local slices of the vocabulary: weights in the dtype of products, without padding, and their first ids."""
+
+    weights: Sequence[Tensor]
+    starts: Sequence[int]
+    group: TensorGroup | None
+
+
+def head_loss(
+    views: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    products: Sequence[Tensor],
+    labels: Tensor,
+    starts: Sequence[int],
+    options: LossOptions,
+    group: TensorGroup | None,
+    softmax: SliceSoftmax | None = None,
+) -> Tensor:
+    """Sum over tokens of the cross-entropy of a vocabulary-sharded head.
+
+    Args:
+        views: the last norm's output [M, H], one view a local slice.
+        weights: the head's rows [v, H], one tensor a local slice; these get the gradients.
+        products: the same in the dtype of `views`.
+        labels: [M] target ids; `IGNORE_INDEX` leaves a token out.
+        starts: id of the first row of each local slice.
+        group: the ranks that hold the other slices; None where `weights` is the whole head.
+        softmax: `softmax_of_slice_`, or a compiled one.
+
+    Returns:
+        A scalar in float32 (float64 for float64 tokens), equal on every rank. It can be differentiated once.
+    """
+    real = [
+        product[: max(0, min(len(product), options.vocab_size - start))].detach()
+        for product, start in zip(products, starts, strict=True)
+    ]
+    slices = _Slices(real, tuple(starts), group)
+    return _HeadLoss.apply(slices, labels, options, softmax or softmax_of_slice_, *views, *weights)
+
+
+def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Turn logits [m, v] of one slice into their softmax over the slice, in place, the target's entry left out as 0.
+
+    Returns:
+        statistics [3, m]: maximum, sum of exponentials relative to it, logit of the target (0 where the slice does not
+        hold it); and [m], the softmax of the target. Both in float32 or wider.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    present, position = position_of(labels, start, logits.shape[1])
+    position = position.unsqueeze(1)
+    maximum = wide.amax(1)
+    target = wide.gather(1, position).squeeze(1).masked_fill(~present, 0.0)
+    softmax = torch.softmax(wide, 1, out=wide)
+    # The largest entry is exp(0) over the sum.
+    total = 1.0 / softmax.amax(1)
+    entry = softmax.gather(1, position)
+    softmax.scatter_(1, position, entry.masked_fill(present.unsqueeze(1), 0.0))
+    if wide is not logits:
+        logits.copy_(wide)
+    return torch.stack((maximum, total, target)), entry.squeeze(1)
+
+
+def position_of(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whether a label lies in [start, start + width), and its column there (0 when it does not)."""
+    present = (labels >= start) & (labels < start + width)
+    return present, (labels - start).masked_fill(~present, 0)
+
+
+def stretch_of(tokens: int, dtype: torch.dtype) -> int:
+    """Tokens whose logits exist at a time."""
+    rows = -(-tokens // STRETCHES.get(dtype, STRETCHES_OF_HALF))
+    return max(SMALLEST_STRETCH, rows - rows % 8)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, slices: _Slices, labels: Tensor, options: LossOptions, softmax: SliceSoftmax, *tensors: Tensor
+    ) -> Tensor:
+        count = len(slices.weights)
+        views, weights = tensors[:count], tensors[count:]
+        # In float16 a small scale would be the end of small gradients: it comes in the backward pass.
+        ctx.rest = options.scale if views[0].dtype == torch.float16 else 1.0
+        gradients = _Gradients.like(views, weights) if any(ctx.needs_input_grad) else None
+        stretch = stretch_of(len(labels), views[0].dtype)
+        # One memory for the logits of all stretches: on the CPU fresh pages cost more than the softmax.
+        rooms = [view.new_empty((stretch, len(weight))) for view, weight in zip(views, slices.weights, strict=True)]
+        losses = []
+        for begin in range(0, len(labels), stretch):
+            part = slice(begin, begin + stretch)
+            own = None if gradients is None else gradients.of(part)
+            tokens = [view[part] for view in views]
+            losses.append(_stretch(tokens, labels[part], slices, options, softmax, rooms, own))
+        if gradients is not None:
+            ctx.gradients = gradients
+        return torch.cat(losses).sum() * options.scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        made = ctx.gradients
+        ctx.gradients = None
+        factor = gradient * ctx.rest
+        tensors = [*made.tokens, *made.weights]
+        # On the CPU a look costs nothing, and a pass over the gradients does.
+        if factor.device.type != "cpu" or float(factor) != 1.0:
+            torch._foreach_mul_(tensors, factor)
+        return (None, None, None, None, *tensors)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of the tokens' views [M, H] in their dtype, and of the weights' slices [v, H] in theirs."""
+
+    tokens: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+    @classmethod
+    def like(cls, views: Sequence[Tensor], weights: Sequence[Tensor]) -> _Gradients:
+        return cls([torch.empty_like(view) for view in views], [torch.zeros_like(weight) for weight in weights])
+
+    def of(self, part: slice) -> _Gradients:
+        return _Gradients([gradient[part] for gradient in self.tokens], self.weights)
+
+
+def _stretch(
+    views: Sequence[Tensor],
+    labels: Tensor,
+    slices: _Slices,
+    options: LossOptions,
+    softmax: SliceSoftmax,
+    rooms: Sequence[Tensor],
+    gradients: _Gradients | None,
+) -> Tensor:
+    """The losses [m] of a stretch of tokens, before the scale. Its gradients are filled in and added."""
+    probabilities, statistics, entries = [], [], []
+    for view, weight, start, room in zip(views, slices.weights, slices.starts, rooms, strict=True):
+        own, entry = room[: len(view)], labels.new_zeros(())
+        if len(weight):
+            torch.mm(view, weight.T, out=own)
+            told, entry = softmax(own, labels, start)
+        else:  # a slice of nothing but padding
+            told = _nothing(view, len(labels))
+        probabilities.append(own)
+        statistics.append(told)
+        entries.append(entry)
+    pending = _gathered(torch.stack(statistics), slices.group)
+    if gradients is not None:
+        for own, weight, gradient in zip(probabilities, slices.weights, gradients.tokens, strict=True):
+            gradient.zero_() if not len(weight) else torch.mm(own, weight, out=gradient)
+    every = pending.wait()  # [V, 3, m]
+    highest = every[:, 0].amax(0)
+    relative = (every[:, 0] - highest).exp() * every[:, 1]  # [V, m], the slices' sums of exponentials
+    total = tree_sum(relative.unbind(0))
+    log_total = highest + total.log()
+    counted = labels != IGNORE_INDEX
+    target = tree_sum(every[:, 2].unbind(0))
+    losses = log_total - target
+    weight_of_softmax = counted.to(total.dtype)
+    if options.z_loss:
+        losses = losses + options.z_loss * log_total.square()
+        weight_of_softmax = weight_of_softmax * (1 + 2 * options.z_loss * log_total)
+    if gradients is not None:
+        folded = 1.0 if views[0].dtype == torch.float16 else options.scale
+        first = slices.group.rank * len(views) if slices.group is not None else 0
+        for number, view in enumerate(views):
+            if len(slices.weights[number]):
+                factor = relative[first + number] / total * weight_of_softmax * folded
+                present, position = position_of(labels, slices.starts[number], len(slices.weights[number]))
+                row = entries[number] * factor - counted.to(factor.dtype) * folded
+                _finish(
+                    view,
+                    slices.weights[number],
+                    probabilities[number],
+                    factor.unsqueeze(1),
+                    (position, row.masked_fill(~present, 0.0).unsqueeze(1)),
+                    (gradients.tokens[number], gradients.weights[number]),
+                )
+    return torch.where(counted, losses, 0.0)
+
+
+def _nothing(view: Tensor, count: int) -> Tensor:
+    """The statistics of a slice without entries."""
+    dtype = torch.promote_types(view.dtype, torch.float32)
+    told = torch.zeros((3, count), dtype=dtype, device=view.device)
+    told[0] = torch.finfo(dtype).min
+    return told
+
+
+def _gathered(statistics: Tensor, group: TensorGroup | None) -> Pending[Tensor]:
+    return Pending(statistics) if group is None else group.start_gather(statistics)
+
+
+def _finish(
+    view: Tensor,
+    weight: Tensor,
+    softmax: Tensor,
+    factor: Tensor,
+    target: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+) -> None:
+    """Gradients of one slice from its softmax.
+
+    Args:
+        view: [m, H]; weight: [v, H]; softmax: [m, v], all in the dtype of products.
+        factor: [m, 1], what the softmax is multiplied with.
+        target: each target's row [m], and [m, 1] what it is multiplied with; 0 where the slice does not hold it.
+        gradients: of the view [m, H], which holds softmax @ weight; of the weight [>= v, H], which is added to.
+    """
+    position, coefficient = target
+    of_view, of_weight = gradients
+    wide = coefficient.dtype
+    of_view.copy_(torch.addcmul(of_view.to(wide) * factor, weight.index_select(0, position).to(wide), coefficient))
+    scaled = (view.to(wide) * factor).to(view.dtype)
+    if of_weight.dtype == softmax.dtype:
+        of_weight[: len(weight)].addmm_(softmax.T, scaled)
+    else:
+        for begin in range(0, len(weight), STRIPE):
+            stripe = slice(begin, begin + STRIPE)
+            of_weight[: len(weight)][stripe] += softmax[:, stripe].T @ scaled
+    of_weight.index_add_(0, position, (view.to(wide) * coefficient).to(of_weight.dtype))

@@ -1,0 +1,293 @@
+"""The decoder's layers, cut over the ranks of a tensor-parallel group: attention, feed-forward, and the way through.
+
+RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245) and SwiGLU
+(arXiv:2002.05202), with Hugging Face's names for modules and parameters.
+
+Shapes: B batch, T block, H hidden, D head size; n, k heads and i feed-forward channels of one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from colonnade.model_config import ModelConfig
+from colonnade.parallel.attention import DocumentMask, SliceWeights
+from colonnade.parallel.collectives import Pending, TensorGroup, fan_out, fan_out_locally, take_part
+from colonnade.parallel.key_value_cache import KeyValueCache
+from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
+from colonnade.parallel.segments import Segments
+from colonnade.parallel.slices import local_part
+from colonnade.parallel.step_weights import StepWeights, join
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What all layers share on the way of some sequences through the model.
+
+    Attributes:
+        cos, sin: rotary tables.
+        mask: keeps attention within documents; None for causal attention over the block.
+        cache: keys and values of the tokens before; None in training.
+        computes_mlp_again: the feed-forward's activations are thrown away and computed again in the backward pass.
+    """
+
+    residual: ReplicatedResidual | ShardedResidual
+    segments: Segments
+    cos: Tensor
+    sin: Tensor
+    mask: DocumentMask | None = None
+    cache: KeyValueCache | None = None
+    computes_mlp_again: bool = False
+
+
+class Stream(NamedTuple):
+    """Sequences on their way: the residual stream x, and what is yet to be added to it."""
+
+    x: Tensor
+    update: Pending[Tensor] | Tensor | None
+    passage: Passage
+
+
+class Projection(nn.Module):
+    """Holder of one projection's parameters, so that their names are Hugging Face's."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def local(self) -> list[Tensor]:
+        """This rank's part of the weight, and of the bias where there is one."""
+        return [local_part(self.weight)] + ([] if self.bias is None else [local_part(self.bias)])
+
+
+class Part(nn.Module):
+    """Attention or feed-forward of one layer: a column-parallel projection, and a row-parallel one back."""
+
+    group: TensorGroup
+    weights: StepWeights
+
+    def partials(self, views: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+        """The partial output [B, T, H] of each local slice, from its view [B, T, H] of the normed stream."""
+        raise NotImplementedError
+
+    def output(self) -> Projection:
+        """The row-parallel projection."""
+        raise NotImplementedError
+
+
+class Attention(Part):
+    def __init__(
+        self,
+        make: Callable[..., Projection],
+        config: ModelConfig,
+        group: TensorGroup,
+        weights: StepWeights,
+        layer: int,
+    ) -> None:
+        super().__init__()
+        query, key_value = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        bias, hidden = config.attention_bias, config.hidden_size
+        self.q_proj = make("q_proj", query, hidden, bias)
+        self.k_proj = make("k_proj", key_value, hidden, bias)
+        self.v_proj = make("v_proj", key_value, hidden, bias)
+        self.o_proj = make("o_proj", hidden, query, config.attention_output_bias)
+        self.q_norm = make("q_norm", config.head_dim) if config.qk_norm else None
+        self.k_norm = make("k_norm", config.head_dim) if config.qk_norm else None
+        self.config, self.group, self.weights = config, group, weights
+        self.layer, self.has_rope = layer, config.has_rope(layer)
+        adjoin(self.q_proj, self.k_proj, self.v_proj)
+
+    def output(self) -> Projection:
+        return self.o_proj
+
+    def partials(self, views: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+        cos, sin = (passage.cos, passage.sin) if self.has_rope else (None, None)
+        cut = partial(self._slice_weights, views[0].dtype)
+        segments, cache = passage.segments, passage.cache
+        if cache is None:
+            slices = zip(views, cut(), strict=True)
+            return [segments.attention(view, weights, cos, sin, passage.mask) for view, weights in slices]
+        visible = cache.visible(views[0].shape[1])
+        slices = zip(views, cache.once(self, cut), strict=True)
+        return [
+            segments.cached_attention(view, weights, cos, sin, visible, partial(cache.extend, self.layer, number))
+            for number, (view, weights) in enumerate(slices)
+        ]
+
+    def _slice_weights(self, dtype: torch.dtype) -> list[SliceWeights]:
+        """The parameters of each local slice."""
+        # Slices that share a key/value head sum its gradients.
+        is_shared = self.config.num_key_value_heads < self.group.slices
+        joined = self.weights.get((self, "qkv"), self._joined, dtype, is_summed=is_shared)
+        outputs = self.weights.get(
+            (self, "o"), lambda: local_part(self.o_proj.weight).chunk(self.group.local_slices, 1), dtype
+        )
+        norms: Sequence[Tensor | None] = [None] * self.group.local_slices
+        if self.q_norm is not None:
+            norms = self.weights.get((self, "norms"), self._norms, self.q_norm.weight.dtype, is_summed=True)
+        count = self.group.local_slices
+        biases: Sequence[Tensor | None] = joined[count:] or [None] * count
+        return [SliceWeights(*parts) for parts in zip(joined[:count], biases, outputs, norms, strict=True)]
+
+    def _norms(self) -> Sequence[Tensor]:
+        # Whole on every rank, and used for the heads of each slice: f sums its gradients, both in one collective.
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return fan_out(torch.stack((local_part(self.q_norm.weight), local_part(self.k_norm.weight))), self.group)
+
+    def _joined(self) -> list[Tensor]:
+        """Queries, keys and values in one matrix for each local slice, and after these one bias each, if there are."""
+        queries = [part.chunk(self.group.local_slices) for part in self.q_proj.local()]
+        keys, values = self._key_value_slices(self.k_proj), self._key_value_slices(self.v_proj)
+        return [join(parts) for kind in zip(queries, keys, values, strict=True) for parts in zip(*kind, strict=True)]
+
+    def _key_value_slices(self, projection: Projection) -> list[list[Tensor]]:
+        """The key (or value) weight of each local slice, and its bias; slices may share a head when they are more."""
+        heads, group = self.config.num_key_value_heads, self.group
+        local = projection.local()
+        if heads % group.size:
+            # Fewer heads than ranks: the parameter is whole everywhere, each rank uses one head of it.
+            head = group.rank * heads // group.size
+            size = self.config.head_dim
+            local = [take_part(tensor, head * size, size, group) for tensor in local]
+        sharing = max(1, group.slices // heads)
+        cuts = max(1, group.local_slices // sharing)
+        sharing = group.local_slices // cuts
+        return [[view for part in tensor.chunk(cuts) for view in fan_out_locally(part, sharing)] for tensor in local]
+
+
+class MLP(Part):
+    def __init__(
+        self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup, weights: StepWeights
+    ) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = make("gate_proj", inner, hidden, bias)
+        self.up_proj = make("up_proj", inner, hidden, bias)
+        self.down_proj = make("down_proj", hidden, inner, bias)
+        self.group, self.weights = group, weights
+        adjoin(self.gate_proj, self.up_proj)
+
+    def output(self) -> Projection:
+        return self.down_proj
+
+    def partials(self, views: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+        cut = partial(self._slice_weights, views[0].dtype)
+        weights = cut() if passage.cache is None else passage.cache.once(self, cut)
+        mlp = passage.segments.mlp
+        if passage.computes_mlp_again:
+            mlp = partial(checkpoint, mlp, use_reentrant=False, preserve_rng_state=False)
+        return [mlp(view, *slice_) for view, slice_ in zip(views, weights, strict=True)]
+
+    def _slice_weights(self, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+        """(gate and up, their bias, down) of each local slice."""
+        count = self.group.local_slices
+        joined = self.weights.get((self, "gate_up"), self._joined, dtype)
+        downs = self.weights.get((self, "down"), lambda: local_part(self.down_proj.weight).chunk(count, 1), dtype)
+        biases: Sequence[Tensor | None] = joined[count:] or [None] * count
+        return list(zip(joined[:count], biases, downs, strict=True))
+
+    def _joined(self) -> list[Tensor]:
+        count = self.group.local_slices
+        pairs = zip(self.gate_proj.local(), self.up_proj.local(), strict=True)
+        return [join(parts) for gate, up in pairs for parts in zip(gate.chunk(count), up.chunk(count), strict=True)]
+
+
+def adjoin(*projections: Projection) -> None:
+    """Lay parameters one after the other in memory, so that their rows are one matrix without a copy."""
+    for kind in ("weight", "bias"):
+        parameters = [getattr(projection, kind) for projection in projections]
+        if parameters[0] is None:
+            continue
+        parts = [parameter.detach().to_local() for parameter in parameters]
+        rooms = torch.cat(parts).split([len(part) for part in parts])
+        for projection, parameter, room in zip(projections, parameters, rooms, strict=True):
+            setattr(projection, kind, _parameter_of(room, parameter))
+
+
+def _parameter_of(local: Tensor, like: DTensor) -> nn.Parameter:
+    """A parameter that lies over the ranks as `like` does, `local` being this rank's part."""
+    mesh, placements = like.device_mesh, like.placements
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return nn.Parameter(whole)
+
+
+class Block(nn.Module):
+    """One decoder layer, for one or more streams that are computed in turns."""
+
+    def __init__(
+        self,
+        make: Callable[..., Projection],
+        config: ModelConfig,
+        group: TensorGroup,
+        weights: StepWeights,
+        layer: int,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = make("input_layernorm", config.hidden_size)
+        self.self_attn = Attention(
+            lambda name, *sizes: make(f"self_attn.{name}", *sizes), config, group, weights, layer
+        )
+        self.post_attention_layernorm = make("post_attention_layernorm", config.hidden_size)
+        self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group, weights)
+        self.awaits_updates = False
+        """Whether what is yet to be added has arrived when `forward` returns: then hooks see all its tensors."""
+
+    def forward(self, streams: Sequence[Stream]) -> list[Stream]:
+        streams = _through(streams, self.input_layernorm, self.self_attn)
+        streams = _through(streams, self.post_attention_layernorm, self.mlp)
+        return [_awaited(stream) for stream in streams] if self.awaits_updates else streams
+
+
+def _through(streams: Sequence[Stream], norm: Projection, part: Part) -> list[Stream]:
+    """norm -> f -> slices -> g, for each stream; while one waits for a collective the next computes."""
+    if streams[0].passage.residual.gathers:
+        # The collectives of f are started for all streams before the first of them is needed.
+        entered = [_enter(stream, norm) for stream in streams]
+        return [_compute(x, views, passage, part) for x, views, passage in entered]
+    return [_compute(*_enter(stream, norm), part) for stream in streams]
+
+
+def _enter(stream: Stream, norm: Projection) -> tuple[Tensor, Pending[tuple[Tensor, ...]], Passage]:
+    x, normed = add_and_norm(stream, norm)
+    return x, stream.passage.residual.spread(normed), stream.passage
+
+
+def add_and_norm(stream: Stream, norm: Projection) -> tuple[Tensor, Tensor]:
+    """The stream with its update added, and the norm of that."""
+    segments, residual = stream.passage.segments, stream.passage.residual
+    if stream.update is None:
+        normed: Tensor = residual.apply(segments.norm, (stream.x,), norm.weight)
+        return stream.x, normed
+    update = stream.update.wait() if isinstance(stream.update, Pending) else stream.update
+    both: tuple[Tensor, Tensor] = residual.apply(segments.residual_norm, (stream.x, update), norm.weight)
+    return both
+
+
+def _awaited(stream: Stream) -> Stream:
+    """The stream with its update there."""
+    return stream._replace(update=stream.update.wait()) if isinstance(stream.update, Pending) else stream
+
+
+def _compute(x: Tensor, views: Pending[tuple[Tensor, ...]], passage: Passage, part: Part) -> Stream:
+    update = passage.residual.collect(part.partials(views.wait(), passage))
+    bias = part.output().bias
+    if bias is not None:
+        # A row-parallel projection's bias is added once, after its partial results are summed.
+        update = Pending(passage.residual.apply(_add_bias, (update.wait(),), bias))
+    return Stream(x, update, passage)
+
+
+def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    return x + bias.to(x.dtype)
