@@ -38,7 +38,9 @@ def held_bytes(model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> 
     counted = []
     for tensors in (list(model.parameters()), moments):
         assert all(isinstance(tensor, DTensor) for tensor in tensors)
-        counted.append(sum(tensor.to_local().untyped_storage().nbytes() for tensor in tensors))
+        # By storage: parts are padded there, and parameters of a projection that are joined share one.
+        storages = {memory.data_ptr(): memory.nbytes() for memory in (t.to_local().untyped_storage() for t in tensors)}
+        counted.append(sum(storages.values()))
     return counted[0], counted[1]
 
 
