@@ -19,6 +19,7 @@ reduction after each micro-batch would not.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -131,6 +132,8 @@ def shard_over_data_parallel(
     """
     # Blocks return sums that a collective made, as views; nothing is written into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    # Nor is torch to say on each rank that the scaler's flag crosses two mesh dimensions one after the other.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     mesh = layout.replica_mesh
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
     lower = own
