@@ -52,6 +52,15 @@ def test_steps_equal_dense(rank_pool: RankPool, ranks: int, tp: int, replicas: i
     assert main["counts"] == {"zero2": (3, 3), "zero3": (2 * 5, 2 * 3)}[mode]
 
 
+def test_blocks_whose_collectives_overlap_equal_dense(rank_pool: RankPool) -> None:
+    options: dict[str, Any] = {"sequence_parallel": True, "overlap_collectives": True, "param_dtype": torch.float64}
+    main = rank_pool.run(4, sharded_steps, CONFIG, 2, 3, shard={"mode": "zero3"}, seed=5, **options)[0]
+    losses, parameters = dense_trajectory(CONFIG, main["initial"], torch.float64, 3, batch=8, tokens=every_token)
+    torch.testing.assert_close(main["losses"], losses, rtol=1e-10, atol=0.0)
+    for name, value in parameters.items():
+        assert float((main["parameters"][name][: value.shape[0]] - value).abs().max()) <= 1e-9, name
+
+
 def test_a_rank_holds_its_part(rank_pool: RankPool) -> None:
     whole = rank_pool.run(1, sharded_steps, CONFIG, 1, 1, seed=5)[0]["bytes"]
     for ranks, replicas, shards in ((4, 1, 4), (4, 2, 2)):
