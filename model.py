@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import document_kernel, document_layout
 from colonnade.parallel.collectives import Pending, TensorGroup
+from colonnade.parallel.data_parallel import DataParallelShards, shard_over_data_parallel
 from colonnade.parallel.head_loss import LossOptions, head_loss
 from colonnade.parallel.initialization import fill_normal_
 from colonnade.parallel.key_value_cache import KeyValueCache
@@ -135,6 +136,8 @@ class TensorParallelModel(nn.Module):
             None if config.tie_word_embeddings else make("lm_head", config.padded_vocab_size, config.hidden_size, False)
         )
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self.shards: DataParallelShards | None = None
+        """How data-parallel ranks share out the parameters (`shard_over_data_parallel`); None: each has all."""
 
     # -- creation
 
@@ -174,6 +177,22 @@ class TensorParallelModel(nn.Module):
             DTensor.from_local(local, mesh, [cut.placement], run_check=False, shape=size, stride=strides)
         )
 
+    def share_out(self, *, mode: str, fixed_order: bool, gather_dtype: torch.dtype | None = None) -> None:
+        """Cut the parameters over the data-parallel ranks of the layout as well (`shard_over_data_parallel`)."""
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            block.awaits_updates = True
+        self.shards = shard_over_data_parallel(
+            self,
+            self.model.layers,
+            self.layout,
+            self.group,
+            mode=mode,
+            fixed_order=fixed_order,
+            gather_dtype=gather_dtype,
+            evaluations=("logits", "next_logits"),
+        )
+
     def cut(self, name: str) -> Cut:
         """How the parameter `name` lies over the tensor-parallel ranks."""
         return cut_of(name, self.config, self.layout.tp, replicate_embeddings=self.replicate_embeddings)
@@ -197,8 +216,11 @@ class TensorParallelModel(nn.Module):
     # -- forward
 
     def weights_kept(self) -> AbstractContextManager[None]:
-        """Cast and join weights once for all passes in this block; their gradients are in `.grad` when it ends."""
-        return self.weights.kept()
+        """Cast and join weights once for all passes in this block; their gradients are in `.grad` when it ends.
+
+        Parameters that data-parallel ranks share out are there for a block's own passes alone: nothing is kept of them.
+        """
+        return self.weights.kept() if self.shards is None else nullcontext()
 
     def gradient_holders(self) -> list[Tensor]:
         """What holds the gradients of the passes so far: parameters and, while weights are kept, their copies."""

@@ -249,12 +249,15 @@ def _schedule(settings: RunSettings, origin: Origin, step: int) -> Schedule:
 def _describe(
     notes: list[str], model: TensorParallelModel, batch: TunedMicroBatch, global_batch: int, settings: RunSettings
 ) -> None:
-    layout = model.layout
+    layout, shards = model.layout, model.shards
     notes.append(
         f"{model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without embeddings), "
         f"{settings.precision}, tp {layout.tp} x dp {layout.dp} on {layout.device.type}, "
         f"{model.group.slices} tensor slice{'s' if model.group.slices > 1 else ''}"
     )
+    if shards is not None:
+        replicas = f", in {shards.replicas} replicas" if shards.replicas > 1 else ""
+        notes.append(f"{settings.data_parallel_shard}: parameters cut into {shards.size} over dp{replicas}")
     tuned = f"; tuned in {len(batch.trials)} trials" if len(batch.trials) > 1 else ""
     notes.append(
         f"{global_batch} sequences of {settings.block_size} tokens a step: micro-batch {batch.micro_batch_size} x "

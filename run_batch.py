@@ -51,6 +51,9 @@ def tune_batch(
     }
     if settings.optimizer != "adamw":  # answers on record from before there was a choice stay valid
         depends_on["optimizer"] = settings.optimizer
+    if model.shards is not None:
+        depends_on["data_parallel_shard"] = settings.data_parallel_shard
+        depends_on["data_parallel_replicate_size"] = settings.data_parallel_replicate_size
 
     def probe(size: int) -> float:
         warm = on_cuda or is_compiled(settings, layout)
@@ -75,13 +78,22 @@ def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: b
     device = model.layout.device
     tokens = torch.zeros((size, block), dtype=torch.int64, device=device)
     starts = torch.zeros_like(tokens, dtype=torch.bool) if document_mask else None
-    begin = 0.0
-    with model.group.collectives_as_identity():
-        # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second pass.
-        for _ in range(2 if warm else 1):
-            begin = time.perf_counter()
-            model(tokens, tokens, starts).backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    model.zero_grad(set_to_none=True)
+    begin, passes = 0.0, 2 if warm else 1
+    try:
+        with model.group.collectives_as_identity():
+            # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second
+            # pass.
+            for number in range(passes):
+                if model.shards is not None:
+                    model.shards.begin_micro_batch(is_last=number + 1 == passes)
+                begin = time.perf_counter()
+                model(tokens, tokens, starts).backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+    except (RuntimeError, MemoryError):  # memory ran out, perhaps; the trial goes on if it did
+        if model.shards is not None:
+            model.shards.forget_failure()
+        raise
+    finally:
+        model.zero_grad(set_to_none=True)
     return time.perf_counter() - begin

@@ -24,6 +24,7 @@ from colonnade.command_settings import ResumeSettings
 from colonnade.config import complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
+from colonnade.optim.shard_limits import check_shards, shard_count
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
@@ -230,6 +231,7 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
             "give at most that"
         )
     check_slices(config, layout.tp, settings.tensor_slices)
+    check_shards(settings, config, layout)
     _require_memory(settings, config, layout)
 
 
@@ -244,13 +246,17 @@ def _require_memory(settings: RunSettings, config: ModelConfig, layout: Parallel
     placement = Placement(
         tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
     )
-    needed = state_memory(config, placement).total * ranks
+    state = state_memory(config, placement)
+    shards = shard_count(settings, layout.dp)
+    # Before they are shared out a rank holds the parameters of its tensor-parallel part.
+    needed = max(state.total // shards, state.parameters) * ranks
     if needed > memory:
-        shared = f" on the {ranks} ranks of a node" if ranks > 1 else ""
+        shared = f", {shards} shards" if shards > 1 else ""
+        shared += f" on the {ranks} ranks of a node" if ranks > 1 else ""
         raise UsageError(
             f"parameters, gradients and optimizer state of a model of {config.num_parameters:,} parameters take "
             f"{needed // GIB:,} GiB at tp {layout.tp}{shared}, and there are {memory // GIB:,} GiB; use a smaller "
-            "model or more tensor-parallel ranks"
+            "model, more tensor-parallel ranks or --data-parallel-shard"
         )
 
 

@@ -119,13 +119,20 @@ def validate(run: Run, validation: Validation) -> dict[str, float]:
     size, layout, document_mask = run.batch.micro_batch_size, run.layout, run.settings.document_mask
     batches = validation.tokens.split(size)
     totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
-    for index in range(layout.dp_rank, len(batches), layout.dp):
+    for first in range(0, len(batches), layout.dp):
+        index = first + layout.dp_rank
+        if index >= len(batches):
+            if run.model.shards is None:
+                break
+            index = first  # whose loss another rank tells: all are needed to bring the parameters together
         tokens = batches[index].to(layout.device)
         # Compiled segments have one shape: the last batch is filled up with rows that do not count.
         tokens = F.pad(tokens, (0, 0, 0, size - tokens.shape[0]), value=PADDING)
         blocks = unpack_blocks(tokens, document_mask=document_mask)
-        totals[index] = run.model(blocks.input_ids, blocks.labels, blocks.document_starts).double()
+        loss = run.model(blocks.input_ids, blocks.labels, blocks.document_starts).double()
+        if index == first + layout.dp_rank:
+            totals[index] = loss
     # One rank tells a batch's loss and the others add zeros, which is exact in any order.
     dist.all_reduce(totals, group=layout.dp_group)
-    loss = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
-    return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+    mean = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
+    return {"validation_loss": mean, "validation_perplexity": math.exp(min(mean, 700.0))}

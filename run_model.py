@@ -54,8 +54,11 @@ class Origin:
 def build_model(
     settings: RunSettings, config: ModelConfig, layout: ParallelLayout, precision: str
 ) -> TensorParallelModel:
-    """The model of a run, with the initial weights of its seed."""
-    return TensorParallelModel(
+    """The model of a run, with the initial weights of its seed, cut as its settings say. Collective."""
+    mode = settings.data_parallel_shard
+    if mode != "none":
+        layout = layout.sharded(settings.data_parallel_replicate_size)
+    model = TensorParallelModel(
         config,
         layout,
         seed=settings.seed,
@@ -65,6 +68,12 @@ def build_model(
         activation_checkpointing="none" if settings.disable_gradient_checkpointing else "full",
         compiled=is_compiled(settings, layout),
     )
+    if layout.shard_mesh is not None:
+        lower = precision != "fp32" and not settings.deterministic  # which sums a gradient in the parameters' dtype
+        model.share_out(
+            mode=mode, fixed_order=settings.deterministic, gather_dtype=DTYPES[precision] if lower else None
+        )
+    return model
 
 
 def build_optimizer(model: TensorParallelModel, settings: RunSettings, layout: ParallelLayout) -> torch.optim.Optimizer:

@@ -278,6 +278,7 @@ def replay_run(
         record = run_record(told_by)
         settings = RunSettings(**record["settings"]).replace(
             tensor_parallel_size=layout.tp,
+            data_parallel_replicate_size=1,  # whatever the run had: on these ranks the least memory
             checkpoint_dir=str(directory),
             validation_glob=None,
             trust_remote_code=trust_remote_code,

@@ -126,7 +126,7 @@ class _Loop:
             # From here on the run is neither stopped nor complete: it is further than it was then.
             if run.layout.is_main:
                 forget_end(run.directory)
-            set_collective_timeout(run.layout, self.settings.step_timeout)
+            set_collective_timeout(run.model.layout, self.settings.step_timeout)
         else:
             self._longest_step = max(self._longest_step, time.monotonic() - began)
         return step

@@ -143,11 +143,11 @@ def _check_meanings(settings: RunSettings) -> None:
     """Refuse a setting that was given and would be ignored."""
     defaults = RunSettings()
     for name, (other, values) in settings.without_meaning().items():
-        value, flag = getattr(settings, name), name.replace("_", "-")
+        value, flag, other_flag = getattr(settings, name), name.replace("_", "-"), other.replace("_", "-")
         if value != getattr(defaults, name):
             raise UsageError(
-                f"--{flag} {value} says nothing with --{other} {getattr(settings, other)}: leave it out, or give "
-                f"--{other} {' or '.join(values)}"
+                f"--{flag} {value} says nothing with --{other_flag} {getattr(settings, other)}: leave it out, or give "
+                f"--{other_flag} {' or '.join(values)}"
             )
 
 

@@ -15,6 +15,7 @@ CHECKPOINT_MODES = ("async", "sync")
 SCHEDULES = ("cosine", "wsd", "constant")
 DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
+DATA_PARALLEL_SHARDS = ("none", "zero2", "zero3")
 MAX_STEPS = 10**9
 # Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
 MAX_TOKENS_PER_STEP = 2**28
@@ -251,6 +252,21 @@ class RunSettings:
         "ranks one model is cut over, the others are data-parallel (default all)",
         minimum=1,
         unit="RANKS",
+    )
+    data_parallel_shard: str = setting(
+        "none",
+        "execution",
+        "what data-parallel ranks share out instead of holding it each: zero2 gradients, moments and, between steps, "
+        "parameters; zero3 parameters within a step too",
+        choices=DATA_PARALLEL_SHARDS,
+    )
+    data_parallel_replicate_size: int = setting(
+        1,
+        "execution",
+        "groups of data-parallel ranks, each of which shares out the model by itself; it divides them",
+        minimum=1,
+        unit="GROUPS",
+        only_with=("data_parallel_shard", ("zero2", "zero3")),
     )
     tensor_slices: int | None = identity_setting(
         None,

@@ -9,7 +9,7 @@ number of ranks does not change:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colonnade.optim.overlapped_sum import local_gradient
+from colonnade.parallel.batch_tree import halves, leaf_order, nodes_completed
 from colonnade.parallel.collectives import TensorGroup, laid_out, tree_all_reduce
+from colonnade.parallel.data_parallel import DataParallelShards
 
 T = TypeVar("T")
 
@@ -29,31 +31,11 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, bo
     for parameter in parameters:
         if parameter.grad is not None:
             assert isinstance(parameter.grad, DTensor)
-            sharded = any(placement.is_shard() for placement in parameter.grad.placements)
-            gradients.append((parameter.grad.to_local(), sharded))
+            gradients.append((parameter.grad.to_local(), parameter.grad.placements[-1].is_shard()))
     return gradients
 
 
 # -------------------------------------------------------------------------- over micro-batches and data-parallel ranks
-
-
-def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """One node of the tree over a global batch: every second item and the others; an odd number is cut in the middle.
-
-    Data-parallel rank r of dp holds the items j with j mod dp == r. For a power of two these are a subtree, and the
-    levels above it are the tree over ranks: whoever holds the items, they are added in one order.
-    """
-    if len(items) % 2 == 0:
-        return items[0::2], items[1::2]
-    return items[: len(items) // 2], items[len(items) // 2 :]
-
-
-def leaf_order(items: Sequence[T]) -> list[T]:
-    """The leaves of the tree from left to right; for a power of two the bit-reversed order."""
-    if len(items) <= 1:
-        return list(items)
-    left, right = halves(items)
-    return [*leaf_order(left), *leaf_order(right)]
 
 
 def accumulate_in_tree(
@@ -83,6 +65,30 @@ def accumulate_in_tree(
 def _held(holders: Sequence[Tensor]) -> list[Tensor]:
     gradients = [local_gradient(holder) for holder in holders]
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def accumulate_over_shards(
+    micro_batches: Sequence[T], backward: Callable[[T], Tensor], shards: DataParallelShards
+) -> Tensor:
+    """Leave this rank's part of the sum of all gradients in `.grad`, and return the sum of its losses.
+
+    The part is of the sum over micro-batches and the ranks of a replica; in the fixed order over those of all replicas.
+
+    Args:
+        micro_batches: at least one, as many on every rank.
+        backward: computes the gradients of one micro-batch and returns its loss.
+    """
+    count = len(micro_batches)
+    ordered = leaf_order(micro_batches) if shards.fixed_order else micro_batches
+    merges = nodes_completed(count) if shards.fixed_order else [0, *[1] * (count - 1)]
+    losses: list[Tensor] = []
+    for number, (micro_batch, completed) in enumerate(zip(ordered, merges, strict=True), start=1):
+        shards.begin_micro_batch(is_last=number == count, merges=completed)
+        losses.append(backward(micro_batch))
+        for _ in range(completed):
+            right = losses.pop()
+            losses[-1] = losses[-1] + right
+    return losses[0]
 
 
 def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, *, fixed_order: bool = False) -> None:
@@ -128,7 +134,7 @@ def fixed_order_norm(
         gradients: of all parameters.
         pieces: a parameter each, the dimension it is cut along and the pieces that no rank cuts further.
     """
-    return _fixed_order_norm_and_flag(gradients, pieces, group, torch.zeros((), dtype=torch.bool))[0]
+    return _fixed_order_norm_and_flag([gradients], pieces, group, torch.zeros((), dtype=torch.bool))[0]
 
 
 def agreed_norm(
@@ -150,26 +156,90 @@ def agreed_norm(
     if pieces is None:
         norm, flags = _norm_and_flag(gradients, group, flag)
     else:
-        norm, flags = _fixed_order_norm_and_flag(gradients, pieces, group, flag)
+        norm, flags = _fixed_order_norm_and_flag([gradients], pieces, group, flag)
+    return norm, _is_bad(norm, flags)
+
+
+def agreed_norm_of_shards(
+    parameters: Sequence[nn.Parameter],
+    group: TensorGroup,
+    flag: Tensor,
+    shards: DataParallelShards,
+    pieces: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`agreed_norm` of the gradients of `parameters` that data-parallel ranks share out. Collective over a replica.
+
+    With `pieces` the bits are those without shards: a piece is cut by them, so it is brought together to be measured,
+    one parameter at a time.
+    """
+    if pieces is None:
+        norm, flags = _norm_and_flag(local_gradients(parameters), group, flag, shards.group)
+        return norm, _is_bad(norm, flags)
+    told = flag.float()
+    dist.all_reduce(told, group=shards.group)
+    norm, flags = _fixed_order_norm_and_flag(_gathered(parameters, shards), pieces, group, told != 0)
+    return norm, _is_bad(norm, flags)
+
+
+def _gathered(parameters: Sequence[nn.Parameter], shards: DataParallelShards) -> Iterator[list[tuple[Tensor, bool]]]:
+    for parameter in parameters:
+        assert isinstance(parameter.grad, DTensor)
+        yield [(shards.gathered(parameter.grad), parameter.grad.placements[-1].is_shard())]
+
+
+def _is_bad(norm: Tensor, flags: Tensor) -> Tensor:
     # A NaN among the flags is not 0 either.
-    return norm, ((flags != 0) | ~torch.isfinite(norm)).float()
+    return ((flags != 0) | ~torch.isfinite(norm)).float()
 
 
-def _norm_and_flag(gradients: list[tuple[Tensor, bool]], group: TensorGroup, flag: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_and_flag(
+    gradients: list[tuple[Tensor, bool]], group: TensorGroup, flag: Tensor, shard_group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     device = gradients[0][0].device
     sharded = _squared_norms([gradient for gradient, cut in gradients if cut], device).sum()
     whole = _squared_norms([gradient for gradient, cut in gradients if not cut], device).sum()
+    if shard_group is not None:
+        told = torch.stack([sharded, whole, flag.to(sharded)])
+        dist.all_reduce(told, group=shard_group)
+        sharded, whole, flag = told.unbind()
     # Zero, or NaN where this rank's copy of something is not finite: then all ranks are to see it.
     told = group.sum_(torch.stack([sharded + whole * 0, flag.to(sharded)]))
     return (told[0] + whole).sqrt().to(gradients[0][0].dtype), told[1]
 
 
 def _fixed_order_norm_and_flag(
-    gradients: list[tuple[Tensor, bool]], pieces: Sequence[tuple[int, int]], group: TensorGroup, flag: Tensor
+    batches: Iterable[list[tuple[Tensor, bool]]], pieces: Sequence[tuple[int, int]], group: TensorGroup, flag: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """`batches`: the gradients, as many of them at a time as may be measured together."""
+    total = sum(count for _, count in pieces)
+    squares, copies, dtype = torch.zeros(0), torch.zeros(0), torch.float32
+    first = start = 0
+    for gradients in batches:
+        device, dtype = gradients[0][0].device, gradients[0][0].dtype
+        if first == 0:
+            # The flags travel in the last place.
+            squares = torch.zeros(total + 1, dtype=torch.float64, device=device)
+            copies = torch.zeros((), dtype=torch.float64, device=device)
+        parts, places, start = _own_pieces(gradients, pieces[first : first + len(gradients)], group, start)
+        first += len(gradients)
+        squares[torch.tensor(places, dtype=torch.int64, device=device)] = _squared_norms(parts, device)
+        if group.rank > 0:
+            copies += _squared_norms([gradient for gradient, sharded in gradients if not sharded], device).sum()
+    squares[total] = flag
+    squares[total] += copies * 0
+    # Each square comes from one rank; the others add zeros to it, which is exact in any order.
+    if group.communicates:
+        dist.all_reduce(squares, group=group.group)
+    flags = squares[total]
+    return (squares[:total].sum().sqrt() + flags * 0).to(dtype), flags
+
+
+def _own_pieces(
+    gradients: list[tuple[Tensor, bool]], pieces: Sequence[tuple[int, int]], group: TensorGroup, start: int
+) -> tuple[list[Tensor], list[int], int]:
+    """The pieces this rank tells of, the place of each, and the place after the last parameter's."""
     parts: list[Tensor] = []
     places: list[int] = []
-    start = 0
     for (gradient, sharded), (dim, count) in zip(gradients, pieces, strict=True):
         # What all ranks hold alike is told by the first.
         if sharded or group.rank == 0:
@@ -178,19 +248,7 @@ def _fixed_order_norm_and_flag(
             parts += [laid_out(part, gradient.dtype) for part in gradient.chunk(local, dim)]
             places += range(first, first + local)
         start += count
-    device = gradients[0][0].device
-    # The flags travel in the last place.
-    squares = torch.zeros(start + 1, dtype=torch.float64, device=device)
-    squares[torch.tensor(places, device=device)] = _squared_norms(parts, device)
-    squares[start] = flag
-    if group.rank > 0:
-        copies = _squared_norms([gradient for gradient, sharded in gradients if not sharded], device).sum()
-        squares[start] += copies * 0
-    # Each square comes from one rank; the others add zeros to it, which is exact in any order.
-    if group.communicates:
-        dist.all_reduce(squares, group=group.group)
-    flags = squares[start]
-    return (squares[:start].sum().sqrt() + flags * 0).to(gradients[0][0].dtype), flags
+    return parts, places, start
 
 
 def _squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -15,7 +15,9 @@ from torch.amp.grad_scaler import GradScaler
 from colonnade.data.blocks import counted_targets, unpack_blocks
 from colonnade.optim.gradients import (
     accumulate_in_tree,
+    accumulate_over_shards,
     agreed_norm,
+    agreed_norm_of_shards,
     clip_by_norm,
     local_gradients,
     sum_over_data_parallel,
@@ -24,6 +26,7 @@ from colonnade.optim.loss_window import WindowStatistics
 from colonnade.optim.optimizer import step_unless
 from colonnade.optim.overlapped_sum import OverlappedSum
 from colonnade.parallel.collectives import TensorGroup
+from colonnade.parallel.data_parallel import DataParallelShards
 from colonnade.parallel.mesh import ParallelLayout
 
 
@@ -35,6 +38,8 @@ class SlicedModel(Protocol):
 
     @property
     def pieces(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def shards(self) -> DataParallelShards | None: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def weights_kept(self) -> AbstractContextManager[None]: ...
     def gradient_holders(self) -> list[Tensor]: ...
@@ -113,9 +118,10 @@ def optimizer_step(
     """
 
     micro_batches = micro_batches_of(share, accumulation)
+    shards = model.shards
     # In the fixed order gradients are final only after the whole tree over micro-batches.
     overlapped = None
-    if model.layout.dp > 1 and not deterministic and not plain:
+    if model.layout.dp > 1 and not deterministic and not plain and shards is None:
         overlapped = OverlappedSum(model.layout.dp_group)
 
     def backward(micro_batch: Tensor) -> Tensor:
@@ -128,7 +134,9 @@ def optimizer_step(
         return part.detach()
 
     with nullcontext() if plain else model.weights_kept():
-        if deterministic:
+        if shards is not None:
+            loss = accumulate_over_shards(micro_batches, backward, shards)
+        elif deterministic:
             loss = accumulate_in_tree(micro_batches, backward, model.gradient_holders)
         else:
             loss = torch.zeros((), device=model.layout.device)
@@ -139,7 +147,12 @@ def optimizer_step(
         if overlapped is not None:
             overlapped.finish(loss)
     gradients = local_gradients(model.parameters())
-    if overlapped is None:
+    if shards is not None:
+        # In the fixed order they have been summed over the replicas as well.
+        if shards.replicate_group is not None and not shards.fixed_order:
+            sum_over_data_parallel([gradient for gradient, _ in gradients], shards.replicate_group)
+        sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=deterministic)
+    elif overlapped is None:
         summed = [*(gradient for gradient, _ in gradients), loss]
         sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
     scaler.unscale_(optimizer)
@@ -147,7 +160,10 @@ def optimizer_step(
     if skip_above is not None:
         flag |= loss > skip_above
     pieces = model.pieces if model.group.fixed_order else None
-    norm, skipped = agreed_norm(gradients, model.group, flag, pieces)
+    if shards is None:
+        norm, skipped = agreed_norm(gradients, model.group, flag, pieces)
+    else:
+        norm, skipped = agreed_norm_of_shards(list(model.parameters()), model.group, flag, shards, pieces)
     if max_grad_norm > 0:
         clip_by_norm(gradients, norm, max_grad_norm)
     # Not `scaler.step`: it would tell the optimizer of overflows alone. Each of them makes the norm infinite or NaN.

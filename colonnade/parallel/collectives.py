@@ -75,6 +75,11 @@ class TensorGroup:
     def communicates(self) -> bool:
         return self.size > 1 and not self._identity
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether this rank computes alone for the moment."""
+        return self._identity
+
     @contextmanager
     def collectives_as_identity(self) -> Iterator[None]:
         """Compute this rank's share alone, as the autotuner does: no peer is waited for, values are meaningless."""

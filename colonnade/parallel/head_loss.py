@@ -224,7 +224,7 @@ def _stretch(
             if len(slices.weights[number]):
                 factor = relative[first + number] / total * weight_of_softmax * folded
                 present, position = position_of(labels, slices.starts[number], len(slices.weights[number]))
-                row = entries[number] * factor - counted * folded
+                row = entries[number] * factor - counted.to(factor.dtype) * folded
                 _finish(
                     view,
                     slices.weights[number],

@@ -52,7 +52,7 @@ class Stream(NamedTuple):
     """Sequences on their way: the residual stream x, and what is yet to be added to it."""
 
     x: Tensor
-    update: Pending[Tensor] | None
+    update: Pending[Tensor] | Tensor | None
     passage: Passage
 
 
@@ -241,10 +241,13 @@ class Block(nn.Module):
         )
         self.post_attention_layernorm = make("post_attention_layernorm", config.hidden_size)
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group, weights)
+        self.awaits_updates = False
+        """Whether what is yet to be added has arrived when `forward` returns: then hooks see all its tensors."""
 
     def forward(self, streams: Sequence[Stream]) -> list[Stream]:
         streams = _through(streams, self.input_layernorm, self.self_attn)
-        return _through(streams, self.post_attention_layernorm, self.mlp)
+        streams = _through(streams, self.post_attention_layernorm, self.mlp)
+        return [_awaited(stream) for stream in streams] if self.awaits_updates else streams
 
 
 def _through(streams: Sequence[Stream], norm: Projection, part: Part) -> list[Stream]:
@@ -267,8 +270,14 @@ def add_and_norm(stream: Stream, norm: Projection) -> tuple[Tensor, Tensor]:
     if stream.update is None:
         normed: Tensor = residual.apply(segments.norm, (stream.x,), norm.weight)
         return stream.x, normed
-    both: tuple[Tensor, Tensor] = residual.apply(segments.residual_norm, (stream.x, stream.update.wait()), norm.weight)
+    update = stream.update.wait() if isinstance(stream.update, Pending) else stream.update
+    both: tuple[Tensor, Tensor] = residual.apply(segments.residual_norm, (stream.x, update), norm.weight)
     return both
+
+
+def _awaited(stream: Stream) -> Stream:
+    """The stream with its update there."""
+    return stream._replace(update=stream.update.wait()) if isinstance(stream.update, Pending) else stream
 
 
 def _compute(x: Tensor, views: Pending[tuple[Tensor, ...]], passage: Passage, part: Part) -> Stream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,10 +31,16 @@ TRACE_PREFIX = "nccl_trace_rank_"
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Where this process stands: its device and its place on the ("dp", "tp") mesh."""
+    """Where this process stands: its device and its place on the ("dp", "tp") mesh.
+
+    Attributes:
+        shard_mesh: where data-parallel ranks share out the parameters, ("dp", "tp"), or ("dp_replicate", "dp_shard",
+            "tp") over the same ranks in the same order; None where each of them holds all.
+    """
 
     mesh: DeviceMesh
     device: torch.device
+    shard_mesh: DeviceMesh | None = None
 
     @property
     def tp(self) -> int:
@@ -54,15 +60,44 @@ class ParallelLayout:
 
     @property
     def tp_mesh(self) -> DeviceMesh:
-        return self.mesh["tp"]
+        return (self.mesh if self.shard_mesh is None else self.shard_mesh)["tp"]
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
-        return self.mesh["tp"].get_group()
+        return self.tp_mesh.get_group()
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
         return self.mesh["dp"].get_group()
+
+    @property
+    def replica_mesh(self) -> DeviceMesh:
+        """The data-parallel ranks that share out one replica's parameters; only where `shard_mesh` is given."""
+        assert self.shard_mesh is not None
+        return self.shard_mesh["dp" if self.shard_mesh.ndim == 2 else "dp_shard"]
+
+    @property
+    def replicate_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part of each replica's parameters; None with one replica."""
+        if self.shard_mesh is None or self.shard_mesh.ndim == 2:
+            return None
+        return self.shard_mesh["dp_replicate"].get_group()
+
+    def sharded(self, replicas: int) -> ParallelLayout:
+        """This layout with the data-parallel ranks cut into `replicas`, each of which holds the parameters once.
+
+        Collective over all ranks. Neighbours share out the parameters, so that a node can hold whole replicas. With one
+        rank a replica there is nothing to share out, and the layout is returned as it is.
+
+        Args:
+            replicas: a divisor of dp.
+        """
+        if self.dp == replicas:
+            return self
+        if replicas == 1:
+            return replace(self, shard_mesh=self.mesh)
+        sizes, names = (replicas, self.dp // replicas), ("dp_replicate", "dp_shard")
+        return replace(self, shard_mesh=self.mesh._unflatten(0, sizes, names))
 
     @property
     def is_main(self) -> bool:
@@ -193,7 +228,10 @@ def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
     limit = time_limit(seconds)
     if layout.device.type != "cuda":
         limit += _BEHIND_WATCHDOG
-    for group in (dist.group.WORLD, layout.tp_group, layout.dp_group):
+    groups = [dist.group.WORLD, *layout.mesh.get_all_groups()]
+    if layout.shard_mesh is not None:
+        groups += layout.shard_mesh.get_all_groups()
+    for group in groups:
         dist.distributed_c10d._set_pg_timeout(limit, group)
 
 

@@ -6,15 +6,17 @@ bits. For one index a mix is a bijection of the value, so a change to a single e
 other changes go unnoticed with a probability of 2^-128. The mix is splitmix64's (Steele, Lea and Flood, OOPSLA 2014).
 
 Every rank takes the sums of what it holds, and all ranks see the sums of all: copies, of a whole tensor over a
-tensor-parallel group or of any over the data-parallel ranks, must agree.
+tensor-parallel group or of any over the data-parallel ranks (where these share out the parameters: over the replicas),
+must agree.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +67,7 @@ class Fingerprint:
 def require_equal_parameters(model: nn.Module, step: int) -> None:
     """Compare the parameters that several ranks hold, of a model of `DTensor`s, and no others. Collective.
 
-    Over a tensor-parallel group those it does not cut, over data-parallel ranks all of them.
+    Over a tensor-parallel group those it does not cut, over data-parallel ranks (or replicas) all of them.
 
     Raises:
         RunError: on all ranks, where copies differ: names the parameter and the ranks.
@@ -73,11 +75,14 @@ def require_equal_parameters(model: nn.Module, step: int) -> None:
     parameters = dict(model.named_parameters())
     first = next(iter(parameters.values()))
     assert isinstance(first, DTensor)
-    tp = first.device_mesh.size()
-    if dist.get_world_size() == tp:
-        parameters = {} if tp == 1 else {name: value for name, value in parameters.items() if not _is_cut(value)}
+    replicas, shards, tp = ranks = _rank_grid(first)
+    parameters = {
+        name: value
+        for name, value in parameters.items()
+        if replicas * (1 if _is_cut(value) else tp) * (1 if _is_shared_out(value) else shards) > 1
+    }
     if parameters:
-        _require_no_drift(_drifted(parameters, _sums_of_ranks(parameters, first.device, tp)), step)
+        _require_no_drift(_drifted(parameters, _sums_of_ranks(parameters, first.device, ranks)), step)
 
 
 def _require_no_drift(drifted: Mapping[str, str], step: int) -> None:
@@ -104,10 +109,11 @@ def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fing
     first = next(iter(parameters.values()))
     assert isinstance(first, DTensor)
     tensors = {**parameters, **states}
-    by_rank = _sums_of_ranks(tensors, first.device, first.device_mesh.size())
+    by_rank = _sums_of_ranks(tensors, first.device, _rank_grid(first))
     values = {}
     for index, (name, tensor) in enumerate(tensors.items()):
-        sums = by_rank[0, :, index]
+        sums = by_rank[0, :, :, index]
+        sums = sums.sum(dim=0) if _is_shared_out(tensor) else sums[0]
         total = sums.sum(dim=0) if _is_cut(tensor) else sums[0]
         values[name] = "".join(f"{lane & (2**64 - 1):016x}" for lane in total.tolist())
     return Fingerprint(
@@ -118,34 +124,56 @@ def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fing
 
 
 def _is_cut(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
+    """Whether tensor-parallel ranks hold different parts."""
+    return isinstance(tensor, DTensor) and not tensor.placements[-1].is_replicate()
 
 
-def _sums_of_ranks(tensors: Mapping[str, Tensor], device: torch.device, tp: int) -> Tensor:
-    """The sums of what each rank holds of each tensor, on the CPU of every rank. [dp, tp, tensors, lanes]"""
+def _is_shared_out(tensor: Tensor) -> bool:
+    """Whether the data-parallel ranks of a replica hold different parts."""
+    return isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1
+
+
+def _rank_grid(parameter: DTensor) -> tuple[int, int, int]:
+    """(replicas, ranks that share out one replica's parameters, tp), whose product is the number of ranks."""
+    mesh = parameter.device_mesh
+    tp, held = mesh.size(mesh.ndim - 1), mesh.size()
+    return dist.get_world_size() // held, held // tp, tp
+
+
+def _sums_of_ranks(tensors: Mapping[str, Tensor], device: torch.device, ranks: tuple[int, int, int]) -> Tensor:
+    """The sums of what each rank holds of each tensor, on the CPU of every rank. [*ranks, tensors, lanes]"""
     sums = torch.stack([_local_sums(tensor).to(device) for tensor in tensors.values()])
     held = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(held, sums)
-    return torch.stack(held).cpu().unflatten(0, (-1, tp))
+    return torch.stack(held).cpu().unflatten(0, ranks)
 
 
 def _drifted(tensors: Mapping[str, Tensor], by_rank: Tensor) -> dict[str, str]:
     """The tensors whose copies differ, with the ranks that do in words."""
     found = {}
     for index, (name, tensor) in enumerate(tensors.items()):
-        sums, is_cut = by_rank[:, :, index], _is_cut(tensor)
-        if not (sums == (sums[:1] if is_cut else sums[:1, :1])).all():
-            found[name] = _who_differs(sums, is_cut=is_cut)
+        sums = by_rank[:, :, :, index]
+        copies = sums[:1] if _is_shared_out(tensor) else sums[:1, :1]
+        if not (sums == (copies if _is_cut(tensor) else copies[:, :, :1])).all():
+            found[name] = _who_differs(sums, _groups_of_copies(tensor, sums.shape))
     return found
 
 
-def _who_differs(sums: Tensor, *, is_cut: bool) -> str:
-    """The ranks whose copies differ from those of the most, in words. `sums`: [dp, tp, lanes]"""
-    dp, tp = sums.shape[:2]
-    groups = [range(rank, dp * tp, tp) for rank in range(tp)] if is_cut else [range(dp * tp)]
+def _groups_of_copies(tensor: Tensor, ranks: Sequence[int]) -> list[list[int]]:
+    """The ranks that hold one part of a tensor, for each of its parts. `ranks`: (replicas, shards, tp, ...)"""
+    numbers = torch.arange(ranks[0] * ranks[1] * ranks[2]).view(*ranks[:3])
+    groups = [numbers] if not _is_shared_out(tensor) else list(numbers.split(1, dim=1))
+    if _is_cut(tensor):
+        groups = [part for group in groups for part in group.split(1, dim=2)]
+    return [group.flatten().tolist() for group in groups]
+
+
+def _who_differs(sums: Tensor, groups: Iterable[Iterable[int]]) -> str:
+    """The ranks whose copies differ from those of the most, in words. `sums`: [replicas, shards, tp, lanes]"""
+    of_rank = sums.flatten(0, 2).tolist()
     parts = []
     for group in groups:
-        copies = {rank: tuple(sums[rank // tp, rank % tp].tolist()) for rank in group}
+        copies = {rank: tuple(of_rank[rank]) for rank in group}
         (most, count), *others = Counter(copies.values()).most_common()
         if not others:
             continue
@@ -177,7 +205,7 @@ def _local_sums(tensor: Tensor) -> Tensor:
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     sums = torch.zeros(len(_LANES), dtype=torch.int64, device=local.device)
     # A vector is a matrix of one column: row r and column c of the whole have the index r * columns + c.
-    rows = local.reshape(local.shape[0], -1) if local.ndim else local.reshape(1, 1)
+    rows = local.reshape(local.shape[0], math.prod(local.shape[1:])) if local.ndim else local.reshape(1, 1)
     first_row, first_column, *_ = (*offsets, 0, 0)
     columns = tensor.numel() // (tensor.shape[0] if tensor.ndim else 1)
     column = torch.arange(first_column, first_column + rows.shape[1], device=local.device)

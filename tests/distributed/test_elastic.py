@@ -39,8 +39,8 @@ def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return found
 
 
-def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int, kind: str) -> tuple[Any, Any, Any]:
-    layout, model = build(config, tp, seed=seed)
+def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int, kind: str, **options: Any) -> tuple[Any, Any, Any]:
+    layout, model = build(config, tp, seed=seed, **options)
     optimizer = make_optimizer(kind, model, layout)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ids, labels = tokens_for(config, 4, 16)
@@ -58,9 +58,9 @@ def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int, kind: str) 
     return layout, model, optimizer
 
 
-def save_at(config: ModelConfig, tp: int, folder: Path, kind: str = "adamw") -> dict[str, str]:
+def save_at(config: ModelConfig, tp: int, folder: Path, kind: str = "adamw", **options: Any) -> dict[str, str]:
     """Three steps at this layout; a checkpoint, and beside it the whole tensors as a file of torch alone."""
-    layout, model, optimizer = steps_taken(config, tp, 3, seed=1, kind=kind)
+    layout, model, optimizer = steps_taken(config, tp, 3, seed=1, kind=kind, **options)
     whole = everything(model, optimizer)
     if layout.is_main:
         folder.mkdir()
@@ -70,9 +70,11 @@ def save_at(config: ModelConfig, tp: int, folder: Path, kind: str = "adamw") -> 
     return {**taken.tensors, **taken.moments}
 
 
-def load_all(config: ModelConfig, tp: int, folders: list[Path], kind: str = "adamw") -> list[dict[str, str]]:
+def load_all(
+    config: ModelConfig, tp: int, folders: list[Path], kind: str = "adamw", **options: Any
+) -> list[dict[str, str]]:
     """Restore each checkpoint into a model of other weights that has stepped; its fingerprints."""
-    _, model, optimizer = steps_taken(config, tp, 1, seed=2, kind=kind)
+    _, model, optimizer = steps_taken(config, tp, 1, seed=2, kind=kind, **options)
     found = []
     for folder in folders:
         info, _ = verified(folder / "run")

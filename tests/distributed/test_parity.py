@@ -103,7 +103,7 @@ def test_initial_weights_are_equal_to_the_bit(rank_pool):
     assert not torch.equal(other["lm_head.weight"], expected["lm_head.weight"])
 
 
-def dense_trajectory(config, weights, dtype, steps, batch=4):
+def dense_trajectory(config, weights, dtype, steps, batch=4, tokens=tokens_for):
     """The dense model under torch's own AdamW and clip_grad_norm_."""
     leaves = {name: value[: config.vocab_size] if is_vocabulary(name) else value for name, value in weights.items()}
     leaves = {name: value.to(dtype).clone().requires_grad_() for name, value in leaves.items()}
@@ -111,7 +111,7 @@ def dense_trajectory(config, weights, dtype, steps, batch=4):
     others = [leaf for leaf in leaves.values() if leaf.ndim == 1]
     groups = [{"params": decaying, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
-    ids, labels = tokens_for(config, batch)
+    ids, labels = tokens(config, batch)
     losses = []
     for _ in range(steps):
         loss = dense_loss(leaves, config.to_dict(), ids, labels) / (labels != -100).sum()

@@ -37,9 +37,17 @@ def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor
     return ids, labels
 
 
-def build(config: ModelConfig, tp: int | None, **options: Any) -> tuple[ParallelLayout, TensorParallelModel]:
+def build(
+    config: ModelConfig, tp: int | None, shard: dict[str, Any] | None = None, replicas: int = 1, **options: Any
+) -> tuple[ParallelLayout, TensorParallelModel]:
+    """`shard`: how `shard_over_data_parallel` cuts the model; None for whole on each data-parallel rank."""
     layout = init_parallel(tp, torch.device("cpu"))
-    return layout, TensorParallelModel(config, layout, **options)
+    if shard is None:
+        return layout, TensorParallelModel(config, layout, **options)
+    layout = layout.sharded(replicas)
+    model = TensorParallelModel(config, layout, **options)
+    model.share_out(**{"fixed_order": False, **shard})
+    return layout, model
 
 
 def make_optimizer(
@@ -310,11 +318,11 @@ def fingerprints_of_changes(config: ModelConfig, name: str) -> list[dict[str, st
     return [*seen, fingerprint_of(model).tensors]
 
 
-def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]]) -> Any:
+def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]], **options: Any) -> Any:
     """Fingerprints before and after flipping one bit of each (parameter, rank), and what the ranks are told."""
     from distributed.flipped_training import flip
 
-    layout, model = build(config, tp)
+    layout, model = build(config, tp, **options)
     optimizer = create_adamw(model, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     allocate_state(optimizer)
     before = fingerprint_of(model, optimizer)

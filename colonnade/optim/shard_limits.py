@@ -1,0 +1,77 @@
+"""What parameters have to be like for data-parallel ranks to share them out."""
+
+from __future__ import annotations
+
+import math
+
+from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
+from colonnade.optim.optimizer import VECTOR_ELEMENTS
+from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.sharding import cut_of, default_slices, is_vocabulary, piece_count
+from colonnade.run_settings import RunSettings
+
+FLOAT32_ELEMENTS = 16  # of the widest vector register; parameters are float32
+
+
+def shard_count(settings: RunSettings, dp: int) -> int:
+    """Parts that data-parallel ranks cut the parameters into; 1 where each holds them whole."""
+    return 1 if settings.data_parallel_shard == "none" else dp // settings.data_parallel_replicate_size
+
+
+def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
+    """Refuse what cannot be shared out, before anything is built.
+
+    Raises:
+        UsageError: names the setting and what would work.
+    """
+    if settings.data_parallel_shard == "none":
+        return
+    flag, replicas = f"--data-parallel-shard {settings.data_parallel_shard}", settings.data_parallel_replicate_size
+    if layout.dp % replicas:
+        sizes = [size for size in range(1, layout.dp + 1) if layout.dp % size == 0]
+        raise UsageError(
+            f"--data-parallel-replicate-size {replicas} does not divide the {layout.dp} data-parallel ranks; sizes "
+            f"that do: {', '.join(map(str, sizes))}"
+        )
+    if settings.optimizer == "muon":
+        raise UsageError(f"{flag}: muon takes whole matrices; use --optimizer adamw, or --data-parallel-shard none")
+    shards = shard_count(settings, layout.dp)
+    if shards == 1:
+        return
+    if config.padded_vocab_size % layout.tp and not settings.replicate_embeddings:
+        raise UsageError(
+            f"{flag}: a padded vocabulary of {config.padded_vocab_size} is cut unevenly over {layout.tp} "
+            "tensor-parallel ranks and cannot be cut again; use a --tensor-parallel-size that divides it"
+        )
+    if settings.deterministic and layout.device.type == "cpu":
+        slices = settings.tensor_slices or default_slices(config)
+        name = part_off_border(config, layout.tp, slices, shards, replicate_embeddings=settings.replicate_embeddings)
+        if name is not None:
+            raise UsageError(
+                f"--deterministic {flag}: in {shards} parts {name} has other bits than whole in AdamW's kernel for the "
+                "CPU; cut it into fewer with --data-parallel-replicate-size, or give --data-parallel-shard none"
+            )
+
+
+def part_off_border(
+    config: ModelConfig, tp: int, slices: int, shards: int, *, replicate_embeddings: bool = False
+) -> str | None:
+    """A parameter of which the fused AdamW of the CPU treats a part otherwise than the whole; None if there is none.
+
+    Its scalar code for what does not fill a vector register rounds differently (`fused_keeps_bits`). A part is a
+    stretch of the memory of the whole: it has the same bits if it begins at a register's border.
+    """
+    rest = False
+    found = None
+    for name, shape in {**outer_shapes(config), **layer_shapes(config)}.items():
+        rows = config.padded_vocab_size if is_vocabulary(name) else shape[0]
+        sizes = [rows, *shape[1:]]
+        count = piece_count(name, config, slices)
+        rest |= count > 1 and math.prod(sizes) // count % VECTOR_ELEMENTS != 0
+        cut = cut_of(name, config, tp, replicate_embeddings=replicate_embeddings)
+        if cut.sharded:
+            sizes[cut.dim] //= tp
+        if -(-sizes[0] // shards) * math.prod(sizes[1:]) % FLOAT32_ELEMENTS:
+            found = found or name
+    return None if rest else found  # with a rest the update is the unfused one, which treats all elements alike

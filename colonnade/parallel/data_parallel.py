@@ -1,0 +1,254 @@
+"""Data-parallel ranks that share out the parameters: torch's `fully_shard` with this project's sums (ZeRO-2, ZeRO-3).
+
+ZeRO (arXiv:1910.02054, section 5) names what data-parallel ranks share out. In both modes here each rank keeps its part
+of every parameter, gradient and moment, and the parts of a block are brought together before the block computes:
+
+    zero2   once a step; whole parameters stay until the backward pass of the last micro-batch. Gradients are added up
+            over the micro-batches whole, and scattered once a step.
+    zero3   for each forward and each backward pass of a block; whole parameters go when it has computed. Gradients are
+            scattered in every micro-batch, so that none is ever whole but those of the block at hand.
+
+Embedding, last norm and head are one more unit, which in both modes stays together from its forward to its backward
+pass. A parameter is cut by its rows, after its cut over tensor-parallel ranks; the last ranks may hold fewer rows, or
+none. Replicas (hybrid sharding) add up their gradients after the backward pass.
+
+FSDP's own collectives are replaced for three reasons: gradients are summed, not averaged; the autotuner computes one
+rank's share alone; and the deterministic mode adds up micro-batches and ranks in one tree (`batch_tree.py`), which a
+reduction after each micro-batch would not.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from colonnade.errors import LocalRunError
+from colonnade.parallel.batch_tree import leaf_order
+from colonnade.parallel.collectives import TensorGroup, tree_all_reduce, tree_sum
+from colonnade.parallel.mesh import ParallelLayout
+
+# Names of torch 2.13 on; the earlier ones warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class DataParallelShards:
+    """How a model lies over data-parallel ranks, and what they do together in a step.
+
+    Attributes:
+        group: the ranks that share out one replica's parameters.
+        replicate_group: the ranks of all replicas that hold the same part; None with one replica.
+        fixed_order: whether the reduction adds up micro-batches and all data-parallel ranks, in the tree.
+        merges: nodes of the tree over micro-batches that the present one completes.
+        is_last: whether the present micro-batch is the last of its step.
+    """
+
+    def __init__(self, root: FSDPModule, layout: ParallelLayout, group: TensorGroup, *, mode: str, fixed_order: bool):
+        self._root, self._keeps_whole, self._tensor_group = root, mode == "zero2", group
+        self._tp_mesh = layout.tp_mesh
+        self.group, self.replicate_group = layout.replica_mesh.get_group(), layout.replicate_group
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.replicas = layout.dp // self.size
+        self.fixed_order = fixed_order
+        self.merges, self.is_last = 0, True
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this rank computes alone for the moment (`TensorGroup.collectives_as_identity`)."""
+        return self._tensor_group.is_identity
+
+    def begin_micro_batch(self, *, is_last: bool, merges: int = 0) -> None:
+        """Say of the micro-batch that is about to be computed where it stands in its step."""
+        self.is_last, self.merges = is_last, merges
+        if self._keeps_whole:
+            self._root.set_reshard_after_backward(is_last)
+            # In the tree each micro-batch's gradients are handed over, and the last one's reduction sums them.
+            self._root.set_requires_gradient_sync(is_last or self.fixed_order)
+
+    def reshard(self) -> None:
+        """Let go of whole parameters: from here on the model's parameters are this rank's parts."""
+        for module in _units(self._root):
+            module.reshard()
+
+    def forget_failure(self) -> None:
+        """Make the model usable again after a forward or backward pass that an error ended.
+
+        Raises:
+            LocalRunError: this version of torch cannot.
+        """
+        self.begin_micro_batch(is_last=True)
+        if not hasattr(self._root, "reset_iter_state"):
+            raise LocalRunError(
+                f"a micro-batch did not fit, and torch {torch.__version__} cannot try another with --data-parallel-"
+                "shard: give a smaller --initial-batch-size, or use torch 2.13"
+            )
+        self._root.reset_iter_state()
+        self.reshard()
+
+    def gathered(self, part: DTensor) -> Tensor:
+        """What a rank would hold of a parameter or gradient if data-parallel ranks shared nothing out. Collective."""
+        local = part.to_local()
+        shape, _ = compute_local_shape_and_global_offset(part.shape, self._tp_mesh, part.placements[-1:])
+        rows = -(-shape[0] // self.size)
+        missing = local.new_zeros((rows - local.shape[0], *shape[1:]))
+        whole = local.new_empty((self.size * rows, *shape[1:]))
+        _all_gather(whole, torch.cat((local, missing)), group=self.group)
+        return whole[: shape[0]]
+
+
+def shard_over_data_parallel(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    layout: ParallelLayout,
+    group: TensorGroup,
+    *,
+    mode: str,
+    fixed_order: bool,
+    gather_dtype: torch.dtype | None = None,
+    evaluations: Sequence[str] = (),
+) -> DataParallelShards:
+    """Cut the parameters of `model` over the data-parallel ranks, in place.
+
+    Call it before the optimizer is made: the parameters are other objects afterwards.
+
+    Args:
+        model: whole on each data-parallel rank, its parameters `DTensor`s on the mesh of `ParallelLayout.sharded`.
+        blocks: modules of it that are brought together one by one; the rest of the model is one more unit.
+        group: whose `collectives_as_identity` replaces these collectives as well.
+        mode: zero2 or zero3.
+        fixed_order: add up gradients in the order of the deterministic mode.
+        gather_dtype: what the blocks' parameters are brought together in; None for their own dtype. Their gradients
+            are then of this dtype within a micro-batch, and summed over ranks and micro-batches in float32.
+        evaluations: methods that use parameters as `forward` does, without gradients, and return a tensor.
+    """
+    # Blocks return sums that a collective made, as views; nothing is written into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    # Nor is torch to say on each rank that the scaler's flag crosses two mesh dimensions one after the other.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    mesh = layout.replica_mesh
+    own = MixedPrecisionPolicy(cast_forward_inputs=False)
+    lower = own
+    if gather_dtype is not None:
+        lower = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=mode == "zero3", mp_policy=lower)
+    # A gradient of the embedding is a sum over all its tokens: not in a lower precision.
+    root = fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=own)
+    shards = DataParallelShards(root, layout, group, mode=mode, fixed_order=fixed_order)
+    for unit in _units(root):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_custom_all_gather(_Gather(shards))  # type: ignore[arg-type]  # its base class is not public
+        unit.set_custom_reduce_scatter(_Reduction(shards))  # type: ignore[arg-type]
+    # FSDP leaves parameters whole that a backward pass is to follow, and here none follows.
+    model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else shards.reshard())
+    for name in evaluations:
+        register_fsdp_forward_method(model, name)
+        setattr(model, name, _evaluating(getattr(model, name), shards, layout))
+    return shards
+
+
+def _units(root: FSDPModule) -> list[FSDPModule]:
+    assert isinstance(root, nn.Module)
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _evaluating(
+    method: Callable[..., Tensor], shards: DataParallelShards, layout: ParallelLayout
+) -> Callable[..., Tensor]:
+    """`method`, after which parameters are parts again, and whose result is the first data-parallel rank's.
+
+    What is decided by it, such as where a text ends, has to be the same on all ranks: each call is collective.
+    """
+
+    @torch.no_grad()
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        result = method(*args, **kwargs).contiguous()
+        shards.reshard()
+        dist.broadcast(result, group=layout.dp_group, group_src=0)
+        return result
+
+    return call
+
+
+class _Buffers:
+    """Where the inputs and outputs of FSDP's collectives lie: in memory of their own."""
+
+    def __init__(self, shards: DataParallelShards) -> None:
+        self.shards = shards
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Buffers):
+    """All-gather of the parts of a unit's parameters."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        if self.shards.is_identity:  # this rank's part in the place of each
+            output_tensor.view(self.shards.size, -1).copy_(input_tensor.clone())
+            return None
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Reduction(_Buffers):
+    """Reduce-scatter of a unit's gradients: each rank receives the sum of its part.
+
+    In the fixed order, gradients of micro-batches wait here until their node of the tree is complete; until the last
+    one a rank receives -0.0, the neutral element, in whose sum the result stays what it is to the bit.
+    """
+
+    def __init__(self, shards: DataParallelShards) -> None:
+        super().__init__(shards)
+        self._waiting: list[Tensor] = []
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,  # always a sum
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        shards = self.shards
+        if shards.is_identity:
+            output_tensor.copy_(input_tensor.view(shards.size, -1)[shards.rank])
+            return None
+        if not shards.fixed_order:
+            return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
+        total = input_tensor
+        for _ in range(shards.merges):
+            total = self._waiting.pop() + total
+        if shards.is_last:
+            output_tensor.copy_(self._summed(total, group))
+            return None
+        if total.is_cuda:
+            total.record_stream(torch.cuda.current_stream())  # FSDP made it on another one
+        self._waiting.append(total)
+        output_tensor.fill_(-0.0)
+        return None
+
+    def _summed(self, total: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """This rank's part of the sum over all data-parallel ranks, in the tree.
+
+        Rank r of dp is rank r mod n of the n that share out replica r div n. The tree splits even ranks from odd ones
+        first, so replicas that hold the same part are its lower levels, and the ranks of a replica the upper ones.
+        """
+        shards = self.shards
+        arrived = torch.empty_like(total)
+        dist.all_to_all_single(arrived, total, group=group)
+        if shards.replicate_group is not None:
+            arrived = tree_all_reduce(arrived, shards.replicate_group, leaf_order(range(shards.replicas)))
+        parts = arrived.view(shards.size, -1)
+        return tree_sum([parts[rank] for rank in leaf_order(range(shards.size))])
