@@ -70,5 +70,6 @@ class Segments:
         # Not compiled: the keys grow with every token.
         self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
         self.mlp = build(mlp_slice, linear=product or linear)
-        self.logits = build(logits_slice)
+        # Not compiled: in checks and generation only.
+        self.logits: Callable[..., Tensor] = logits_slice
         self.softmax = build(softmax_of_slice_)
