@@ -1,0 +1,111 @@
+"""How much of a collective's time a training step hides behind computation: two ranks, one core each.
+
+    python benchmarks/overlap.py --json overlap.json
+
+Collectives on one machine take almost no time, so each is held back by a set one: `wait` returns no earlier than that
+after the start, asleep. Passes with and without overlap, at each delay, take turns.
+
+1. `tp`: forward and backward pass of a micro-batch at tp 2, with `overlap_collectives`. Delays are fractions of the
+   time that the shorter segment (attention or feed-forward of half the micro-batch, forward) takes in the same run.
+
+       hidden = 1 - (seconds at the delay - seconds without) / (collectives of a pass * delay)
+
+   Also with the layers' collectives held back alone, with those of the head's loss alone, and without overlap, where
+   next to nothing can be hidden.
+2. `tp/sequence_parallel`: the same with `sequence_parallel`.
+3. `dp`: backward pass at dp 2 and the sums of its gradients, started during it (`OverlappedSum`) and after it. They
+   pass one after the other, together in a fraction of the backward pass's time.
+
+A share is the median of the rounds' shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+RANKS = 2
+DELAYS = (0.25, 0.5, 1.0)
+LINK_SHARES = (0.25, 0.5)
+CASES = ("tp", "tp/sequence_parallel", "dp")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Share of the collectives' time that is hidden; the higher, the better.")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="passes of each kind (7)")
+    parser.add_argument("--only", default=",".join(CASES), metavar="CASES", help=f"of {','.join(CASES)} (all)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the shares and seconds there")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(CASES):
+        parser.error(f"--only {sorted(unknown)[0]}: choose from {', '.join(CASES)}")
+
+    from benchmarks.training_step.delays import measure_data_parallel, measure_tensor_parallel
+    from benchmarks.training_step.ranks import on_ranks
+
+    ratios: dict[str, float] = {}
+    measured: dict[str, Any] = {}
+    for case in chosen:
+        if case == "dp":
+            found = on_ranks(RANKS, measure_data_parallel, LINK_SHARES, options.rounds)
+            own = data_parallel_shares(found)
+        else:
+            is_sharded = case == "tp/sequence_parallel"
+            found = on_ranks(RANKS, measure_tensor_parallel, DELAYS, options.rounds, is_sharded)
+            own = tensor_parallel_shares(found)
+        prefix = "" if case == "tp" else f"{case}/"
+        ratios |= {f"{prefix}{name}": share for name, share in own.items()}
+        measured[case] = found
+        report(case, found, own)
+    if options.json:
+        options.json.write_text(json.dumps({"ratios": ratios, "measured": measured}, indent=1) + "\n")
+
+
+def hidden(rounds: list[dict[str, float]], name: str, base: str, delayed: float) -> float:
+    """The share of `delayed` seconds by which a pass did not get longer."""
+    return statistics.median(1 - (row[name] - row[base]) / delayed for row in rounds)
+
+
+def tensor_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
+    """Shares by delay; and at the largest those of the layers' collectives, of the head's, and without overlap."""
+    shares = {}
+    for name, started in found["started"].items():
+        way, delay, *place = name.split("/")
+        if float(delay):
+            count = sum(started[one] for one in (place or started))
+            key = "/".join(["hidden" if way == "overlap" else "hidden_without_overlap", delay, *place])
+            shares[key] = hidden(found["rounds"], name, f"{way}/0", count * float(delay) * found["delay"])
+    return shares
+
+
+def data_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
+    """Shares by the fraction of the backward pass that the sums take."""
+    shares = {}
+    for name in found["rounds"][0]:
+        way, delay = name.split("/")
+        if float(delay):
+            key = "hidden" if way == "overlap" else "hidden_without_overlap"
+            base, delayed = f"{way}/0", float(delay) * found["backward"]
+            shares[f"{key}/{delay}"] = hidden(found["rounds"], name, base, delayed)
+    return shares
+
+
+def report(case: str, found: dict[str, Any], shares: dict[str, float]) -> None:
+    medians = {name: statistics.median(row[name] for row in found["rounds"]) for name in found["rounds"][0]}
+    print(f"{case}: " + "  ".join(f"{name} {value:.3f} s" for name, value in medians.items()))
+    for name in ("segments", "backward", "started"):
+        if name in found:
+            print(f"  {name}: {json.dumps(found[name])}")
+    for name, share in shares.items():
+        print(f"  {name:40}{share:6.2f}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
