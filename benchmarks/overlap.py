@@ -9,6 +9,9 @@ after the start, asleep. Passes with and without overlap, at each delay, take tu
    time that the shorter segment (attention or feed-forward of half the micro-batch, forward) takes in the same run.
 
        hidden = 1 - (seconds at the delay - seconds without) / (collectives of a pass * delay)
+       not_slept = 1 - (seconds that were left of the delays when they were waited for) / (the same)
+
+   The second does not suffer from a machine whose speed changes between two passes.
 
    Also with the layers' collectives held back alone, with those of the head's loss alone, and without overlap, where
    next to nothing can be hidden.
@@ -37,7 +40,9 @@ CASES = ("tp", "tp/sequence_parallel", "dp")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Share of the collectives' time that is hidden; the higher, the better.")
+    parser = argparse.ArgumentParser(
+        description="Share of the collectives' time that is hidden; the higher, the better."
+    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="passes of each kind (7)")
     parser.add_argument("--only", default=",".join(CASES), metavar="CASES", help=f"of {','.join(CASES)} (all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the shares and seconds there")
@@ -67,43 +72,43 @@ def main() -> None:
         options.json.write_text(json.dumps({"ratios": ratios, "measured": measured}, indent=1) + "\n")
 
 
-def hidden(rounds: list[dict[str, float]], name: str, base: str, delayed: float) -> float:
-    """The share of `delayed` seconds by which a pass did not get longer."""
-    return statistics.median(1 - (row[name] - row[base]) / delayed for row in rounds)
+def shares_of(rounds: list[dict[str, tuple[float, float]]], name: str, delayed: float) -> dict[str, float]:
+    """The share of `delayed` seconds by which a pass did not get longer, and that of which nothing was slept."""
+    way, fraction = name.split("/", 1)
+    suffix = fraction if way == "overlap" else f"{fraction}/without_overlap"
+    hidden = statistics.median(1 - (row[name][0] - row[f"{way}/0"][0]) / delayed for row in rounds)
+    not_slept = statistics.median(1 - row[name][1] / delayed for row in rounds)
+    return {f"hidden/{suffix}": hidden, f"not_slept/{suffix}": not_slept}
 
 
 def tensor_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
     """Shares by delay; and at the largest those of the layers' collectives, of the head's, and without overlap."""
-    shares = {}
+    shares: dict[str, float] = {}
     for name, started in found["started"].items():
-        way, delay, *place = name.split("/")
-        if float(delay):
-            count = sum(started[one] for one in (place or started))
-            key = "/".join(["hidden" if way == "overlap" else "hidden_without_overlap", delay, *place])
-            shares[key] = hidden(found["rounds"], name, f"{way}/0", count * float(delay) * found["delay"])
+        _, fraction, *place = name.split("/")
+        count = sum(started[one] for one in (place or started))
+        if float(fraction):
+            shares |= shares_of(found["rounds"], name, count * float(fraction) * found["delay"])
     return shares
 
 
 def data_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
     """Shares by the fraction of the backward pass that the sums take."""
-    shares = {}
+    shares: dict[str, float] = {}
     for name in found["rounds"][0]:
-        way, delay = name.split("/")
-        if float(delay):
-            key = "hidden" if way == "overlap" else "hidden_without_overlap"
-            base, delayed = f"{way}/0", float(delay) * found["backward"]
-            shares[f"{key}/{delay}"] = hidden(found["rounds"], name, base, delayed)
+        if fraction := float(name.split("/")[1]):
+            shares |= shares_of(found["rounds"], name, fraction * found["backward"])
     return shares
 
 
 def report(case: str, found: dict[str, Any], shares: dict[str, float]) -> None:
-    medians = {name: statistics.median(row[name] for row in found["rounds"]) for name in found["rounds"][0]}
+    medians = {name: statistics.median(row[name][0] for row in found["rounds"]) for name in found["rounds"][0]}
     print(f"{case}: " + "  ".join(f"{name} {value:.3f} s" for name, value in medians.items()))
-    for name in ("segments", "backward", "started"):
+    for name in ("segments", "backward"):
         if name in found:
             print(f"  {name}: {json.dumps(found[name])}")
     for name, share in shares.items():
-        print(f"  {name:40}{share:6.2f}")
+        print(f"  {name:34}{share:6.2f}")
     sys.stdout.flush()
 
 

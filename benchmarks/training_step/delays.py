@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,25 +22,32 @@ from colonnade.parallel.collectives import Pending, TensorGroup
 from colonnade.parallel.mesh import init_parallel
 from model import TensorParallelModel
 
-VOCABULARY = 8192
+# Large enough for the head's p W to take about as long as a segment, small enough for the layers to set the pace.
+VOCABULARY, BLOCK = 16_384, 256
 PLACES = ("layers", "head")
 WARM_UPS = 2
 
 Pass = Callable[[], None]
-Times = list[dict[str, float]]
+Times = list[dict[str, tuple[float, float]]]
 
 
 class Delay:
-    """Seconds that a collective takes at least, by the place it belongs to; how many were started there."""
+    """Seconds that a collective takes at least, by the place it belongs to.
+
+    Attributes:
+        started: collectives since the last `set`, by place.
+        slept: seconds that were left of their delays when they were waited for.
+    """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PLACES, 0.0)
         self.started = dict.fromkeys(PLACES, 0)
+        self.slept = 0.0
         self.place = PLACES[0]
 
     def set(self, seconds: float, places: Sequence[str] = PLACES) -> None:
         self.seconds = {place: seconds if place in places else 0.0 for place in PLACES}
-        self.started = dict.fromkeys(PLACES, 0)
+        self.started, self.slept = dict.fromkeys(PLACES, 0), 0.0
 
     def held_back(self, pending: Pending[Tensor]) -> Pending[Tensor]:
         """The same value, delivered no earlier than the delay from now on."""
@@ -46,7 +55,7 @@ class Delay:
         due = time.perf_counter() + self.seconds[self.place]
 
         def finish() -> Tensor:
-            sleep_until(due)
+            self.slept += sleep_until(due)
             return pending.wait()
 
         return Pending(finish=finish)
@@ -60,9 +69,11 @@ class Delay:
             self.place = before
 
 
-def sleep_until(due: float) -> None:
-    """Asleep, so that the communication library has the core meanwhile."""
-    time.sleep(max(0.0, due - time.perf_counter()))
+def sleep_until(due: float) -> float:
+    """Asleep, so that the communication library has the core meanwhile. Returns the seconds that were left."""
+    left = max(0.0, due - time.perf_counter())
+    time.sleep(left)
+    return left
 
 
 def delay_group(group: TensorGroup, delay: Delay) -> None:
@@ -83,11 +94,11 @@ def _held_back(start: Callable[[Tensor], Pending[Tensor]], delay: Delay) -> Call
 
 
 class _DelayedWork:
-    def __init__(self, work: Any, due: float) -> None:
-        self._work, self._due = work, due
+    def __init__(self, work: Any, due: float, link: Link) -> None:
+        self._work, self._due, self._link = work, due, link
 
     def wait(self) -> None:
-        sleep_until(self._due)
+        self._link.slept += sleep_until(self._due)
         self._work.wait()
 
 
@@ -98,14 +109,14 @@ class Link:
     """
 
     def __init__(self) -> None:
-        self.seconds, self.started = 0.0, 0
+        self.seconds, self.started, self.slept = 0.0, 0, 0.0
         self._free = 0.0
         self._all_reduce = dist.all_reduce
 
     def __call__(self, tensor: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
         self.started += 1
         self._free = max(self._free, time.perf_counter()) + self.seconds
-        work = _DelayedWork(self._all_reduce(tensor, *args, async_op=True, **kwargs), self._free)
+        work = _DelayedWork(self._all_reduce(tensor, *args, async_op=True, **kwargs), self._free, self)
         return work if async_op else work.wait()
 
 
@@ -119,16 +130,14 @@ def measure_tensor_parallel(fractions: Sequence[float], rounds: int, sequence_pa
         segments: seconds of half a micro-batch's attention and feed-forward, in the forward pass.
         delay: 1.0 of it: the shorter of the two.
         collectives: of a pass with overlap, by place; and without it.
-        rounds: seconds of a pass by case, of each round.
+        rounds: seconds of a pass by case, and of them the first rank's sleep, of each round.
     """
-    job = work(VOCABULARY, "fp32")
-    layout = init_parallel(dist_size(), torch.device("cpu"))
+    job = dataclasses.replace(work(VOCABULARY, "fp32"), block=BLOCK)
+    layout = init_parallel(int(os.environ["WORLD_SIZE"]), torch.device("cpu"))
     delay, ids = Delay(), job.share(layout.device)
 
     def passes(*, overlap: bool) -> tuple[TensorParallelModel, Pass]:
-        own = TensorParallelModel(
-            job.config, layout, overlap_collectives=overlap, sequence_parallel=sequence_parallel
-        )
+        own = TensorParallelModel(job.config, layout, overlap_collectives=overlap, sequence_parallel=sequence_parallel)
         delay_group(own.group, delay)
         return own, lambda: _pass(own, ids)
 
@@ -147,21 +156,15 @@ def measure_tensor_parallel(fractions: Sequence[float], rounds: int, sequence_pa
     }
     started: dict[str, dict[str, int]] = {}
 
-    def seconds(name: str) -> float:
+    def seconds(name: str) -> tuple[float, float]:
         one, fraction, places = cases[name]
         delay.set(fraction * float(unit), places)
         taken = timed(one)
         started[name] = delay.started
-        return taken
+        return taken, delay.slept
 
     taken = _in_turns(list(cases), seconds, rounds)
     return {"segments": segments, "delay": float(unit), "started": started, "rounds": taken}
-
-
-def dist_size() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
 
 
 def _pass(own: TensorParallelModel, ids: Tensor) -> None:
@@ -203,7 +206,7 @@ def timed(one: Pass) -> float:
     return time.perf_counter() - began
 
 
-def _in_turns(names: Sequence[str], seconds: Callable[[str], float], rounds: int) -> Times:
+def _in_turns(names: Sequence[str], seconds: Callable[[str], tuple[float, float]], rounds: int) -> Times:
     for name in names:
         seconds(name)
     return [{name: seconds(name) for name in names[:: -1 if number % 2 else 1]} for number in range(rounds)]
@@ -215,13 +218,14 @@ def _in_turns(names: Sequence[str], seconds: Callable[[str], float], rounds: int
 def measure_data_parallel(fractions: Sequence[float], rounds: int) -> dict[str, Any]:
     """Seconds of a backward pass with the sums of its gradients, during it and after it. Collective.
 
+    All sums of a pass together take the named fractions of the backward pass.
+
     Returns:
         backward: seconds of a backward pass without sums.
         started: sums of a pass, by case.
-        delays: seconds of each sum, by case: all of a pass take the named fraction of the backward pass.
-        rounds: seconds by case, of each round.
+        rounds: seconds by case, and of them the first rank's sleep, of each round.
     """
-    job = work(VOCABULARY, "fp32")
+    job = dataclasses.replace(work(VOCABULARY, "fp32"), block=BLOCK)
     layout = init_parallel(1, torch.device("cpu"))
     link = Link()
     dist.all_reduce = link
@@ -243,24 +247,23 @@ def measure_data_parallel(fractions: Sequence[float], rounds: int) -> dict[str, 
         gradients = [gradient for gradient, _ in local_gradients(own.parameters())]
         sum_over_data_parallel([*gradients, value.detach()], layout.dp_group)
 
-    def seconds_of(way: Callable[[Tensor], None], total: float) -> float:
+    def seconds_of(way: Callable[[Tensor], None], total: float) -> tuple[float, float]:
         value = loss()
-        link.seconds, link.started = total / max(1, sums_of.get(way, 1)), 0
+        link.seconds, link.started, link.slept = total / max(1, sums_of.get(way, 1)), 0, 0.0
         taken = timed(lambda: way(value))
         sums_of[way] = link.started
-        return taken
+        return taken, link.slept
 
     sums_of: dict[Callable[[Tensor], None], int] = {}
     for way in (overlapped, afterwards):
         seconds_of(way, 0.0)
-    backward = torch.tensor(statistics.median(seconds_of(lambda value: value.backward(), 0.0) for _ in range(3)))
+    alone = [seconds_of(lambda value: value.backward(), 0.0)[0] for _ in range(3)]
+    backward = torch.tensor(statistics.median(alone))
     dist.broadcast(backward, 0)
     cases = {"overlap/0": (overlapped, 0.0), "plain/0": (afterwards, 0.0)}
     for fraction in fractions:
         cases[f"overlap/{fraction:.2f}"] = (overlapped, fraction)
         cases[f"plain/{fraction:.2f}"] = (afterwards, fraction)
-    taken = _in_turns(
-        list(cases), lambda name: seconds_of(cases[name][0], cases[name][1] * float(backward)), rounds
-    )
+    taken = _in_turns(list(cases), lambda name: seconds_of(cases[name][0], cases[name][1] * float(backward)), rounds)
     started = {"overlap": sums_of[overlapped], "plain": sums_of[afterwards]}
     return {"backward": float(backward), "started": started, "rounds": taken}
