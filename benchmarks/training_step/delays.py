@@ -169,7 +169,8 @@ def measure_tensor_parallel(fractions: Sequence[float], rounds: int, sequence_pa
 
 def _pass(own: TensorParallelModel, ids: Tensor) -> None:
     own.zero_grad(set_to_none=True)
-    own(ids[:, :-1], ids[:, 1:], scale=1 / ids[:, 1:].numel()).backward()
+    with own.weights_kept():
+        own(ids[:, :-1], ids[:, 1:], scale=1 / ids[:, 1:].numel()).backward()
 
 
 def _segment_seconds(own: TensorParallelModel, one: Pass) -> dict[str, float]:
