@@ -13,8 +13,8 @@ after the start, asleep. Passes with and without overlap, at each delay, take tu
 
    The second does not suffer from a machine whose speed changes between two passes.
 
-   Also with the layers' collectives held back alone, with those of the head's loss alone, and without overlap, where
-   next to nothing can be hidden.
+   Also with the collectives of the head's loss held back alone, and all of them without overlap, where hardly anything
+   can be hidden.
 2. `tp/sequence_parallel`: the same with `sequence_parallel`.
 3. `dp`: backward pass at dp 2 and the sums of its gradients, started during it (`OverlappedSum`) and after it. They
    pass one after the other, together in a fraction of the backward pass's time.
@@ -82,7 +82,7 @@ def shares_of(rounds: list[dict[str, tuple[float, float]]], name: str, delayed: 
 
 
 def tensor_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
-    """Shares by delay; and at the largest those of the layers' collectives, of the head's, and without overlap."""
+    """Shares by delay; and at the largest those of the head's collectives, and without overlap."""
     shares: dict[str, float] = {}
     for name, started in found["started"].items():
         _, fraction, *place = name.split("/")

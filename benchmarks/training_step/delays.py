@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,6 @@ def measure_tensor_parallel(fractions: Sequence[float], rounds: int, sequence_pa
     cases: dict[str, tuple[Pass, float, Sequence[str]]] = {
         "overlap/0": (overlapped, 0.0, PLACES),
         **{f"overlap/{fraction:.2f}": (overlapped, fraction, PLACES) for fraction in fractions},
-        "overlap/1.00/layers": (overlapped, 1.0, ("layers",)),
         "overlap/1.00/head": (overlapped, 1.0, ("head",)),
         "plain/0": (plain, 0.0, PLACES),
         "plain/1.00": (plain, 1.0, PLACES),
@@ -210,7 +210,13 @@ def timed(one: Pass) -> float:
 def _in_turns(names: Sequence[str], seconds: Callable[[str], tuple[float, float]], rounds: int) -> Times:
     for name in names:
         seconds(name)
-    return [{name: seconds(name) for name in names[:: -1 if number % 2 else 1]} for number in range(rounds)]
+    taken = []
+    for number in range(rounds):
+        taken.append({name: seconds(name) for name in names[:: -1 if number % 2 else 1]})
+        if dist.get_rank() == 0:
+            one = "  ".join(f"{name} {passed:.2f}" for name, (passed, _) in taken[-1].items())
+            print(f"  round {number + 1} of {rounds}, seconds: {one}", file=sys.stderr, flush=True)
+    return taken
 
 
 # ------------------------------------------------------------------------------------------------ data parallelism
