@@ -214,8 +214,8 @@ def _in_turns(names: Sequence[str], seconds: Callable[[str], tuple[float, float]
     for number in range(rounds):
         taken.append({name: seconds(name) for name in names[:: -1 if number % 2 else 1]})
         if dist.get_rank() == 0:
-            one = "  ".join(f"{name} {passed:.2f}" for name, (passed, _) in taken[-1].items())
-            print(f"  round {number + 1} of {rounds}, seconds: {one}", file=sys.stderr, flush=True)
+            one = "  ".join(f"{name} {passed:.2f} ({slept:.2f})" for name, (passed, slept) in taken[-1].items())
+            print(f"  round {number + 1} of {rounds}, seconds (asleep): {one}", file=sys.stderr, flush=True)
     return taken
 
 
