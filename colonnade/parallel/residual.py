@@ -112,10 +112,8 @@ class ShardedResidual:
 
         Where the order of sums is fixed each slice's share of the tokens is taken by itself.
         """
-        # With overlap the gradients of all parameters are on their way before the first is waited for.
-        flight = Flight() if self.overlaps else None
         views = self.weights.get(
-            parameter, lambda: fan_out(local_part(parameter), self.group, flight), parameter.dtype, is_summed=True
+            parameter, lambda: fan_out(local_part(parameter), self.group), parameter.dtype, is_summed=True
         )
         if len(views) == 1:
             return function(*tensors, views[0])
