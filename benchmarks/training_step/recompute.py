@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,19 +54,10 @@ def measure(
     return {"bytes": found, "seconds": seconds}
 
 
-def _step(own: TensorParallelModel, share: Tensor, micro_batches: int, keeps_weights: bool) -> Callable[[], Tensor]:
-    def passes() -> Tensor:
-        total = torch.zeros(())
-        for ids in share.chunk(micro_batches):
-            loss = own(ids[:, :-1], ids[:, 1:], scale=1 / share[:, 1:].numel())
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def step() -> Tensor:
-        if not keeps_weights:
-            return passes()
-        with own.weights_kept():
-            return passes()
+def _step(own: TensorParallelModel, share: Tensor, micro_batches: int, keeps_weights: bool) -> Callable[[], None]:
+    def step() -> None:
+        with own.weights_kept() if keeps_weights else nullcontext():
+            for ids in share.chunk(micro_batches):
+                own(ids[:, :-1], ids[:, 1:], scale=1 / share[:, 1:].numel()).backward()
 
     return step
