@@ -35,6 +35,7 @@ from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import document_kernel, document_layout
 from colonnade.parallel.collectives import Pending, TensorGroup
 from colonnade.parallel.data_parallel import DataParallelShards, shard_over_data_parallel
+from colonnade.parallel.float8 import float8_linear
 from colonnade.parallel.head_loss import LossOptions, head_loss
 from colonnade.parallel.initialization import fill_normal_
 from colonnade.parallel.key_value_cache import KeyValueCache
@@ -93,6 +94,8 @@ class TensorParallelModel(nn.Module):
         compiled: compile the segments between collectives.
         sequence_parallel: each rank holds its share of the residual stream's tokens.
         overlap_collectives: compute half of a micro-batch while a collective of the other half is under way.
+        cuda_graphs: replay the compiled segments as CUDA graphs.
+        float8: multiply projections in float8 (`colonnade/parallel/float8.py`).
         z_loss: coefficient of the squared logarithm of the softmax's denominator in the loss; 0 for none.
 
     Raises:
@@ -113,6 +116,8 @@ class TensorParallelModel(nn.Module):
         compiled: bool = False,
         sequence_parallel: bool = False,
         overlap_collectives: bool = False,
+        cuda_graphs: bool = False,
+        float8: bool = False,
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
@@ -125,16 +130,22 @@ class TensorParallelModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.sequence_parallel, self.overlap_collectives = sequence_parallel, overlap_collectives
         self.z_loss = z_loss
-        self.weights = StepWeights(fixed_order=self.group.fixed_order)
-        self.segments = Segments(config, compiled=compiled)
+        self.cuda_graphs = cuda_graphs
+        self.weights = StepWeights(fixed_order=self.group.fixed_order, at_fixed_addresses=cuda_graphs)
+        product = float8_linear(layout.device) if float8 else None
+        self.segments = Segments(config, compiled=compiled, cuda_graphs=cuda_graphs, product=product)
         # For shapes that change with every call, as those of generation do.
-        self.eager_segments = Segments(config, compiled=False)
+        self.eager_segments = Segments(config, compiled=False, product=product)
         self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
         self.model = Decoder(make, config, self.group, self.weights)
         self.lm_head = (
             None if config.tie_word_embeddings else make("lm_head", config.padded_vocab_size, config.hidden_size, False)
         )
+        if cuda_graphs:
+            for parameter in self.parameters():
+                # A graph's memory is written again by its next replay: what stays has to be a copy.
+                parameter.register_hook(torch.clone)
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.shards: DataParallelShards | None = None
         """How data-parallel ranks share out the parameters (`shard_over_data_parallel`); None: each has all."""
@@ -229,7 +240,7 @@ class TensorParallelModel(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
-        """Sum of the tokens' cross-entropies, and of their z-losses.
+        """Sum of the tokens' cross-entropies, and in training of their z-losses.
 
         Args:
             input_ids: [B, T] token ids.
@@ -241,9 +252,11 @@ class TensorParallelModel(nn.Module):
         Returns:
             A scalar, float32 or wider, equal on every rank of the group.
         """
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         ends = self._ends(input_ids, document_starts)
         weight, start = self._head()
-        options = LossOptions(self.config.vocab_size, self.z_loss, scale)
+        options = LossOptions(self.config.vocab_size, self.z_loss if torch.is_grad_enabled() else 0.0, scale)
         labels, softmax = labels.reshape(-1), self.segments.softmax
         if self.replicate_embeddings:
             hidden = torch.cat([residual.whole(end) for residual, end in ends]).flatten(0, 1)

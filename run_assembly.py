@@ -20,7 +20,7 @@ from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
-from colonnade.parallel.determinism import arithmetic_of, check_micro_batches
+from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
@@ -33,10 +33,10 @@ from run_batch import tune_batch
 from run_data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
 from run_end import record_launch
 from run_inputs import (
+    arithmetic_of_run,
     check_shares,
     check_step_size,
     fixed_micro_batch,
-    is_compiled,
     requested_global_batch,
     require_steps_left,
 )
@@ -85,7 +85,7 @@ def assemble(
         check_step_size(size, settings, layout.dp)
     arithmetic = None
     if settings.deterministic:
-        arithmetic = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
+        arithmetic = arithmetic_of_run(settings, layout, size)
     notes += _warnings(settings)
     _describe(notes, state.model, batch, global_batch, settings)
     stream = data.stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,32 @@ def tune_batch(
         "dp": layout.dp,
         "precision": settings.precision,
         "compile": is_compiled(settings, layout),
-        "gradient_checkpointing": not settings.disable_gradient_checkpointing,
+        "gradient_checkpointing": settings.checkpointing == "full",
         "replicate_embeddings": settings.replicate_embeddings,
         "document_mask": settings.document_mask,
         "tensor_slices": settings.tensor_slices,
         "torch": torch.__version__,
     }
-    if settings.optimizer != "adamw":  # answers on record from before there was a choice stay valid
+    # Answers on record from before there was a choice stay valid.
+    if settings.optimizer != "adamw":
         depends_on["optimizer"] = settings.optimizer
+    if settings.checkpointing == "selective":
+        depends_on["activation_checkpointing"] = "selective"
+    for name in ("sequence_parallel", "overlap_collectives", "float8", "cuda_graphs", "plain_step"):
+        if getattr(settings, name):
+            depends_on[name] = True
     if model.shards is not None:
         depends_on["data_parallel_shard"] = settings.data_parallel_shard
         depends_on["data_parallel_replicate_size"] = settings.data_parallel_replicate_size
 
     def probe(size: int) -> float:
         warm = on_cuda or is_compiled(settings, layout)
-        return _probe_seconds(model, size, settings.block_size or 0, warm=warm, document_mask=settings.document_mask)
+        block, mask = settings.block_size or 0, settings.document_mask
+        try:
+            with nullcontext() if settings.plain_step else model.weights_kept():
+                return _probe_seconds(model, size, block, warm=warm, document_mask=mask)
+        finally:
+            model.zero_grad(set_to_none=True)
 
     tuned = tune_micro_batch(
         plan,
@@ -94,6 +106,4 @@ def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: b
         if model.shards is not None:
             model.shards.forget_failure()
         raise
-    finally:
-        model.zero_grad(set_to_none=True)
     return time.perf_counter() - begin

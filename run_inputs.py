@@ -27,6 +27,7 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import check_shards, shard_count
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
+from colonnade.parallel.float8 import check_float8_sizes, require_float8
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.run_settings import MAX_TOKENS_PER_STEP, RunSettings
@@ -162,13 +163,31 @@ def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes
         notes.append("torch.compile is off on the CPU; --compile switches it on")
     if settings.compile and on_cpu:
         require_compiler()
+    if settings.cuda_graphs and (on_cpu or not is_compiled(settings, layout)):
+        missing = "there is no GPU" if on_cpu else "--disable-compile leaves none"
+        raise UsageError(f"--cuda-graphs replays compiled segments on a GPU, and {missing}: leave it out")
+    if settings.float8:
+        require_float8(settings.precision, layout.device)
     if settings.deterministic:
         fix_arithmetic(compiled=is_compiled(settings, layout))
     return settings
 
 
 def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
-    return settings.compile or (layout.device.type != "cpu" and not settings.disable_compile)
+    off = settings.disable_compile or settings.plain_step
+    return settings.compile or (layout.device.type != "cpu" and not off)
+
+
+def arithmetic_of_run(settings: RunSettings, layout: ParallelLayout, micro_batch_size: Any) -> dict[str, Any]:
+    """What a deterministic run's bits depend on besides the settings that are fixed for it."""
+    return arithmetic_of(
+        layout.device,
+        compiled=is_compiled(settings, layout),
+        micro_batch_size=micro_batch_size,
+        # Halves of a micro-batch, and shares of its tokens, are summed by themselves.
+        overlap_collectives=settings.overlap_collectives,
+        sequence_parallel=settings.sequence_parallel,
+    )
 
 
 def resolve_model(settings: RunSettings) -> ModelConfig:
@@ -232,6 +251,16 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
         )
     check_slices(config, layout.tp, settings.tensor_slices)
     check_shards(settings, config, layout)
+    if settings.float8:
+        slices = settings.tensor_slices or layout.tp
+        check_float8_sizes(
+            {
+                "the hidden size": config.hidden_size,
+                "the width of the heads": config.num_attention_heads * config.head_dim // slices,
+                "the feed-forward": config.intermediate_size // slices,
+            },
+            slices,
+        )
     _require_memory(settings, config, layout)
 
 
@@ -298,8 +327,7 @@ def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout:
         return []
     asked = settings.initial_batch_size
     size = record["arithmetic"].get("micro_batch_size") if asked == "auto" else int(asked)
-    present = arithmetic_of(layout.device, compiled=is_compiled(settings, layout), micro_batch_size=size)
-    return differences(record["arithmetic"], present)
+    return differences(record["arithmetic"], arithmetic_of_run(settings, layout, size))
 
 
 # ------------------------------------------------------------------------------------------------------ the batch

@@ -65,8 +65,13 @@ def build_model(
         slices=settings.tensor_slices,
         replicate_embeddings=settings.replicate_embeddings,
         compute_dtype=DTYPES[precision],
-        activation_checkpointing="none" if settings.disable_gradient_checkpointing else "full",
+        activation_checkpointing=settings.checkpointing,
         compiled=is_compiled(settings, layout),
+        cuda_graphs=settings.cuda_graphs,
+        float8=settings.float8,
+        sequence_parallel=settings.sequence_parallel,
+        overlap_collectives=settings.overlap_collectives,
+        z_loss=settings.z_loss,
     )
     if layout.shard_mesh is not None:
         lower = precision != "fp32" and not settings.deterministic  # which sums a gradient in the parameters' dtype

@@ -196,6 +196,7 @@ class Side:
                 max_grad_norm=settings.max_grad_norm,
                 document_mask=settings.document_mask,
                 deterministic=settings.deterministic,
+                plain=settings.plain_step,
             )
         finally:
             hook.remove()

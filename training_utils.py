@@ -314,6 +314,7 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
         max_grad_norm=settings.max_grad_norm,
         document_mask=mask,
         deterministic=settings.deterministic,
+        plain=settings.plain_step,
         skip_above=before.limit if before is not None and settings.spike_action == "skip" else None,
         # The device is busy with what was launched; the next batch can be waited for meanwhile.
         after_backward=run.feed.stage if run.step + 1 < settings.total_steps else None,

@@ -75,6 +75,10 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 _ALTERNATIVES = (
     ("preset", "model_config"),
     ("compile", "disable_compile"),
+    ("compile", "plain_step"),
+    ("cuda_graphs", "plain_step"),
+    ("overlap_collectives", "plain_step"),
+    ("activation_checkpointing", "disable_gradient_checkpointing"),
     ("tokens_per_step", "gradient_accumulation_steps"),
 )
 
@@ -112,6 +116,14 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
     """`settings`, where nothing in them contradicts something else. Raises UsageError."""
     if settings.compile and settings.disable_compile:
         raise UsageError("--compile and --disable-compile contradict each other: give one of them")
+    for name in ("compile", "cuda_graphs", "overlap_collectives"):
+        if settings.plain_step and getattr(settings, name):
+            raise UsageError(f"--plain-step and --{name.replace('_', '-')} contradict each other: give one of them")
+    if settings.disable_gradient_checkpointing and settings.activation_checkpointing not in (None, "none"):
+        raise UsageError(
+            f"--disable-gradient-checkpointing and --activation-checkpointing {settings.activation_checkpointing} "
+            "contradict each other: give one of them"
+        )
     if settings.tokens_per_step is not None and settings.gradient_accumulation_steps > 1:
         raise UsageError(
             f"--tokens-per-step {settings.tokens_per_step} and --gradient-accumulation-steps "

@@ -13,6 +13,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 CHECKPOINT_MODES = ("async", "sync")
 SCHEDULES = ("cosine", "wsd", "constant")
+CHECKPOINTING = ("none", "selective", "full")
 DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 DATA_PARALLEL_SHARDS = ("none", "zero2", "zero3")
@@ -206,6 +207,14 @@ class RunSettings:
     max_grad_norm: float = identity_setting(
         1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
     )
+    z_loss: float = identity_setting(
+        0.0,
+        "optimization",
+        "coefficient of the squared logarithm of the softmax's denominator, added to each token's loss (1e-4 in PaLM); "
+        "0 for none",
+        minimum=0.0,
+        maximum=1.0,
+    )
     max_skipped_steps: int = setting(
         10,
         "optimization",
@@ -281,11 +290,36 @@ class RunSettings:
         "the same bits at any tp that divides the slices and any dp that halves the batch; one CPU thread a rank",
     )
     replicate_embeddings: bool = setting(False, "execution", "keep embedding and head whole on every rank")
-    disable_gradient_checkpointing: bool = setting(
-        False, "execution", "keep all activations instead of computing them again in the backward pass"
+    activation_checkpointing: str | None = setting(
+        None,
+        "execution",
+        "activations that the backward pass computes again instead of keeping them: none, selective (feed-forward) or "
+        "full (all but each block's input; the default)",
+        choices=CHECKPOINTING,
+    )
+    disable_gradient_checkpointing: bool = setting(False, "execution", "the same as --activation-checkpointing none")
+    sequence_parallel: bool = setting(
+        False,
+        "execution",
+        "cut norms and residuals over the tokens of a tensor-parallel group: less memory, the same bytes sent",
+    )
+    overlap_collectives: bool = setting(
+        False, "execution", "compute half of a micro-batch while the other half waits for a tensor-parallel collective"
+    )
+    float8: bool = identity_setting(
+        False,
+        "execution",
+        "projections multiply in float8, with a scale for each row (torchao; from Hopper on, emulated on the CPU)",
     )
     compile: bool = setting(False, "execution", "compile the segments on the CPU too (default on accelerators)")
     disable_compile: bool = setting(False, "execution", "run eagerly on accelerators too")
+    cuda_graphs: bool = setting(False, "execution", "replay compiled segments as CUDA graphs")
+    plain_step: bool = setting(
+        False,
+        "execution",
+        "switch off what only makes a step faster: compilation, weights cast once a step, gradients summed during the "
+        "backward pass",
+    )
 
     # Checkpoints and logs
     checkpoint_dir: str = setting("pretrained", "checkpoints and logs", "folder of the run")
@@ -401,6 +435,11 @@ class RunSettings:
         """The fields that say nothing beside the values of others, each with that other and the values it needs."""
         needs = {f.name: f.metadata["only_with"] for f in fields(self) if "only_with" in f.metadata}
         return {name: need for name, need in needs.items() if getattr(self, need[0]) not in need[1]}
+
+    @property
+    def checkpointing(self) -> str:
+        """What the backward pass computes again: none, selective or full."""
+        return self.activation_checkpointing or ("none" if self.disable_gradient_checkpointing else "full")
 
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)

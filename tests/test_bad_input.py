@@ -246,6 +246,13 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"decay_steps": 2}, ("--decay-steps 2 says nothing with --schedule cosine", "give --schedule wsd")),
     ({"total_steps": "9" * 30}, ("--total-steps is 999", "at most 1000000000")),
     ({"compile": True, "disable_compile": True}, ("--compile and --disable-compile", "give one of them")),
+    ({"plain_step": True, "overlap_collectives": True}, ("--plain-step and --overlap-collectives", "give one of")),
+    (
+        {"disable_gradient_checkpointing": True, "activation_checkpointing": "full"},
+        ("--disable-gradient-checkpointing and --activation-checkpointing full", "give one of them"),
+    ),
+    ({"cuda_graphs": True}, ("--cuda-graphs replays compiled segments", "there is no GPU", "leave it out")),
+    ({"z_loss": 2}, ("--z-loss", "2", "1.0")),
     # Flags and folders
     ({"blok_size": 3}, ("unknown flag --blok-size", "nearest known one is --block-size")),
     ({"total": 3}, ("unknown flag --total;", "--total-steps")),
@@ -413,6 +420,8 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "precision": ("bf16", "precision fp32 -> bf16"),
     "tensor_slices": (1, "tensor_slices None -> 1"),
     "deterministic": (True, "deterministic False -> True"),
+    "float8": (True, "float8 False -> True"),
+    "z_loss": (1e-4, "z_loss 0.0 -> 0.0001"),
 }
 OTHER_RUNS: dict[str, tuple[Any, str]] = {
     **IDENTITY,
@@ -462,6 +471,8 @@ def test_a_run_is_not_gone_on_with_on_other_data(inputs: Path, stopped: Path) ->
             "replicate_embeddings": True,
             "disable_gradient_checkpointing": True,
             "disable_compile": True,
+            "plain_step": True,
+            "sequence_parallel": True,
             "tensor_parallel_size": 1,
             "tokenizer_path": "{}/tokenizer/../tokenizer",
             "data_glob": "{}/good/part_0.parquet, {}/good/part_[12].parquet",

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
 from colonnade.parallel.elementwise import rms_norm
+from colonnade.parallel.float8 import Linear
 from colonnade.parallel.rotary import rotate
 
 FLEX_BLOCK = 128
@@ -170,6 +171,7 @@ def project_heads(
     head_dim: int,
     eps: float,
     interleaved: bool,
+    linear: Linear,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [B, n, T, D], key and value [B, k, T, D] of one slice, normed and rotated where the model does so.
 
@@ -196,14 +198,15 @@ def attention_slice(
     cos: Tensor | None,
     sin: Tensor | None,
     mask: DocumentMask | None = None,
+    linear: Linear = linear,
     **constants: Any,
 ) -> Tensor:
     """Causal grouped-query attention over the heads of one slice: [B, T, H] -> partial [B, T, H].
 
     `constants`, cos and sin are those of `project_heads`; mask None: over the whole block.
     """
-    query, key, value = project_heads(x, weights, cos, sin, **constants)
-    return _merge_heads(attend(query, key, value, mask), weights.o)
+    query, key, value = project_heads(x, weights, cos, sin, linear=linear, **constants)
+    return _merge_heads(attend(query, key, value, mask), weights.o, linear)
 
 
 def cached_attention_slice(
@@ -213,6 +216,7 @@ def cached_attention_slice(
     sin: Tensor | None,
     visible: Tensor | None,
     extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    linear: Linear = linear,
     **constants: Any,
 ) -> Tensor:
     """`attention_slice` of tokens that follow others: [B, T, H] -> partial [B, T, H].
@@ -221,7 +225,7 @@ def cached_attention_slice(
         visible: bool [B, 1, T, S]; None for causal attention (`KeyValueCache.visible`).
         extend: stores the new keys and values, and returns those of all tokens [B, k, S, D] (`KeyValueCache.extend`).
     """
-    query, key, value = project_heads(x, weights, cos, sin, **constants)
+    query, key, value = project_heads(x, weights, cos, sin, linear=linear, **constants)
     keys, values = extend(key, value)
     if visible is None and query.shape[2] > 1:
         mixed = attend(query, keys, values, None)
@@ -229,10 +233,10 @@ def cached_attention_slice(
         group = query.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
-    return _merge_heads(mixed, weights.o)
+    return _merge_heads(mixed, weights.o, linear)
 
 
-def _merge_heads(mixed: Tensor, o: Tensor) -> Tensor:
+def _merge_heads(mixed: Tensor, o: Tensor, linear: Linear) -> Tensor:
     return linear(mixed.transpose(1, 2).flatten(2), o, None)
 
 

@@ -30,19 +30,21 @@ def fix_arithmetic(*, compiled: bool) -> None:
         config.deterministic = True
 
 
-def arithmetic_of(device: torch.device, *, compiled: bool, micro_batch_size: int) -> dict[str, Any]:
-    """Everything besides the run's settings that its bits depend on."""
+def arithmetic_of(device: torch.device, *, compiled: bool, micro_batch_size: int, **switches: bool) -> dict[str, Any]:
+    """Everything that a run's bits depend on besides the settings that are fixed for it. `switches` stand if on."""
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)
     else:
         kind = f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
-    return {"torch": torch.__version__, "device": kind, "compile": compiled, "micro_batch_size": micro_batch_size}
+    on = {name: True for name, is_on in switches.items() if is_on}
+    return {"torch": torch.__version__, "device": kind, "compile": compiled, "micro_batch_size": micro_batch_size, **on}
 
 
 def differences(recorded: Mapping[str, Any] | None, present: Mapping[str, Any]) -> list[str]:
     """What of `arithmetic_of` is not as it was, as `name old -> new`."""
     recorded = recorded or {}
-    return [f"{key} {recorded.get(key)} -> {value}" for key, value in present.items() if recorded.get(key) != value]
+    pairs = {key: (recorded.get(key), present.get(key)) for key in {**recorded, **present}}
+    return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 
 def halving_sizes(count: int) -> list[int]:

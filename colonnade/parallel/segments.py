@@ -16,6 +16,7 @@ from torch import Tensor
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import allow_recompilation, attention_slice, cached_attention_slice, linear
 from colonnade.parallel.elementwise import rms_norm, swiglu
+from colonnade.parallel.float8 import Linear
 from colonnade.parallel.head_loss import softmax_of_slice_
 
 
@@ -25,7 +26,7 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> t
     return x, rms_norm(x, weight, eps=eps)
 
 
-def mlp_slice(x: Tensor, gate_up: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
+def mlp_slice(x: Tensor, gate_up: Tensor, bias: Tensor | None, down: Tensor, *, linear: Linear = linear) -> Tensor:
     """SwiGLU over one slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate_up [2 i, H]; down [H, i]."""
     return linear(swiglu(linear(x, gate_up, bias)), down, None)
 
@@ -36,16 +37,26 @@ def logits_slice(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Segments:
-    """The segments of a forward pass, compiled or eager. All blocks share one set, so each compiles once."""
+    """The segments of a forward pass, compiled or eager. All blocks share one set, so each compiles once.
 
-    def __init__(self, config: ModelConfig, *, compiled: bool) -> None:
+    Args:
+        cuda_graphs: replay the compiled segments as CUDA graphs.
+        product: of the projections; None for one in the activations' dtype.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, compiled: bool, cuda_graphs: bool = False, product: Linear | None = None
+    ) -> None:
         if compiled:
             # Each micro-batch size and each slice's strides are a graph of their own.
             allow_recompilation()
 
         def build(function: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
             bound = partial(function, **constants) if constants else function
-            return torch.compile(bound, fullgraph=True, dynamic=False) if compiled else bound
+            if not compiled:
+                return bound
+            options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
+            return torch.compile(bound, fullgraph=True, dynamic=False, options=options)
 
         self.norm = build(rms_norm, eps=config.rms_norm_eps)
         self.residual_norm = build(residual_norm, eps=config.rms_norm_eps)
@@ -53,10 +64,12 @@ class Segments:
             "head_dim": config.head_dim,
             "eps": config.rms_norm_eps,
             "interleaved": config.rope_interleaved,
+            "linear": product or linear,
         }
         self.attention = build(attention_slice, **heads)
         # Not compiled: the keys grow with every token.
         self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
-        self.mlp = build(mlp_slice)
-        self.logits = build(logits_slice)
+        self.mlp = build(mlp_slice, linear=product or linear)
+        # Not compiled: in checks and generation only.
+        self.logits: Callable[..., Tensor] = logits_slice
         self.softmax = build(softmax_of_slice_)

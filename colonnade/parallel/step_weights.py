@@ -35,10 +35,12 @@ class StepWeights:
 
     Args:
         fixed_order: sums have an order that no rank count changes.
+        at_fixed_addresses: copies lie in the same memory in every step, as CUDA graphs need it.
     """
 
-    def __init__(self, *, fixed_order: bool) -> None:
+    def __init__(self, *, fixed_order: bool, at_fixed_addresses: bool = False) -> None:
         self._fixed_order = fixed_order
+        self._rooms: dict[tuple[Any, int], Tensor] | None = {} if at_fixed_addresses else None
         self._kept: dict[Any, list[_Kept]] | None = None
 
     def get(
@@ -60,17 +62,30 @@ class StepWeights:
             return [self._laid_out(source, dtype) for source in make()]
         if key not in self._kept:
             with torch.enable_grad():
-                self._kept[key] = [self._keep(source, dtype) for source in make()]
+                self._kept[key] = [self._keep((key, number), source, dtype) for number, source in enumerate(make())]
         return [kept.leaf for kept in self._kept[key]]
 
     def _laid_out(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         return laid_out(source, dtype) if self._fixed_order else source.to(dtype)
 
-    def _keep(self, source: Tensor, dtype: torch.dtype) -> _Kept:
-        leaf = self._laid_out(source.detach(), dtype).requires_grad_(source.requires_grad)
+    def _keep(self, place: tuple[Any, int], source: Tensor, dtype: torch.dtype) -> _Kept:
+        leaf = self._laid_out(source.detach(), dtype)
+        leaf = leaf.requires_grad_(source.requires_grad) if self._rooms is None else self._in_room(place, source, leaf)
         if leaf.requires_grad and dtype != source.dtype:
             leaf.grad_dtype = source.dtype  # sums of micro-batches as precise as the parameter
         return _Kept(source, leaf)
+
+    def _in_room(self, place: tuple[Any, int], source: Tensor, value: Tensor) -> Tensor:
+        assert self._rooms is not None
+        if place not in self._rooms:
+            room = self._rooms[place] = torch.empty_like(value).requires_grad_(source.requires_grad)
+            torch._dynamo.mark_static_address(room)
+            if room.requires_grad:
+                room.register_hook(torch.clone)  # a graph's memory is written again by its next replay
+        room = self._rooms[place]
+        room.grad = None
+        with torch.no_grad():
+            return room.copy_(value)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

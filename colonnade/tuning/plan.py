@@ -198,7 +198,7 @@ def _placement(asked: PlanSettings, settings: RunSettings, tp: int) -> Placement
         tp=tp,
         precision=precision,
         optimizer=settings.optimizer,
-        gradient_checkpointing=not settings.disable_gradient_checkpointing,
+        gradient_checkpointing=settings.checkpointing == "full",
         replicate_embeddings=settings.replicate_embeddings,
         repeats_heads=asked.gpu is None,
     )

@@ -73,6 +73,9 @@ def test_every_number_of_ranks_trains_to_the_same_bits(
         ("untied, odd vocabulary", {"activation_checkpointing": "full"}),
         ("untied, odd vocabulary", {"compute_dtype": torch.float16}),
         ("odd sizes", {"compute_dtype": torch.float16}),  # a loss scale with the unfused update
+        ("biases, one key/value head", {"sequence_parallel": True}),
+        ("tied", {"overlap_collectives": True, "compute_dtype": torch.bfloat16}),
+        ("untied, odd vocabulary", {"sequence_parallel": True, "overlap_collectives": True}),
         ("untied, odd vocabulary", {"compiled": True}),
         ("tied", {"compiled": True, "compute_dtype": torch.bfloat16, "activation_checkpointing": "full"}),
     ],

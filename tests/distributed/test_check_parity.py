@@ -66,7 +66,7 @@ def no_sum_in_the_backward_pass():
     """f without its all-reduce: the loss stays right, and gradients lack the other ranks' part."""
     from colonnade.parallel import collectives
 
-    collectives._FanOut.backward = staticmethod(lambda ctx, *gradients: (collectives.tree_sum(gradients), None))
+    collectives._FanOut.backward = staticmethod(lambda ctx, *gradients: (collectives.tree_sum(gradients), None, None))
 
 
 def test_a_broken_collective_is_found(flags):

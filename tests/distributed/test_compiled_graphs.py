@@ -20,5 +20,6 @@ def test_no_captured_graph_holds_a_collective(rank_pool, options):
         assert any("scaled_dot_product" in operation for operation in operations)
         found = [operation for operation in operations if any(mark in operation for mark in COLLECTIVE_MARKS)]
         assert not found
-        # One forward and one backward graph a segment, shared by both layers and both passes.
-        assert len(graphs) <= 10
+        # A forward and a backward graph a segment, shared by both layers and both passes; of the softmax one a size,
+        # and the last slice of the vocabulary is smaller, as the last stretch of tokens is.
+        assert len(graphs) <= 12

@@ -287,6 +287,24 @@ def deterministic_steps(
     return {**result, "tensors": tensors} if layout.is_main else result
 
 
+def outcome_of_steps(config: ModelConfig, tp: int, *, plain: bool, **options: Any) -> dict[str, Any]:
+    """Three steps of two micro-batches a rank: losses and norms of every rank, merged parameters of the first."""
+    layout, model = build(config, tp, **options)
+    optimizer = make_optimizer("adamw", model, layout)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    tokens = torch.randint(0, config.vocab_size, (4 * layout.dp, 17), generator=torch.Generator().manual_seed(7))
+    share = tokens[layout.dp_rank :: layout.dp]
+    losses, norms = [], []
+    for _ in range(3):
+        outcome = optimizer_step(
+            model, optimizer, scaler, share, accumulation=2, targets=16 * len(tokens), max_grad_norm=0.5, plain=plain
+        )
+        losses.append(float(outcome.loss))
+        norms.append(float(outcome.grad_norm))
+    merged = whole(model)
+    return {"losses": losses, "norms": norms, "parameters": merged if layout.is_main else None}
+
+
 def signed_zeros(config: ModelConfig, tp: int | None) -> tuple[Tensor, Tensor]:
     """Embeddings looked up in a table of -0.0, and the gradient of a K projection whose slices each receive -0.0."""
     _, model = build(config, tp, slices=8)

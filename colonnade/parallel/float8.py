@@ -1,0 +1,65 @@
+"""Matrix products of the projections in float8, through torchao, with a scale for each row (arXiv:2209.05433).
+
+Every row of a product's left factor, and every column of its right one, is scaled to the range of float8 by its own
+largest value, anew each time. A column-parallel projection has whole rows on each rank, so that its rounding does not
+depend on the number of ranks; a row-parallel one's rows are cut, and each part has a scale of its own. Weights are
+stored, and gradients summed, as they are without float8. Embedding, head and attention stay in the activations' dtype.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from colonnade.errors import UsageError
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+FIRST_CAPABILITY = (9, 0)  # Hopper: the first whose kernels take a scale for each row
+MULTIPLE = 16  # of both sizes of a product, which the kernels ask for
+
+
+def require_float8(precision: str, device: torch.device) -> None:
+    """Raises UsageError where --float8 cannot work: no torchao, another precision than bf16, or too old a GPU."""
+    if importlib.util.find_spec("torchao") is None:
+        raise UsageError("--float8 needs the package torchao: pip install 'colonnade[float8]', or leave it out")
+    if device.type == "cpu":
+        return
+    if precision != "bf16":
+        raise UsageError(f"--float8 and --precision {precision}: its kernels give bf16; use --precision bf16")
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
+        raise UsageError(
+            f"--float8 needs an NVIDIA GPU of compute capability {'.'.join(map(str, FIRST_CAPABILITY))} or more, and "
+            f"this is {torch.cuda.get_device_name(device)}: leave it out"
+        )
+
+
+def check_float8_sizes(sizes: dict[str, int], slices: int) -> None:
+    """Raises UsageError where a size, cut into `slices`, is not a multiple of what the kernels take."""
+    for name, size in sizes.items():
+        if size % MULTIPLE:
+            raise UsageError(
+                f"--float8: {name} is {size} on each of {slices} slices, no multiple of {MULTIPLE}; use another model, "
+                "a smaller --tensor-parallel-size, or leave it out"
+            )
+
+
+def float8_linear(device: torch.device) -> Linear:
+    """A projection whose three products, forward and backward, are in float8. On the CPU they are emulated."""
+    from torchao.float8.config import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
+
+    recipe = Float8LinearConfig.from_recipe_name("rowwise")
+    if device.type == "cpu":
+        object.__setattr__(recipe, "emulate", True)
+    # The modules' settings of the three products, which are not made anywhere else.
+    products = Float8Linear(MULTIPLE, MULTIPLE, bias=False, device="meta", config=recipe).linear_mm_config
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.to(x.dtype).t(), products, recipe)
+        return y if bias is None else y + bias.to(x.dtype)
+
+    return linear
