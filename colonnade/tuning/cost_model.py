@@ -235,7 +235,9 @@ class _Step:
         layers, checkpointing = self.config.num_hidden_layers, self.placement.activation_checkpointing
         last = self.stream  # what the last norm keeps
         if checkpointing == "full":
-            return (2 * layers - 1) * self.stream + last  # a layer's input in two parts: stream, and what is to be added
+            return (
+                2 * layers - 1
+            ) * self.stream + last  # a layer's input in two parts: stream, and what is to be added
         kept = self.layer_kept + self.joins
         return layers * (kept - 3 * self.inner if checkpointing == "selective" else kept) + last
 
@@ -252,7 +254,8 @@ class _Step:
         gradients = 0
         if self.placement.shards > 1:
             gradients = FLOAT32 * self.elements.table + self.placement.gather_bytes * self.elements.down
-        return again[self.placement.activation_checkpointing] + self.stream + max(inside, after) + gradients
+        # The stream's gradient takes the place of what the last norm kept.
+        return again[self.placement.activation_checkpointing] + max(inside, after) + gradients
 
     @property
     def logits(self) -> int:
@@ -306,21 +309,23 @@ class _Step:
 
     def worst(self) -> int:
         """Gradients, activations and what lives beside them at the worst moment."""
-        full = self.placement.activation_checkpointing == "full"
-        without_last = self.activations - (2 * self.stream if full else self.activations // self.config.num_hidden_layers)
-        if self.accumulation > 1 or self.placement.shards > 1:
-            held = max(self.logits, self.layer)
-            # With tied embeddings the head's gradient waits for the embedding's.
-            waiting = FLOAT32 * self.elements.table if self.config.tie_word_embeddings else 0
-            moments = (self.activations + held + waiting, without_last + self.end_of_block + waiting, self.delivery)
-            return self.gradients + max(moments)
+        placement, elements = self.placement, self.elements
+        is_full = placement.activation_checkpointing == "full"
+        first_layer = 2 * self.stream if is_full else self.activations // self.config.num_hidden_layers
+        in_layer = max(self.activations + self.layer, self.activations - first_layer + self.end_of_block)
+        # With tied embeddings the head's gradient waits for the embedding's.
+        is_tied = self.config.tie_word_embeddings
+        head = FLOAT32 * elements.table
+        waiting = head if is_tied else 0
+        if self.accumulation > 1:
+            return self.gradients + max(self.activations + self.logits, in_layer + waiting, self.delivery)
         # The only micro-batch of a step makes gradients while its activations go.
-        head = FLOAT32 * self.elements.table
-        first_layer = self.activations // self.config.num_hidden_layers
+        is_shared = placement.shards > 1
+        missing = 0 if is_shared else FLOAT32 * elements.block + (0 if is_tied else head)
         return max(
             self.activations + self.logits,
-            self.activations + self.layer + head,
-            first_layer + self.layer + self.gradients - (0 if self.config.tie_word_embeddings else head),
+            in_layer + (0 if is_shared else head),  # where it is shared out the layer's moment has it
+            first_layer + self.layer + self.gradients - missing,
             self.gradients + self.delivery,
         )
 
