@@ -93,9 +93,7 @@ def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precisio
     ],
     ids=["large vocabulary", "tied", "one micro-batch", "few tokens", "norms of heads"],
 )
-def test_memory_of_other_sizes(
-    rank_pool: RankPool, sizes: dict[str, Any], accumulation: int, micro_batch: int
-) -> None:
+def test_memory_of_other_sizes(rank_pool: RankPool, sizes: dict[str, Any], accumulation: int, micro_batch: int) -> None:
     config = dataclasses.replace(CONFIG, **sizes)
     placement = Placement(precision="bf16", repeats_heads=True, activation_checkpointing="none")
     compare(rank_pool, config, placement, accumulation, micro_batch)

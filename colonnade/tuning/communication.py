@@ -1,6 +1,6 @@
 """What a rank sends in a step, computed from sizes alone: calls and bytes by group and collective.
 
-The collectives are those of one `optimizer_step` in the library's order of sums (the deterministic mode has others), and
+The collectives are those of one `optimizer_step` in the library's order of sums; the deterministic mode has others.
 `tests/test_communication.py` counts them on real ranks. Bytes are those of the largest tensor of a call: what an
 all-reduce sums, the gathered tensor of an all-gather, what goes into a reduce-scatter.
 

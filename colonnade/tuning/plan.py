@@ -195,15 +195,14 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
 
 def _assumptions_of_time(asked: PlanSettings, placement: Placement, machine: Machine) -> Iterator[str]:
     yield (
-        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({placement.precision}) on every device is a "
+        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({placement.precision}) on every device, a "
         "guess (--utilisation), for what is computed again too; validation and saving are left out"
     )
-    links = [
-        f"{machine.interconnect.name} {machine.interconnect.bandwidth / 1e9:g} GB/s in nodes of {asked.gpus_per_node}"
-    ]
+    inside = machine.interconnect
+    links = [f"{inside.name} {inside.bandwidth / 1e9:g} GB/s in nodes of {asked.gpus_per_node}"]
     if asked.gpus > asked.gpus_per_node:
         links.append(f"{machine.network.name} {machine.network.bandwidth / 1e9:g} GB/s a device between them")
     yield (
-        f"communication: rings at {' and '.join(links)}, {LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a call "
-        "(a guess); hidden up to the computation that it overlaps with"
+        f"communication: rings at {' and '.join(links)}, {LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a "
+        "call (a guess); hidden up to the computation that it overlaps with"
     )

@@ -135,8 +135,8 @@ def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
     assert limit is not None
     advice = "" if placement.activation_checkpointing == "full" else ", or --activation-checkpointing full"
     raise UsageError(
-        f"a rank would need {closest.memory.total / GIB:.1f} GiB at tp {placement.tp}, and may use {limit / GIB:.1f} of "
-        f"{asked.gpu}; give more --gpus, a smaller --block-size or --micro-batch-size{advice}"
+        f"a rank would need {closest.memory.total / GIB:.1f} GiB at tp {placement.tp}, and may use {limit / GIB:.1f} "
+        f"of {asked.gpu}; give more --gpus, a smaller --block-size or --micro-batch-size{advice}"
     )
 
 
@@ -182,7 +182,8 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
     inside = link_of("--interconnect", interconnect, LATENCY_IN_NODE)
     if asked.gpus > asked.gpus_per_node and asked.gpus % asked.gpus_per_node:
         raise UsageError(
-            f"--gpus {asked.gpus} are no whole nodes of {asked.gpus_per_node}; give a multiple of it, or --gpus-per-node"
+            f"--gpus {asked.gpus} are no whole nodes of {asked.gpus_per_node}; give a multiple of it, or "
+            "--gpus-per-node"
         )
     peak = None if asked.gpu is None else peak_flops(asked.gpu, precision)
     return None if peak is None else Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network)
@@ -215,8 +216,8 @@ def _placements(
     for shard in shards:
         if shard != "none" and start.dp % start.replicas:
             raise UsageError(
-                f"--data-parallel-replicate-size {start.replicas} does not divide the {start.dp} data-parallel ranks at "
-                f"tp {start.tp}"
+                f"--data-parallel-replicate-size {start.replicas} does not divide the {start.dp} data-parallel ranks "
+                f"at tp {start.tp}"
             )
         for mode in checkpointing:
             yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
