@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from colonnade.tuning.plan import Plan
 
 GIB = 2**30
-NODE = 8  # devices of a node, in the command that is told
+SHOWN = 6  # candidates in the table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,14 +51,16 @@ def main(arguments: list[str] | None = None) -> None:
     # Needs torch, which takes seconds to import: not before the flags have been found right.
     from colonnade.tuning.plan import plan_run
 
-    plan = plan_run(asked, settings, config, warmup_is_given="warmup_steps" in given)
+    plan = plan_run(asked, settings, config, given.keys())
     planned = _settings_of(plan, given)
     if asked.write:
-        _write(planned, plan, output)
+        _write(planned, plan, output, asked.gpus_per_node)
     if asked.json:
         print(json.dumps({**_counts(config), **plan.to_dict(), "output": str(output) if asked.write else None}))
     else:
-        _print_plan(config, plan, output if asked.write else None)
+        _print_plan(config, plan)
+        if asked.write:
+            print(f"written to {output}: {_command(plan, output, asked.gpus_per_node)}")
 
 
 def _model(asked: PlanSettings, settings: RunSettings) -> ModelConfig:
@@ -91,19 +93,19 @@ def _settings_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _write(values: Mapping[str, Any], plan: Plan, path: Path) -> None:
+def _write(values: Mapping[str, Any], plan: Plan, path: Path, per_node: int) -> None:
     ranks = f"tp {plan.placement.tp} x dp {plan.dp}"
-    head = f"# {plan.tokens:,} tokens in {plan.steps:,} steps on {ranks}\n# {_command(plan, path)}\n"
+    head = f"# {plan.tokens:,} tokens in {plan.steps:,} steps on {ranks}\n# {_command(plan, path, per_node)}\n"
     try:
         replace_file(path, head + yaml.safe_dump(dict(values), sort_keys=False))
     except OSError as error:
         raise UsageError(f"--output {path} cannot be written ({error.strerror}); give another file") from error
 
 
-def _command(plan: Plan, path: Path) -> str:
+def _command(plan: Plan, path: Path, per_node: int) -> str:
     launcher = "python"
     if plan.gpus > 1:
-        nodes = plan.gpus // NODE if plan.gpus % NODE == 0 else 1
+        nodes = max(1, plan.gpus // per_node)
         launcher = "torchrun" + (f" --nnodes={nodes}" if nodes > 1 else "") + f" --nproc_per_node={plan.gpus // nodes}"
     return f"{launcher} training.py --config {path}"
 
@@ -119,35 +121,75 @@ def _counts(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _print_plan(config: ModelConfig, plan: Plan, output: Path | None) -> None:
+def _print_plan(config: ModelConfig, plan: Plan) -> None:
     memory, placement = plan.memory, plan.placement
     of_limit = "" if plan.memory_limit is None else f" of {_amount(plan.memory_limit)}"
-    kinds = {
-        "parameters": memory.parameters,
-        "gradients": memory.gradients,
-        "optimizer": memory.moments,
-        "activations": memory.activations,
-        "logits or one layer": memory.peak,
-    }
     lines = {
         "parameters": f"{config.num_parameters:,} ({config.num_parameters_without_embeddings:,} without embeddings)",
         "tokens": f"{plan.tokens:,}",
         "step": f"{plan.tokens_per_step:,} tokens: micro-batch {plan.micro_batch} x accumulation {plan.accumulation} x "
         f"dp {plan.dp}, blocks of {plan.block_size:,}",
         "steps": f"{plan.steps:,}, the first {plan.warmup_steps:,} of them warm-up",
-        "ranks": f"{plan.gpus}: tp {placement.tp} x dp {plan.dp}, {placement.precision}, {placement.optimizer}",
-        "memory a rank": f"{_amount(memory.total)}{of_limit}: "
-        + ", ".join(f"{name} {_amount(size)}" for name, size in kinds.items()),
+        "ranks": f"{plan.gpus}: tp {placement.tp} x dp {plan.dp}, {placement.precision}, {placement.optimizer}, "
+        f"activation checkpointing {placement.activation_checkpointing}, data-parallel shard "
+        f"{placement.data_parallel_shard}",
+        "memory a rank": f"{_amount(memory.total)}{of_limit} at the worst moment: "
+        + ", ".join(f"{name} {_amount(size)}" for name, size in memory.to_dict().items() if name != "total"),
+        "sent a rank": _traffic(plan),
+        "step time": _step_time(plan),
         "FLOPs": f"{plan.flops:.3g}",
         "time": "not known" if plan.seconds is None else _duration(plan.seconds),
     }
     for name, text in lines.items():
         print(f"{name:<14} {text}")
+    _print_candidates(plan)
     print("assumed")
     for assumption in plan.assumptions:
         print(f"  {assumption}")
-    if output is not None:
-        print(f"written to {output}: {_command(plan, output)}")
+
+
+def _traffic(plan: Plan) -> str:
+    """Of each group and collective the bytes and calls of a step."""
+    sums: dict[str, tuple[int, int]] = {}
+    for one in plan.traffic:
+        calls, size = sums.get(f"{one.group} {one.collective}", (0, 0))
+        sums[f"{one.group} {one.collective}"] = calls + one.calls, size + one.size
+    if not sums:
+        return "nothing"
+    return ", ".join(f"{name} {_amount(size)} in {calls:,} calls" for name, (calls, size) in sums.items()) + " a step"
+
+
+def _step_time(plan: Plan) -> str:
+    if plan.time is None:
+        return "not known"
+    time = plan.time
+    return (
+        f"{time.seconds:.3g} s: computation {time.compute:.3g}, communication {time.communication:.3g}, of which "
+        f"{time.hidden:.3g} are hidden"
+    )
+
+
+def _print_candidates(plan: Plan) -> None:
+    if plan.time is None:
+        return
+    print("candidates     the fastest that fits is recommended")
+    heads = ("tp", "dp", "shard", "checkpointing", "micro-batch", "GiB a rank", "s a step", "sent s", "hidden s")
+    print("  " + "  ".join(f"{head:>11}" for head in heads))
+    for one in plan.candidates[:SHOWN]:
+        placement, time = one.placement, one.time
+        assert time is not None
+        cells: tuple[str | int, ...] = (
+            placement.tp,
+            placement.dp,
+            placement.data_parallel_shard,
+            placement.activation_checkpointing,
+            one.micro_batch,
+            f"{one.memory.total / GIB:.1f}" + ("" if one.fits else " no"),
+            f"{time.seconds:.3g}",
+            f"{time.communication:.2g}",
+            f"{time.hidden:.2g}",
+        )
+        print("  " + "  ".join(f"{cell:>11}" for cell in cells))
 
 
 def _amount(size: int) -> str:

@@ -275,10 +275,10 @@ def _require_memory(settings: RunSettings, config: ModelConfig, layout: Parallel
     placement = Placement(
         tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
     )
-    state = state_memory(config, placement)
+    state = state_memory(config, placement)  # parameters first
     shards = shard_count(settings, layout.dp)
     # Before they are shared out a rank holds the parameters of its tensor-parallel part.
-    needed = max(state.total // shards, state.parameters) * ranks
+    needed = max(sum(state) // shards, state[0]) * ranks
     if needed > memory:
         shared = f", {shards} shards" if shards > 1 else ""
         shared += f" on the {ranks} ranks of a node" if ranks > 1 else ""

@@ -149,8 +149,25 @@ class PlanSettings:
         unit="COUNT",
     )
     utilisation: float = setting(
-        0.4, "planning", "part of the devices' peak that training is assumed to reach (MFU)", above=0.0, maximum=1.0
+        0.4,
+        "planning",
+        "part of the devices' peak that computation is assumed to reach, communication left out",
+        above=0.0,
+        maximum=1.0,
     )
+    interconnect: str | None = setting(
+        None,
+        "planning",
+        "link between the devices of a node, as nvlink4 or pcie5, or GB/s in one direction (default the device's)",
+        unit="LINK",
+    )
+    network: str = setting(
+        "infiniband-ndr",
+        "planning",
+        "link between nodes, as infiniband-ndr or ethernet-100g, or GB/s a device in one direction",
+        unit="LINK",
+    )
+    gpus_per_node: int = setting(8, "planning", "devices of a node", minimum=1, maximum=2**20, unit="COUNT")
     vocab_size: int | None = setting(
         None,
         "planning",

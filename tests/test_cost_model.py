@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.training_step.allocated import allocated
 from colonnade.model_config import ModelConfig, parameter_shapes
-from colonnade.optim.optimizer import allocate_state
 from colonnade.tuning.cost_model import Placement, state_memory, step_memory
 from colonnade.tuning.flops import device_memory
 from distributed.pool import RankPool
-from distributed.workers import build, make_optimizer
+from distributed.workers import build
 
 CONFIG = ModelConfig(
     vocab_size=1000,
@@ -35,7 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "wide heads": {"num_key_value_heads": 1, "head_dim": 24},
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -55,57 +52,59 @@ def test_shapes_are_those_of_the_model_and_of_transformers(name: str, single_ran
     assert config.num_parameters_without_embeddings == model.num_parameters(embeddings=False)
 
 
-def bytes_of(tensors: Any) -> int:
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "kept": {"activation_checkpointing": "none"},
+    "feed-forward again": {"activation_checkpointing": "selective"},
+    "blocks again": {},
+    "two ranks": {"tp": 2, "activation_checkpointing": "none", "optimizer": "muon"},
+    "two ranks, blocks again": {"tp": 2},
+    "sequence parallel": {"tp": 2, "activation_checkpointing": "none", "sequence_parallel": True},
+    "sequence parallel, overlapped": {"tp": 2, "sequence_parallel": True, "overlap_collectives": True},
+    "zero2": {"dp": 2, "data_parallel_shard": "zero2", "activation_checkpointing": "none"},
+    "zero3": {"dp": 2, "data_parallel_shard": "zero3", "activation_checkpointing": "none"},
+    "zero3, two ranks, blocks again": {"dp": 2, "tp": 2, "data_parallel_shard": "zero3"},
+}
 
 
-def measured(config: ModelConfig, tp: int, micro_batch: int, block: int, kind: str, **options: Any) -> tuple[int, ...]:
-    """Bytes of a rank's parameters, gradients and moments, and the most that a step allocates above these."""
-    layout, model = build(config, tp, **options)
-    optimizer = make_optimizer(kind, model, layout)
-    allocate_state(optimizer)
-    tokens = torch.randint(0, config.vocab_size, (micro_batch, block), generator=torch.Generator().manual_seed(0))
-    model(tokens, tokens).backward()  # in all micro-batches but the first, gradients are there already
-    gradients = bytes_of(parameter.grad for parameter in model.parameters())
-    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model(tokens, tokens).backward()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return bytes_of(model.parameters()), gradients, bytes_of(moments), most
-
-
-@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "computed again"])
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("vocabulary", [1000, 20_000])
-def test_memory_is_what_torch_allocates(
-    rank_pool: RankPool, vocabulary: int, precision: str, is_checkpointed: bool
+def compare(
+    rank_pool: RankPool, config: ModelConfig, placement: Placement, accumulation: int = 2, micro_batch: int = 4
 ) -> None:
-    """With a small vocabulary a layer decides, with a large one the logits."""
-    config = dataclasses.replace(CONFIG, vocab_size=vocabulary)
-    options = {"compute_dtype": DTYPES[precision], "gradient_checkpointing": is_checkpointed}
-    for tp, kind in ((1, "adamw"), (2, "muon")):
-        *state, most = rank_pool.run(tp, measured, config, tp, 4, 128, kind, **options)[0]
-        placement = Placement(
-            tp=tp,
-            precision=precision,
-            optimizer=kind,
-            gradient_checkpointing=is_checkpointed,
-            repeats_heads=True,
-        )
-        memory = step_memory(config, placement, 4, 128)
-        assert [memory.parameters, memory.gradients, memory.moments] == state
-        assert memory.activations + memory.peak == pytest.approx(most, rel=0.08), f"tp {tp}"
+    found = rank_pool.run(1, allocated, config, placement, micro_batch, 128, accumulation)[0]
+    memory = step_memory(config, placement, micro_batch, 128, accumulation)
+    assert (memory.parameters, memory.optimizer) == (found.parameters, found.moments)
+    assert memory.total - memory.parameters - memory.optimizer == pytest.approx(found.step, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precision: str) -> None:
+    """With a small vocabulary a layer decides, or the end of the step."""
+    compare(rank_pool, CONFIG, Placement(precision=precision, repeats_heads=True, **PLACEMENTS[name]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation", "micro_batch"),
+    [
+        ({"vocab_size": 12_000}, 2, 4),  # the head decides
+        ({"vocab_size": 5000, "tie_word_embeddings": True}, 2, 4),
+        ({}, 1, 4),  # gradients come while activations go
+        ({}, 2, 1),  # gradients are handed to the parameters
+        ({"num_key_value_heads": 1, "model_type": "qwen3"}, 2, 4),
+    ],
+    ids=["large vocabulary", "tied", "one micro-batch", "few tokens", "norms of heads"],
+)
+def test_memory_of_other_sizes(rank_pool: RankPool, sizes: dict[str, Any], accumulation: int, micro_batch: int) -> None:
+    config = dataclasses.replace(CONFIG, **sizes)
+    placement = Placement(precision="bf16", repeats_heads=True, activation_checkpointing="none")
+    compare(rank_pool, config, placement, accumulation, micro_batch)
 
 
 def test_fewer_key_value_heads_than_ranks_are_held_whole(rank_pool: RankPool) -> None:
     config = dataclasses.replace(CONFIG, num_key_value_heads=1)
-    *state, _ = rank_pool.run(2, measured, config, 2, 1, 8, "adamw")[0]
-    memory = state_memory(config, Placement(tp=2))
-    assert [memory.parameters, memory.gradients, memory.moments] == state
+    found = rank_pool.run(1, allocated, config, Placement(tp=2), 1, 8)[0]
+    parameters, gradients, moments = state_memory(config, Placement(tp=2))
+    assert (parameters, moments) == (found.parameters, found.moments)
+    assert gradients == parameters
 
 
 def test_memory_of_devices() -> None:

@@ -42,28 +42,55 @@ def test_the_numbers_of_a_plan_go_together(capsys: pytest.CaptureFixture[str]) -
     steps = math.ceil(22 * (inside + 2 * table) / 2**20)
     assert (plan["steps"], plan["tokens"], plan["warmup_steps"]) == (steps, steps * 2**20, steps // 100)
     assert plan["flops"] == plan["tokens"] * (6 * (inside + table) + 12 * 20 * 3072 * 4096)
-    assert plan["seconds"] == pytest.approx(plan["flops"] / (16 * 0.4 * 989.4e12))
+    of_step = plan["step_time"]
+    assert plan["seconds"] == pytest.approx(steps * of_step["seconds"])
+    assert of_step["seconds"] == pytest.approx(of_step["compute"] + of_step["communication"] - of_step["hidden"])
+    assert plan["placement"]["activation_checkpointing"] == "none"  # else the FLOPs are more
+    assert of_step["compute"] * steps == pytest.approx(plan["flops"] / (16 * 0.4 * 989.4e12))
     assert plan["micro_batch"] * plan["accumulation"] * plan["dp"] * 4096 == 2**20
     assert plan["placement"]["tp"] * plan["dp"] == 16
     assert plan["memory"]["total"] <= plan["memory_limit"] == int(0.95 * 80 * 2**30)
     # The next larger micro-batch would not have fitted.
-    larger = (
+    larger = [
         "--micro-batch-size",
         str(2 * plan["micro_batch"]),
-        "--tensor-parallel-size",
-        str(plan["placement"]["tp"]),
-    )
+    ]
+    for name in ("tensor_parallel_size", "activation_checkpointing", "data_parallel_shard"):
+        larger += [f"--{name.replace('_', '-')}", str(plan["recommended"][name])]
     common = (*LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20), "--no-write")
     with pytest.raises(UsageError, match="a rank would need"):
         plan_run.main([*common, *larger])
 
 
-def test_the_smallest_tensor_parallel_size_that_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    seen = [planned(capsys, *LARGE, "--gpus", "8", "--gpu", gpu, "--no-write") for gpu in ("H200", "L4")]
-    assert [plan["placement"]["tp"] for plan in seen] == [1, 4]
-    assert seen[1]["memory"]["total"] <= 0.95 * 24 * 2**30
-    with pytest.raises(UsageError, match=r"at tp 2, and may use 22\.8 of L4; give more --gpus"):
-        plan_run.main([*LARGE, "--gpus", "8", "--gpu", "L4", "--tensor-parallel-size", "2"])
+def test_the_fastest_that_fits_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *LARGE, "--gpus", "8", "--gpu", "H200", "--no-write")
+    candidates = plan["candidates"]
+    fitting = [one["step_time"]["seconds"] for one in candidates if one["fits"]]
+    assert candidates[0]["placement"] == plan["placement"]
+    assert plan["step_time"]["seconds"] == min(fitting) < max(fitting)
+    seen = {(one["placement"]["tp"], one["placement"]["data_parallel_shard"]) for one in candidates}
+    assert seen == {(tp, mode) for tp in (1, 2, 4) for mode in ("none", "zero2", "zero3")} | {(8, "none")}
+    assert all(one["memory"]["total"] <= plan["memory_limit"] for one in candidates if one["fits"])
+
+
+def test_what_is_fixed_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ("--activation-checkpointing", "full", "--data-parallel-shard", "none", "--tensor-parallel-size", "4")
+    plan = planned(capsys, *LARGE, "--gpus", "8", "--gpu", "L4", *fixed, "--output", "a.yaml")
+    (candidate,) = plan["candidates"]
+    assert candidate["placement"]["activation_checkpointing"] == "full"
+    assert plan["memory"]["total"] <= 0.95 * 24 * 2**30
+    written = yaml.safe_load(Path("a.yaml").read_text())
+    names = ("activation_checkpointing", "data_parallel_shard", "tensor_parallel_size")
+    assert [written[name] for name in names] == ["full", "none", 4]
+    with pytest.raises(UsageError, match=r"at tp 1, and may use 22\.8 of L4; give more --gpus"):
+        plan_run.main([*LARGE, "--gpus", "8", "--gpu", "L4", *fixed[:-1], "1", "--no-write"])
+
+
+def test_a_slow_network_keeps_a_replica_in_its_node(capsys: pytest.CaptureFixture[str]) -> None:
+    common = (*LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20), "--no-write")
+    fast, slow = (planned(capsys, *common, "--network", rate) for rate in ("450", "0.5"))
+    assert fast["placement"]["tp"] == 1 < slow["placement"]["tp"]
+    assert slow["step_time"]["seconds"] > fast["step_time"]["seconds"]
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (7, 3), (500, 10), (5000, 50), (10**6, 2000)])
@@ -145,6 +172,8 @@ def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> 
         ((*LARGE, "--tensor-parallel-size", "16", "--gpus", "16"), "24 attention heads cannot be cut into 16"),
         ((*LARGE, "--micro-batch-size", "3"), "--micro-batch-size 3 does not divide the .* near it do: 2, 4, 1"),
         ((*LARGE, "--block-size", "8192"), "--block-size 8192 is above the model's context of 4096"),
+        ((*LARGE, "--network", "slow"), "--network 'slow' is no link that is known; give one of nvlink3, "),
+        ((*LARGE, "--gpus", "12"), "--gpus 12 are no whole nodes of 8; give a multiple of it, or --gpus-per-node"),
         ((*LARGE, "--utilisation", "1.5"), "--utilisation is 1.5; it must be at most 1.0"),
         ((*LARGE, "--total-steps", "5"), "unknown flag --total-steps"),
     ],

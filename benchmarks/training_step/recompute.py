@@ -54,10 +54,14 @@ def measure(
     return {"bytes": found, "seconds": seconds}
 
 
-def _step(own: TensorParallelModel, share: Tensor, micro_batches: int, keeps_weights: bool) -> Callable[[], None]:
-    def step() -> None:
+def _step(own: TensorParallelModel, share: Tensor, micro_batches: int, keeps_weights: bool) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        total = torch.zeros(())
         with own.weights_kept() if keeps_weights else nullcontext():
             for ids in share.chunk(micro_batches):
-                own(ids[:, :-1], ids[:, 1:], scale=1 / share[:, 1:].numel()).backward()
+                loss = own(ids[:, :-1], ids[:, 1:], scale=1 / share[:, 1:].numel())
+                loss.backward()
+                total += loss.detach()
+        return total
 
     return step

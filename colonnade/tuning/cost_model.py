@@ -1,12 +1,13 @@
-"""What a run costs, computed from sizes alone: bytes a rank by kind, FLOPs and time.
+"""What a step holds in memory, computed from sizes alone: bytes of a rank by kind.
 
 The memory is that of the tensors, at the moment of a step when most of them live. What allocators, communication
-libraries and kernels take besides is not in it. Activations are those that eager autograd keeps for the backward pass
-(`model.py`, `colonnade/parallel/vocabulary.py`); compiled segments keep fewer. `tests/test_cost_model.py` compares with
-the bytes that torch allocates on the CPU.
+libraries and kernels take besides is not in it. Activations are those that the eager functions keep for the backward
+pass (`colonnade/parallel/layers.py`, `elementwise.py`, `head_loss.py` beside it); compiled segments may keep others.
+`tests/test_cost_model.py` and `benchmarks/cost_model.py` compare with the bytes that torch allocates.
 
-Letters: M tokens of a micro-batch (B x T); H hidden; n, k heads of queries and of keys on a rank; D head size; i
-feed-forward channels and v vocabulary entries of a rank; e bytes of an activation, 2 or 4.
+Letters: M tokens of a micro-batch (B x T), R those of them whose residual stream a rank holds; H hidden; n, k heads of
+queries and of keys on a rank; D head size; i feed-forward channels and v vocabulary entries of a rank; e bytes of an
+activation, 2 or 4.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
 from colonnade.parallel.sharding import cut_of, is_vocabulary
@@ -25,21 +27,39 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Placement:
-    """What decides what a rank holds.
+    """What decides what a rank holds and sends.
 
     Attributes:
-        tp: tensor-parallel ranks.
+        tp, dp: tensor-parallel ranks, and data-parallel ones.
         precision: of activations and matrix products: fp32, bf16 or fp16.
         optimizer: adamw or muon.
+        activation_checkpointing: none, selective or full, as in `TensorParallelModel`.
+        data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
+        replicas: groups of data-parallel ranks that each share out the model by themselves.
         repeats_heads: whether attention copies each key/value head for its queries, as it does on the CPU.
     """
 
     tp: int = 1
+    dp: int = 1
     precision: str = "bf16"
     optimizer: str = "adamw"
-    gradient_checkpointing: bool = True
+    activation_checkpointing: str = "full"
+    sequence_parallel: bool = False
+    overlap_collectives: bool = False
+    data_parallel_shard: str = "none"
+    replicas: int = 1
     replicate_embeddings: bool = False
     repeats_heads: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Data-parallel ranks that share out one copy of the parameters; 1 where each has them all."""
+        return 1 if self.data_parallel_shard == "none" else self.dp // self.replicas
+
+    @property
+    def gather_bytes(self) -> int:
+        """Bytes an element that a block's shared-out parameters are brought together in."""
+        return BYTES[self.precision]
 
 
 @dataclass(frozen=True)
@@ -47,26 +67,42 @@ class Memory:
     """Bytes of one rank by kind.
 
     Attributes:
-        parameters, gradients: float32.
-        moments: of the optimizer, float32: two of AdamW, one of Muon.
-        activations: what the forward pass keeps for the backward pass, and copies of weights in the dtype of products.
-        peak: what lives besides at the worst moment: logits and their exponentials, or a layer that is computed again
-            and the gradients inside of it.
+        parameters: float32, of this rank.
+        weights: what products take beside them: copies in another dtype, and parameters that data-parallel ranks share
+            out and have brought together.
+        gradients: float32, as they are between two micro-batches.
+        optimizer: its moments, float32: two of AdamW, one of Muon.
+        activations: what the forward pass keeps for the backward pass.
+        logits: what head and loss hold beside the activations: logits of a stretch of tokens, gradients of the head.
+        layer: what the backward pass of a layer holds beside the activations: gradients inside of it, and what is
+            computed again.
+        delivery: what the end of a step holds when the activations are gone: gradients of the joined weights, while
+            they are handed to the parameters.
+        total: at the worst moment. `logits`, `layer` and `delivery` have moments of their own, so they do not add up.
     """
 
     parameters: int
+    weights: int
     gradients: int
-    moments: int
+    optimizer: int
     activations: int
-    peak: int
+    logits: int
+    layer: int
+    delivery: int
+    total: int
 
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
 
 
 def local_numel(config: ModelConfig, placement: Placement) -> Iterator[tuple[str, int, int]]:
-    """Of each kind of parameter its name, the elements a rank holds of one, and how many of them there are."""
+    """Of each kind of parameter its name, the elements of one on a tensor-parallel rank, and how many there are."""
+    for name, shape, count in local_shapes(config, placement):
+        yield name, math.prod(shape), count
+
+
+def local_shapes(config: ModelConfig, placement: Placement) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Of each kind of parameter its name, its shape on a tensor-parallel rank, and how many there are."""
     repeats = [(name, shape, 1) for name, shape in outer_shapes(config).items()]
     repeats += [(name, shape, config.num_hidden_layers) for name, shape in layer_shapes(config).items()]
     for name, shape, count in repeats:
@@ -75,94 +111,252 @@ def local_numel(config: ModelConfig, placement: Placement) -> Iterator[tuple[str
         cut = cut_of(name, config, placement.tp, replicate_embeddings=placement.replicate_embeddings)
         if cut.sharded:
             sizes[cut.dim] = -(-sizes[cut.dim] // placement.tp)
-        yield name, math.prod(sizes), count
-
-
-def state_memory(config: ModelConfig, placement: Placement) -> Memory:
-    """What a rank holds between two steps, and the gradients: nothing of it depends on the batch."""
-    elements = moments = 0
-    for name, numel, count in local_numel(config, placement):
-        elements += numel * count
-        is_matrix = name.endswith("_proj.weight")
-        moments += numel * count * (1 if placement.optimizer == "muon" and is_matrix else 2)
-    return Memory(FLOAT32 * elements, FLOAT32 * elements, FLOAT32 * moments, 0, 0)
-
-
-def step_memory(config: ModelConfig, placement: Placement, micro_batch: int, block: int) -> Memory:
-    """What a rank holds at the worst moment of a step, in micro-batches of `micro_batch` x `block` tokens."""
-    state, sizes = state_memory(config, placement), _LayerSizes.of(config, placement)
-    tokens, layers = micro_batch * block, config.num_hidden_layers
-    e, hidden = BYTES[placement.precision], config.hidden_size
-    layer = tokens * sizes.kept_a_token() + sizes.weight_copies
-    logits = tokens * sizes.logits_a_token()
-    inside = tokens * sizes.gradients_a_token() + sizes.weight_gradient
-    head = tokens * sizes.norm_a_token() + sizes.head_copy
-    if placement.gradient_checkpointing:
-        # A layer keeps its input; one at a time is computed again, when the logits are gone.
-        activations = layers * tokens * e * hidden
-        shared = tokens * e * hidden if e == FLOAT32 else 0  # the input is what its norm keeps
-        return _with(state, activations, max(head + logits, layer - shared + inside))
-    return _with(state, layers * layer + head, max(logits, inside))
-
-
-def _with(state: Memory, activations: int, peak: int) -> Memory:
-    return Memory(state.parameters, state.gradients, state.moments, activations, peak)
+        yield name, tuple(sizes), count
 
 
 @dataclass(frozen=True)
-class _LayerSizes:
-    """Widths of what one rank computes of a layer, and of the head."""
+class Elements:
+    """Elements of a tensor-parallel rank's parameters, before data-parallel ranks share them out.
 
-    hidden: int
-    query: int
-    key_value: int
-    inner: int
-    vocabulary: int
-    heads: int
-    e: int
-    weight_copies: int
-    head_copy: int
-    weight_gradient: int
+    Attributes:
+        block: of one layer; outside: of embedding, last norm and head.
+        table: of the head, which may be the embedding.
+        projections: matrices and their biases of all layers.
+        joined: of one layer, those matrices that are joined from several.
+        gate_up, down: of one layer.
+        own: what one data-parallel rank holds of all.
+        moments: of the optimizer, for what it holds.
+    """
+
+    block: int
+    outside: int
+    table: int
+    projections: int
+    joined: int
+    gate_up: int
+    down: int
+    own: int
+    moments: int
 
     @classmethod
-    def of(cls, config: ModelConfig, placement: Placement) -> _LayerSizes:
-        tp, e = placement.tp, BYTES[placement.precision]
-        heads, key_heads = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
-        # Products in another dtype than the parameters' save the copies of weights that they were given.
-        is_copied = e != FLOAT32
-        numel = {name: numel for name, numel, _ in local_numel(config, placement)}
-        copies = sum(count for name, count in numel.items() if name.endswith("_proj.weight"))
-        table = numel.get("lm_head.weight", numel["model.embed_tokens.weight"])
+    def of(cls, config: ModelConfig, placement: Placement) -> Elements:
+        found = {"block": 0, "outside": 0, "projections": 0, "own": 0, "moments": 0}
+        sizes: dict[str, int] = {}
+        for name, shape, count in local_shapes(config, placement):
+            numel = sizes[name] = math.prod(shape)
+            is_of_block = name in layer_shapes(config)
+            found["block" if is_of_block else "outside"] += numel
+            found["projections"] += numel * count if "_proj." in name else 0
+            # Cut by rows; the first rank has the most.
+            own = -(-shape[0] // placement.shards) * math.prod(shape[1:]) * count
+            found["own"] += own
+            found["moments"] += own * (1 if placement.optimizer == "muon" and name.endswith("_proj.weight") else 2)
+        attention = sum(size for name, size in sizes.items() if name.endswith(("q_proj.weight", "k_proj.weight")))
+        attention += sizes["self_attn.v_proj.weight"]
+        gate_up = sizes["mlp.gate_proj.weight"] + sizes["mlp.up_proj.weight"]
         return cls(
-            hidden=config.hidden_size,
-            query=heads * config.head_dim,
-            key_value=(heads if placement.repeats_heads else key_heads) * config.head_dim,
-            inner=config.intermediate_size // tp,
-            vocabulary=table // config.hidden_size,
-            heads=heads,
-            e=e,
-            weight_copies=is_copied * e * copies,
-            head_copy=is_copied * e * table,
-            # A product's own gradient of its weight, before it is added in float32 to what is there.
-            weight_gradient=(e * is_copied + FLOAT32) * numel["mlp.up_proj.weight"],
+            table=sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"]),
+            joined=attention + gate_up,
+            gate_up=gate_up,
+            down=sizes["mlp.down_proj.weight"],
+            **found,
         )
 
-    def norm_a_token(self) -> int:
-        """A norm keeps its input in float32, the normalised one before its weight and after it."""
-        return self.hidden * (FLOAT32 + 2 * self.e) + FLOAT32
 
-    def kept_a_token(self) -> int:
-        """Two norms; of attention query, key, value, result, sums of exponentials; gate, its SiLU, up, the product."""
-        attention = self.e * (2 * self.query + 2 * self.key_value) + FLOAT32 * self.heads
-        return 2 * self.norm_a_token() + attention + 4 * self.e * self.inner
+@dataclass(frozen=True)
+class _Step:
+    """The sizes of one step on one rank; every property is in bytes."""
 
-    def logits_a_token(self) -> int:
-        """Logits, their exponentials in float32, and where the dtypes differ the logits in float32."""
-        return self.vocabulary * (self.e + FLOAT32 + (FLOAT32 if self.e != FLOAT32 else 0))
+    config: ModelConfig
+    placement: Placement
+    micro_batch: int
+    block: int
+    accumulation: int
 
-    def gradients_a_token(self) -> int:
-        """In the feed-forward's backward pass, its product being gone: gradients of up, gate and the residual."""
-        return self.e * (2 * self.inner + 2 * self.hidden)
+    @property
+    def e(self) -> int:
+        return BYTES[self.placement.precision]
+
+    @property
+    def is_half(self) -> bool:
+        return self.e != FLOAT32
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.block
+
+    @property
+    def stream(self) -> int:
+        """The residual stream, as this rank holds it."""
+        rows = -(-self.tokens // self.placement.tp) if self.placement.sequence_parallel else self.tokens
+        return rows * self.config.hidden_size * self.e
+
+    @property
+    def whole(self) -> int:
+        """All tokens of the residual stream."""
+        return self.tokens * self.config.hidden_size * self.e
+
+    @property
+    def inner(self) -> int:
+        """One activation of the feed-forward."""
+        return self.tokens * self.config.intermediate_size // self.placement.tp * self.e
+
+    @cached_property
+    def elements(self) -> Elements:
+        return Elements.of(self.config, self.placement)
+
+    @property
+    def attention(self) -> int:
+        """Rotated queries and keys in one tensor; keys and values; the result; sums of exponentials."""
+        config, tp = self.config, self.placement.tp
+        heads, shared = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
+        rotated, projected = heads + shared, heads + 2 * shared
+        if self.placement.repeats_heads and shared < heads:
+            kept = rotated + 2 * heads  # the projection itself is kept by norms of heads alone
+            kept += projected if config.qk_norm else 0
+        else:
+            kept = rotated + projected
+        factors = rotated if config.qk_norm else 0
+        return self.tokens * ((kept + heads) * config.head_dim * self.e + FLOAT32 * (heads + factors))
+
+    @property
+    def layer_kept(self) -> int:
+        """Of a layer's forward pass: two norms' inputs and results, attention, gate and up, their product."""
+        factors = 2 * FLOAT32 * self.stream // (self.config.hidden_size * self.e)
+        return 2 * self.stream + 2 * self.whole + factors + self.attention + 3 * self.inner
+
+    @property
+    def joins(self) -> int:
+        """Joined weights of one layer, which are not kept over micro-batches where parameters are shared out."""
+        return self.e * self.elements.joined if self.placement.shards > 1 else 0
+
+    @property
+    def activations(self) -> int:
+        layers, checkpointing = self.config.num_hidden_layers, self.placement.activation_checkpointing
+        last = self.stream  # what the last norm keeps
+        if checkpointing == "full":
+            return (
+                2 * layers - 1
+            ) * self.stream + last  # a layer's input in two parts: stream, and what is to be added
+        kept = self.layer_kept + self.joins
+        return layers * (kept - 3 * self.inner if checkpointing == "selective" else kept) + last
+
+    @property
+    def layer(self) -> int:
+        """In the feed-forward's backward pass: what is computed again, and the gradients of its activations."""
+        again = {"none": 0, "selective": 3 * self.inner, "full": self.layer_kept + self.joins}
+        streams = 2 if self.placement.overlap_collectives and self.micro_batch > 1 else 1
+        of_weight = FLOAT32 + (self.e if self.is_half else 0)
+        # The product is gone; gradients of it, of gate and up, and one of what is between.
+        inside = 3 * self.inner // streams
+        # Gate and up are gone as well; the gradient of their weight, in its own dtype before it is added.
+        after = (self.whole - self.inner) // streams + of_weight * self.elements.gate_up
+        gradients = 0
+        if self.placement.shards > 1:
+            gradients = FLOAT32 * self.elements.table + self.placement.gather_bytes * self.elements.down
+        # The stream's gradient takes the place of what the last norm kept.
+        return again[self.placement.activation_checkpointing] + max(inside, after) + gradients
+
+    @property
+    def logits(self) -> int:
+        """The larger of two moments: the last stretch of tokens, and the start of the backward pass."""
+        # Here, since the settings' flags are parsed without torch.
+        import torch
+
+        from colonnade.parallel.head_loss import STRIPE, stretch_of
+
+        hidden, table = self.config.hidden_size, self.elements.table
+        entries = table // hidden
+        stretch = min(stretch_of(self.tokens, torch.bfloat16 if self.is_half else torch.float32), self.tokens)
+        of_rows = 3 * FLOAT32 * stretch * hidden
+        wide = FLOAT32 * stretch * entries if self.is_half else 0
+        stripe = (self.e + FLOAT32) * min(entries, STRIPE) * hidden if self.is_half else 0
+        views = self.stream + self.whole + (self.whole if self.placement.sequence_parallel else 0)
+        forward = views + self.e * stretch * entries + max(of_rows, wide, stripe)
+        backward = 0 if self.placement.replicate_embeddings else FLOAT32 * table  # cutting it into slices copies it
+        return self.whole + FLOAT32 * table + max(forward, backward)
+
+    @property
+    def weights(self) -> int:
+        elements, placement = self.elements, self.placement
+        head = self.e * elements.table if self.is_half else 0
+        if placement.shards == 1:
+            return head + (self.e * elements.projections if self.is_half else 0)
+        # Under zero3 the block at hand, and the next one on its way.
+        blocks = 2 if placement.data_parallel_shard == "zero3" else self.config.num_hidden_layers
+        blocks = min(blocks, self.config.num_hidden_layers)
+        return head + FLOAT32 * elements.outside + placement.gather_bytes * blocks * elements.block
+
+    @property
+    def gradients(self) -> int:
+        if self.placement.data_parallel_shard == "zero2" and self.placement.shards > 1 and self.accumulation > 1:
+            elements = self.elements
+            return FLOAT32 * (elements.outside + self.config.num_hidden_layers * elements.block)
+        return FLOAT32 * self.elements.own
+
+    @property
+    def delivery(self) -> int:
+        """Gradients of kept weights and of the parameters they belong to, at once."""
+        return FLOAT32 * self.elements.projections if self.placement.shards == 1 else 0
+
+    @property
+    def end_of_block(self) -> int:
+        """Under zero2 and zero3, a whole block's gradients on the way to the ranks that keep their parts."""
+        if self.placement.shards == 1:
+            return 0
+        gathered = self.placement.gather_bytes
+        return (gathered + (FLOAT32 if self.is_half else 0)) * self.elements.block + FLOAT32 * self.elements.table
+
+    def worst(self) -> int:
+        """Gradients, activations and what lives beside them at the worst moment."""
+        placement, elements = self.placement, self.elements
+        is_full = placement.activation_checkpointing == "full"
+        first_layer = 2 * self.stream if is_full else self.activations // self.config.num_hidden_layers
+        in_layer = max(self.activations + self.layer, self.activations - first_layer + self.end_of_block)
+        # With tied embeddings the head's gradient waits for the embedding's.
+        is_tied = self.config.tie_word_embeddings
+        head = FLOAT32 * elements.table
+        waiting = head if is_tied else 0
+        if self.accumulation > 1:
+            return self.gradients + max(self.activations + self.logits, in_layer + waiting, self.delivery)
+        # The only micro-batch of a step makes gradients while its activations go.
+        is_shared = placement.shards > 1
+        missing = 0 if is_shared else FLOAT32 * elements.block + (0 if is_tied else head)
+        return max(
+            self.activations + self.logits,
+            in_layer + (0 if is_shared else head),  # where it is shared out the layer's moment has it
+            first_layer + self.layer + self.gradients - missing,
+            self.gradients + self.delivery,
+        )
+
+
+def state_memory(config: ModelConfig, placement: Placement) -> tuple[int, int, int]:
+    """Bytes of a rank's parameters, of their gradients and of the optimizer's moments, all float32."""
+    elements = Elements.of(config, placement)
+    return FLOAT32 * elements.own, FLOAT32 * elements.own, FLOAT32 * elements.moments
+
+
+def step_memory(
+    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int = 2
+) -> Memory:
+    """What a rank holds at the worst moment of a step, in micro-batches of `micro_batch` x `block` tokens.
+
+    Args:
+        accumulation: micro-batches of a step; from the second on, gradients are there already.
+    """
+    parameters, _, moments = state_memory(config, placement)
+    step = _Step(config, placement, micro_batch, block, accumulation)
+    return Memory(
+        parameters=parameters,
+        weights=step.weights,
+        gradients=step.gradients,
+        optimizer=moments,
+        activations=step.activations,
+        logits=step.logits,
+        layer=step.layer,
+        delivery=step.delivery,
+        total=parameters + step.weights + moments + step.worst(),
+    )
 
 
 def run_flops(config: ModelConfig, tokens: int, block: int) -> int:

@@ -1,21 +1,22 @@
-"""A run planned from sizes: how the ranks are split, what a step holds, how long it takes, and what that rests on."""
+"""A run planned from sizes: the fastest way to split the ranks, what a step holds, and what the numbers rest on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.sharding import check_slices, slice_counts
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
-from colonnade.tuning.batch_record import micro_batch_candidates
-from colonnade.tuning.cost_model import Memory, Placement, run_flops, step_memory
-from colonnade.tuning.flops import device_memory, peak_flops
-from colonnade.tuning.memory import GIB, SAFETY_MARGIN, accelerator_memory_limit
+from colonnade.tuning.communication import Traffic
+from colonnade.tuning.cost_model import Memory, Placement, run_flops
+from colonnade.tuning.flops import device_memory
+from colonnade.tuning.memory import SAFETY_MARGIN
+from colonnade.tuning.recommendation import Candidate, Choice, recommend
+from colonnade.tuning.step_time import LATENCY_ACROSS, LATENCY_IN_NODE, Machine, StepTime
 
 LONGEST_WARMUP, SHORTEST_WARMUP = 2000, 10
 
@@ -28,9 +29,12 @@ class Plan:
         tokens: that are trained on: whole steps, so up to a step more than were asked for.
         micro_batch, accumulation: of each rank.
         memory: of a rank, at the worst moment of a step.
+        traffic: what a rank sends in a step.
+        time: of a step; None where the device's peak is not known.
+        candidates: the best of each way to split the ranks, the recommended one first; those that do not fit last.
         memory_limit: bytes a rank may use; None where the device is not known.
         flops: of the whole run.
-        seconds: None where the device's peak is not known.
+        seconds: of the whole run; None where the device's peak is not known.
         assumptions: what the numbers rest on, a line each.
     """
 
@@ -46,6 +50,9 @@ class Plan:
     steps: int
     warmup_steps: int
     memory: Memory
+    traffic: tuple[Traffic, ...]
+    time: StepTime | None
+    candidates: tuple[Candidate, ...]
     memory_limit: int | None
     flops: int
     seconds: float | None
@@ -60,10 +67,16 @@ class Plan:
             "block_size": self.block_size,
             "initial_batch_size": str(self.micro_batch),
             "tensor_parallel_size": self.placement.tp,
+            "activation_checkpointing": self.placement.activation_checkpointing,
+            "data_parallel_shard": self.placement.data_parallel_shard,
         }
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        own = {**asdict(self), "candidates": [candidate.to_dict() for candidate in self.candidates]}
+        own["step_time"] = None if self.time is None else self.time.to_dict()
+        own["recommended"] = {**self.settings(), "micro_batch": self.micro_batch, "data_parallel_size": self.dp}
+        del own["time"]
+        return own
 
 
 def warmup_of(steps: int) -> int:
@@ -76,12 +89,12 @@ def recommended_step(flops: float) -> float:
     return float(0.2920 * flops**0.3271)
 
 
-def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, *, warmup_is_given: bool) -> Plan:
+def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]) -> Plan:
     """Split the ranks and settle the sizes of a step.
 
     Args:
         settings: of the run, the preset's included; what they say of steps and batch is settled here.
-        warmup_is_given: whether `settings.warmup_steps` was asked for.
+        given: names of those that were asked for, which stay as they are.
 
     Raises:
         UsageError: names what does not go together, or does not fit.
@@ -97,28 +110,31 @@ def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, *,
     steps = -(-tokens // per_step)
     if steps > MAX_STEPS:
         raise UsageError(f"{tokens:,} tokens are {steps:,} steps of {per_step:,}; at most {MAX_STEPS:,} can be")
-    placement, micro_batch, memory, limit = _split(asked, settings, config, per_step, block)
-    dp = asked.gpus // placement.tp
+    choice = recommend(asked, settings, config, given, per_step, block)
+    best = choice.candidates[0]
+    dp = best.placement.dp
     trained = steps * per_step
-    flops = run_flops(config, trained, block)
-    peak = None if asked.gpu is None else peak_flops(asked.gpu, placement.precision)
+    warmup_is_given = "warmup_steps" in given
     return Plan(
         gpus=asked.gpus,
         gpu=asked.gpu,
-        placement=placement,
+        placement=best.placement,
         dp=dp,
         block_size=block,
-        micro_batch=micro_batch,
-        accumulation=per_step // block // dp // micro_batch,
+        micro_batch=best.micro_batch,
+        accumulation=best.accumulation,
         tokens_per_step=per_step,
         tokens=trained,
         steps=steps,
         warmup_steps=settings.warmup_steps if warmup_is_given else warmup_of(steps),
-        memory=memory,
-        memory_limit=limit,
-        flops=flops,
-        seconds=None if peak is None else flops / (peak * asked.utilisation * asked.gpus),
-        assumptions=tuple(_assumptions(asked, settings, placement, peak, warmup_is_given=warmup_is_given)),
+        memory=best.memory,
+        traffic=best.traffic,
+        time=best.time,
+        candidates=choice.candidates,
+        memory_limit=choice.memory_limit,
+        flops=run_flops(config, trained, block),
+        seconds=None if best.time is None else steps * best.time.seconds,
+        assumptions=tuple(_assumptions(asked, settings, choice, warmup_is_given=warmup_is_given)),
     )
 
 
@@ -148,90 +164,19 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
     return share * 2 ** max(0, round(math.log2(best / share))) if best > share else share
 
 
-def _split(
-    asked: PlanSettings, settings: RunSettings, config: ModelConfig, per_step: int, block: int
-) -> tuple[Placement, int, Memory, int | None]:
-    """The smallest tensor-parallel size whose ranks hold a micro-batch, and the largest such micro-batch."""
-    limit = None
-    if asked.gpu is not None:
-        limit = accelerator_memory_limit(device_memory(asked.gpu) or 0, settings.memory_limit_gib)
-    closest: tuple[Placement, Memory] | None = None
-    sizes = _tensor_sizes(asked, settings, config)
-    shared = [tp for tp in sizes if per_step // block % (asked.gpus // tp) == 0]
-    if not shared:
-        raise UsageError(
-            f"--tokens-per-step {per_step} are {per_step // block} sequences, which {asked.gpus} devices cannot share "
-            f"out at tp {', '.join(map(str, sizes))}; give a multiple of {block * asked.gpus}"
-        )
-    for tp in shared:
-        placement = _placement(asked, settings, tp)
-        for size in _micro_batches(asked, settings, per_step // block // (asked.gpus // tp), limit):
-            memory = step_memory(config, placement, size, block)
-            if limit is None or memory.total <= limit:
-                return placement, size, memory, limit
-            closest = placement, memory
-    assert closest is not None
-    assert limit is not None
-    placement, memory = closest
-    raise UsageError(
-        f"a rank would need {memory.total / GIB:.1f} GiB at tp {placement.tp}, and may use {limit / GIB:.1f} of "
-        f"{asked.gpu}; give more --gpus, a smaller --block-size or --micro-batch-size"
-        + ("" if placement.gradient_checkpointing else ", or leave out --disable-gradient-checkpointing")
-    )
-
-
-def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig) -> list[int]:
-    tp = settings.tensor_parallel_size
-    if tp is None:
-        return [size for size in slice_counts(config, range(1, asked.gpus + 1)) if asked.gpus % size == 0]
-    if asked.gpus % tp:
-        raise UsageError(f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}")
-    check_slices(config, tp, None)
-    return [tp]
-
-
-def _placement(asked: PlanSettings, settings: RunSettings, tp: int) -> Placement:
-    precision = settings.precision
-    if precision == "auto":  # as `training.py` decides, once it sees the device
-        precision = "bf16" if asked.gpu is not None and peak_flops(asked.gpu, "bf16") else "fp32"
-    return Placement(
-        tp=tp,
-        precision=precision,
-        optimizer=settings.optimizer,
-        gradient_checkpointing=settings.checkpointing == "full",
-        replicate_embeddings=settings.replicate_embeddings,
-        repeats_heads=asked.gpu is None,
-    )
-
-
-def _micro_batches(asked: PlanSettings, settings: RunSettings, chunks: int, limit: int | None) -> list[int]:
-    """Sizes to try, the best first: of those that divide a rank's sequences of a step."""
-    sizes = micro_batch_candidates(chunks)
-    given = asked.micro_batch_size
-    if given is not None:
-        if given not in sizes:
-            near = ", ".join(map(str, sorted(sizes, key=lambda size: abs(size - given))[:3]))
-            raise UsageError(
-                f"--micro-batch-size {given} does not divide the {chunks} sequences of a step on each "
-                f"rank; near it do: {near}"
-            )
-        return [given]
-    if limit is not None:
-        return sizes[::-1]
-    wanted = 1 if settings.initial_batch_size == "auto" else int(settings.initial_batch_size)
-    return [max(size for size in sizes if size <= wanted)]
-
-
-def _assumptions(
-    asked: PlanSettings, settings: RunSettings, placement: Placement, peak: float | None, *, warmup_is_given: bool
-) -> Iterator[str]:
+def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, warmup_is_given: bool) -> Iterator[str]:
+    placement = choice.candidates[0].placement
     if asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
     if settings.tokens_per_step is None:
         yield "tokens a step: 0.292 x FLOPs^0.3271 without the head (arXiv:2401.02954), 2^n sequences a device"
     if not warmup_is_given:
         yield f"warm-up: a hundredth of the steps, {SHORTEST_WARMUP} to {LONGEST_WARMUP}, at most half of them"
-    kept = "one layer at a time computed again" if placement.gradient_checkpointing else "all activations kept"
+    kept = {
+        "none": "all activations kept",
+        "selective": "the feed-forward computed again",
+        "full": "one layer at a time computed again",
+    }[placement.activation_checkpointing]
     yield f"memory: tensors of eager {placement.precision} steps, {kept}; without caches of allocator and libraries"
     if asked.gpu is not None:
         size = (device_memory(asked.gpu) or 0) / 2**30
@@ -240,12 +185,24 @@ def _assumptions(
             "need less"
         )
     yield "FLOPs: 6 for each weight and token, attention in full, nothing for what is computed again"
-    if peak is not None:
-        yield (
-            f"time: {asked.utilisation:.0%} of {peak / 1e12:g} TFLOP/s ({placement.precision}) on every device is a "
-            "guess (--utilisation); validation and saving are left out"
-        )
+    if choice.machine is not None:
+        yield from _assumptions_of_time(asked, placement, choice.machine)
     elif asked.gpu is not None:
         yield f"time: the peak of {asked.gpu} in {placement.precision} is not known"
     else:
         yield "time: not told without --gpu"
+
+
+def _assumptions_of_time(asked: PlanSettings, placement: Placement, machine: Machine) -> Iterator[str]:
+    yield (
+        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({placement.precision}) on every device, a "
+        "guess (--utilisation), for what is computed again too; validation and saving are left out"
+    )
+    inside = machine.interconnect
+    links = [f"{inside.name} {inside.bandwidth / 1e9:g} GB/s in nodes of {asked.gpus_per_node}"]
+    if asked.gpus > asked.gpus_per_node:
+        links.append(f"{machine.network.name} {machine.network.bandwidth / 1e9:g} GB/s a device between them")
+    yield (
+        f"communication: rings at {' and '.join(links)}, {LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a "
+        "call (a guess); hidden up to the computation that it overlaps with"
+    )

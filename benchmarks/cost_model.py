@@ -1,0 +1,97 @@
+"""Predicted memory of a training step over what torch allocates, for one rank of several placements.
+
+    python benchmarks/cost_model.py --json cost.json
+    python benchmarks/cost_model.py --preset argonne-2b --block 4096 --micro-batch 2 --device cuda
+
+Each placement has a process of its own, with torch's fake process group in place of the other ranks. On the CPU the
+bytes are the profiler's, on CUDA `torch.cuda.max_memory_allocated`. Steps are eager, two micro-batches each, and the
+ratio is that of everything: parameters, moments and the most that the step holds above them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from colonnade.config import load_preset
+from colonnade.model_config import ModelConfig
+from colonnade.parallel.launch import launch
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "none/tp1": {"activation_checkpointing": "none"},
+    "selective/tp1": {"activation_checkpointing": "selective"},
+    "full/tp1": {},
+    "none/tp8": {"tp": 8, "activation_checkpointing": "none"},
+    "full/tp8": {"tp": 8},
+    "sequence_parallel/none/tp8": {"tp": 8, "activation_checkpointing": "none", "sequence_parallel": True},
+    "sequence_parallel/full/tp8": {"tp": 8, "sequence_parallel": True},
+    "overlap/full/tp8": {"tp": 8, "overlap_collectives": True},
+    "zero2/full/dp8": {"dp": 8, "data_parallel_shard": "zero2"},
+    "zero3/full/dp8": {"dp": 8, "data_parallel_shard": "zero3"},
+    "zero3/none/dp4/tp2": {"dp": 4, "tp": 2, "data_parallel_shard": "zero3", "activation_checkpointing": "none"},
+}
+SMALL = ModelConfig(
+    vocab_size=8000,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=32,
+    max_position_embeddings=4096,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predicted memory of a step over what torch allocates.")
+    parser.add_argument("--preset", metavar="NAME", help="sizes of the model (a small one)")
+    parser.add_argument("--vocab-size", type=int, default=151_936, metavar="N", help="where a preset has none (151936)")
+    parser.add_argument("--block", type=int, default=256, metavar="T", help="tokens a sequence (256)")
+    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences at once (4)")
+    parser.add_argument("--precisions", default="fp32,bf16", metavar="NAME,NAME", help="fp32, bf16 (both)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
+    given = parser.parse_args()
+
+    import torch
+
+    from benchmarks.training_step.allocated import allocated
+    from benchmarks.training_step.ranks import on_ranks
+    from colonnade.tuning.cost_model import Placement, step_memory
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = SMALL if given.preset is None else _preset(given.preset, given.vocab_size)
+    ratios: dict[str, float] = {}
+    found: dict[str, Any] = {}
+    print(f"{'':<36} {'predicted':>12} {'allocated':>12} {'ratio':>6}   MiB a rank")
+    for precision in given.precisions.split(","):
+        for name, options in PLACEMENTS.items():
+            placement = replace(Placement(**options), precision=precision, repeats_heads=device == "cpu")
+            measured = on_ranks(1, allocated, config, placement, given.micro_batch, given.block, 2, device)
+            memory = step_memory(config, placement, given.micro_batch, given.block)
+            key = f"predicted_over_allocated/{precision}/{name}"
+            ratios[key] = memory.total / measured.total
+            found[key] = {"predicted": memory.to_dict(), "allocated": measured.total}
+            print(
+                f"{precision + '/' + name:<36} {memory.total / 2**20:12.1f} {measured.total / 2**20:12.1f} "
+                f"{ratios[key]:6.3f}",
+                flush=True,
+            )
+    if given.json:
+        device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        report = {"ratios": ratios, "found": found, "device": device_name, "torch": torch.__version__}
+        Path(given.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _preset(name: str, vocab_size: int) -> ModelConfig:
+    return ModelConfig.from_dict(load_preset(name)[0], vocab_size=vocab_size)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,126 @@
+"""Bytes that torch allocates on one rank of a placement, the other ranks being torch's fake process group."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from colonnade.model_config import ModelConfig
+from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon
+from colonnade.optim.step import optimizer_step
+from colonnade.parallel.mesh import init_parallel
+from colonnade.tuning.cost_model import Placement
+from model import TensorParallelModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Bytes of a rank: its parameters, moments, and the most that a step held above these two."""
+
+    parameters: int
+    moments: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.moments + self.step
+
+
+def allocated(
+    config: ModelConfig,
+    placement: Placement,
+    micro_batch: int,
+    block: int,
+    accumulation: int = 2,
+    device_type: str = "cpu",
+) -> Allocated:
+    """What the first rank allocates in its second step; replaces the process group, if there is one.
+
+    Collectives bring nothing, so values mean nothing; the bytes are those of a real rank.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=placement.tp * placement.dp)
+    device = torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu")
+    model, optimizer = _trained(config, placement, device)
+    chunks = torch.randint(
+        0, config.vocab_size, (micro_batch * accumulation, block + 1), generator=torch.Generator().manual_seed(0)
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def step() -> None:
+        optimizer_step(
+            model,
+            optimizer,
+            scaler,
+            chunks.to(device),
+            accumulation=accumulation,
+            targets=chunks.numel(),
+            max_grad_norm=1.0,
+        )
+
+    step()  # what is made once and stays
+    most = _most_above(step, device)
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    return Allocated(_bytes_of(model.parameters()), _bytes_of(moments), most)
+
+
+def _trained(
+    config: ModelConfig, placement: Placement, device: torch.device
+) -> tuple[TensorParallelModel, torch.optim.Optimizer]:
+    layout = init_parallel(placement.tp, device)
+    dtype = DTYPES[placement.precision]
+    if placement.data_parallel_shard != "none":
+        layout = layout.sharded(placement.replicas)
+    model = TensorParallelModel(
+        config,
+        layout,
+        compute_dtype=dtype,
+        replicate_embeddings=placement.replicate_embeddings,
+        activation_checkpointing=placement.activation_checkpointing,
+        sequence_parallel=placement.sequence_parallel,
+        overlap_collectives=placement.overlap_collectives,
+    )
+    if layout.shard_mesh is not None:
+        lower = None if placement.precision == "fp32" else dtype
+        model.share_out(mode=placement.data_parallel_shard, fixed_order=False, gather_dtype=lower)
+    common: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    optimizer = (
+        create_adamw(model, **common) if placement.optimizer == "adamw" else create_muon(model, layout, **common)
+    )
+    allocate_state(optimizer)
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def _most_above(step: Any, device: torch.device) -> int:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def _bytes_of(tensors: Any) -> int:
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)

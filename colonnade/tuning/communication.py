@@ -1,0 +1,215 @@
+"""What a rank sends in a step, computed from sizes alone: calls and bytes by group and collective.
+
+The collectives are those of one `optimizer_step` in the library's order of sums; the deterministic mode has others.
+`tests/test_communication.py` counts them on real ranks. Bytes are those of the largest tensor of a call: what an
+all-reduce sums, the gathered tensor of an all-gather, what goes into a reduce-scatter.
+
+Letters as in `cost_model.py`; G is the number of ranks of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from colonnade.model_config import ModelConfig, layer_shapes
+from colonnade.optim.overlapped_sum import SMALLEST_ALONE
+from colonnade.parallel.head_loss import stretch_of
+from colonnade.tuning.cost_model import BYTES, FLOAT32, Elements, Placement, local_shapes
+
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
+DOUBLE = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Calls of one collective in a step.
+
+    Attributes:
+        group: "tp"; "dp" (all data-parallel ranks, or those that share out one copy), or "replicas".
+        what: what is sent.
+        ranks: of the group.
+        size: bytes of all calls together.
+        overlaps: whether computation goes on meanwhile.
+    """
+
+    group: str
+    what: str
+    collective: str
+    ranks: int
+    calls: int
+    size: int
+    overlaps: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends in a ring: 2 (G - 1) / G of an all-reduce, (G - 1) / G of the others."""
+        rounds = 2 if self.collective == ALL_REDUCE else 1
+        return rounds * (self.ranks - 1) / self.ranks * self.size
+
+
+def step_traffic(
+    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
+) -> list[Traffic]:
+    """All collectives of a step in micro-batches of `micro_batch` x `block` tokens, those of one rank left out."""
+    found: list[Traffic] = []
+    if placement.tp > 1:
+        found += _tensor_parallel(config, placement, micro_batch, block, accumulation)
+    if placement.shards > 1:
+        found += _shared_out(config, placement, accumulation)
+    elif placement.dp > 1:
+        found.append(_gradients(config, placement))
+    return [traffic for traffic in found if traffic.calls]
+
+
+# ---------------------------------------------------------------------------------------------- tensor-parallel ranks
+
+
+def _tensor_parallel(
+    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
+) -> Iterator[Traffic]:
+    tp, layers = placement.tp, config.num_hidden_layers
+    overlaps = placement.overlap_collectives and micro_batch > 1
+    halves = 2 if overlaps else 1
+    # Sequence parallelism fills up the tokens of each half.
+    rows = [len(part) * block for part in _chunks(micro_batch, halves)]
+    if placement.sequence_parallel:
+        rows = [-(-count // tp) * tp for count in rows]
+    width = config.hidden_size * BYTES[placement.precision]
+    whole = accumulation * width * sum(rows)
+    first = accumulation * width * rows[0]
+    calls = accumulation * halves
+
+    def passes(what: str, collective: str, times: int, more_of_first: int = 0) -> Traffic:
+        """So many times all halves, and the first of two some times more."""
+        count, size = calls * times, whole * times
+        if halves > 1:
+            count, size = count + accumulation * more_of_first, size + first * more_of_first
+        return Traffic("tp", what, collective, tp, count, size, overlaps and what.startswith("layers"))
+
+    embedded = 0 if placement.replicate_embeddings else 1
+    is_full = placement.activation_checkpointing == "full"
+    # What is computed again ends where the last product's input is there: before the second g of the last half.
+    if placement.sequence_parallel:
+        yield passes("embedding", REDUCE_SCATTER, embedded)
+        yield passes("embedding", ALL_GATHER, 1)  # backward; also where a rank takes its share of a whole embedding
+        yield passes("layers", ALL_GATHER, 4 * layers)
+        yield passes("layers", REDUCE_SCATTER, 4 * layers)
+        yield passes("layers, computed again", ALL_GATHER, 2 * layers * is_full)
+        yield passes("layers, computed again", REDUCE_SCATTER, layers * is_full, layers * is_full)
+        yield passes("head", ALL_GATHER, 1)
+        yield passes("head", REDUCE_SCATTER, embedded)
+        yield _whole_parameters(config, placement, accumulation)
+    else:
+        yield passes("embedding", ALL_REDUCE, embedded)
+        yield passes("layers", ALL_REDUCE, 4 * layers)
+        yield passes("layers, computed again", ALL_REDUCE, layers * is_full, layers * is_full)
+        yield passes("head", ALL_REDUCE, embedded)
+    if not placement.replicate_embeddings:
+        yield _statistics(placement, micro_batch * block, accumulation)
+    yield _key_value_gradients(config, placement, accumulation)
+    yield _head_norm_gradients(config, placement, accumulation)
+    yield Traffic("tp", "norm of gradients", ALL_REDUCE, tp, 1, 2 * DOUBLE)
+
+
+def _chunks(count: int, parts: int) -> list[range]:
+    """As `Tensor.chunk` cuts `count` rows."""
+    size = -(-count // parts)
+    return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+def _statistics(placement: Placement, tokens: int, accumulation: int) -> Traffic:
+    """Of each stretch of tokens the softmax's maximum, sum, and logit of the target, from each rank."""
+    import torch
+
+    stretch = stretch_of(tokens, torch.float32 if placement.precision == "fp32" else torch.bfloat16)
+    size = accumulation * placement.tp * 3 * tokens * FLOAT32
+    return Traffic("tp", "statistics of the loss", ALL_GATHER, placement.tp, accumulation * -(-tokens // stretch), size)
+
+
+def _times_a_step(placement: Placement, accumulation: int) -> int:
+    """How often sums of parameters' gradients run: once where weights are kept over the micro-batches."""
+    return 1 if placement.shards == 1 else accumulation
+
+
+def _whole_parameters(config: ModelConfig, placement: Placement, accumulation: int) -> Traffic:
+    """Norms and biases that are used for a share of the tokens have partial gradients."""
+    times = _times_a_step(placement, accumulation)
+    used = [
+        (math.prod(shape), count)
+        for name, shape, count in local_shapes(config, placement)
+        if name.endswith(("layernorm.weight", "model.norm.weight", "o_proj.bias", "down_proj.bias"))
+    ]
+    calls = times * sum(count for _, count in used)
+    size = times * FLOAT32 * sum(numel * count for numel, count in used)
+    return Traffic("tp", "gradients of norms", ALL_REDUCE, placement.tp, calls, size)
+
+
+def _key_value_gradients(config: ModelConfig, placement: Placement, accumulation: int) -> Traffic:
+    """With fewer key/value heads than ranks their parameters are whole on each, and the gradients are summed."""
+    calls = size = 0
+    if config.num_key_value_heads % placement.tp:
+        times = _times_a_step(placement, accumulation)
+        for name, shape, count in local_shapes(config, placement):
+            if "k_proj" in name or "v_proj" in name:
+                calls += times * count
+                size += times * count * FLOAT32 * math.prod(shape)
+    return Traffic("tp", "gradients of shared key/value heads", ALL_REDUCE, placement.tp, calls, size)
+
+
+def _head_norm_gradients(config: ModelConfig, placement: Placement, accumulation: int) -> Traffic:
+    calls = _times_a_step(placement, accumulation) * config.num_hidden_layers if config.qk_norm else 0
+    size = calls * 2 * config.head_dim * FLOAT32
+    return Traffic("tp", "gradients of norms of heads", ALL_REDUCE, placement.tp, calls, size)
+
+
+# ------------------------------------------------------------------------------------------------ data-parallel ranks
+
+
+def _gradients(config: ModelConfig, placement: Placement) -> Traffic:
+    """One all-reduce for each large gradient, during the last backward pass, and one for all others and the loss."""
+    sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, placement)]
+    of = {name: size for name, size, _ in sizes}
+    layers = config.num_hidden_layers
+    shared = config.num_key_value_heads % placement.tp != 0
+    # Of whole key/value parameters a rank's joined weight has one head.
+    part = config.num_key_value_heads if shared else 1
+    key_value = (of["self_attn.k_proj.weight"] + of["self_attn.v_proj.weight"]) // part
+    matrices = [
+        of["self_attn.q_proj.weight"] + key_value,
+        of["self_attn.o_proj.weight"],
+        of["mlp.gate_proj.weight"] + of["mlp.up_proj.weight"],
+        of["mlp.down_proj.weight"],
+    ]
+    outside = [size for name, size, _ in sizes if name not in layer_shapes(config)]
+    alone = layers * sum(size >= SMALLEST_ALONE for size in matrices) + sum(size >= SMALLEST_ALONE for size in outside)
+    total = sum(size * count for _, size, count in sizes)
+    for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
+        whole = of.get(f"self_attn.{name}", 0)
+        total -= layers * (whole - whole // part)
+    return Traffic("dp", "gradients and loss", ALL_REDUCE, placement.dp, alone + 1, total + FLOAT32, overlaps=True)
+
+
+def _shared_out(config: ModelConfig, placement: Placement, accumulation: int) -> Iterator[Traffic]:
+    shards, layers = placement.shards, config.num_hidden_layers
+    padded = {"block": 0, "outside": 0}
+    for name, shape, _ in local_shapes(config, placement):
+        padded["block" if name in layer_shapes(config) else "outside"] += (
+            -(-shape[0] // shards) * shards * math.prod(shape[1:])
+        )
+    is_zero3 = placement.data_parallel_shard == "zero3"
+    times = accumulation if is_zero3 else 1
+    block, outside = placement.gather_bytes * padded["block"], FLOAT32 * padded["outside"]
+    passes = 2 * times if is_zero3 else 1  # forward, and again backward
+    gathers = passes * layers
+    yield Traffic("dp", "layers' parameters", ALL_GATHER, shards, gathers, gathers * block, overlaps=True)
+    yield Traffic("dp", "embedding's and head's parameters", ALL_GATHER, shards, times, times * outside)
+    size = FLOAT32 * (layers * padded["block"] + padded["outside"])
+    yield Traffic("dp", "gradients", REDUCE_SCATTER, shards, times * (layers + 1), times * size, overlaps=True)
+    yield Traffic("dp", "norm of gradients", ALL_REDUCE, shards, 1, 3 * DOUBLE)
+    yield Traffic("dp", "loss", ALL_REDUCE, placement.dp, 1, FLOAT32)
+    if placement.replicas > 1:
+        parameters = sum(count for *_, count in local_shapes(config, placement))
+        own = FLOAT32 * Elements.of(config, placement).own
+        yield Traffic("replicas", "gradients", ALL_REDUCE, placement.replicas, parameters, own)

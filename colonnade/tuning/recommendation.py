@@ -1,0 +1,247 @@
+"""Which way to split the ranks is the fastest that fits: every way that is allowed, its memory and predicted time.
+
+A way is a tensor-parallel size within a node, what data-parallel ranks share out, what is computed again, and a
+micro-batch. What was asked for is not varied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from colonnade.command_settings import PlanSettings
+from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig
+from colonnade.parallel.sharding import check_slices, slice_counts
+from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
+from colonnade.tuning.batch_record import micro_batch_candidates
+from colonnade.tuning.communication import Traffic, step_traffic
+from colonnade.tuning.cost_model import Memory, Placement, step_memory
+from colonnade.tuning.flops import device_memory, peak_flops
+from colonnade.tuning.memory import GIB, accelerator_memory_limit
+from colonnade.tuning.step_time import (
+    LATENCY_ACROSS,
+    LATENCY_IN_NODE,
+    Machine,
+    StepTime,
+    interconnect_of,
+    link_of,
+    step_time,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run, and what it costs; `time` is None where the device's peak is not known."""
+
+    placement: Placement
+    micro_batch: int
+    accumulation: int
+    memory: Memory
+    fits: bool
+    traffic: tuple[Traffic, ...]
+    time: StepTime | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "placement": asdict(self.placement),
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulation,
+            "memory": asdict(self.memory),
+            "fits": self.fits,
+            "step_time": None if self.time is None else self.time.to_dict(),
+        }
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """What is better comes first: what fits, is faster, is simpler, and has the larger micro-batch."""
+        placement = self.placement
+        return (
+            not self.fits,
+            0.0 if self.time is None else self.time.seconds,
+            placement.tp,
+            DATA_PARALLEL_SHARDS.index(placement.data_parallel_shard),
+            CHECKPOINTING.index(placement.activation_checkpointing),
+            -self.micro_batch,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `recommend` found.
+
+    Attributes:
+        candidates: the best of each split, sharing and checkpointing, the recommended one first.
+        memory_limit: bytes a rank may use; None where the device is not known.
+        machine: None where its peak is not known.
+    """
+
+    candidates: tuple[Candidate, ...]
+    memory_limit: int | None
+    machine: Machine | None
+
+
+def recommend(
+    asked: PlanSettings,
+    settings: RunSettings,
+    config: ModelConfig,
+    given: Collection[str],
+    per_step: int,
+    block: int,
+) -> Choice:
+    """All that may be varied, compared; without a device what is the simplest.
+
+    Args:
+        given: names of settings that were asked for, and stay.
+        per_step: tokens of a step over all ranks.
+
+    Raises:
+        UsageError: nothing fits, or the ranks cannot be split as was asked.
+    """
+    limit = None
+    if asked.gpu is not None:
+        limit = accelerator_memory_limit(device_memory(asked.gpu) or 0, settings.memory_limit_gib)
+    start = _start(asked, settings)
+    machine = _machine(asked, start.precision)
+    chunks = per_step // block
+    sizes = _tensor_sizes(asked, settings, config)
+    shared = [tp for tp in sizes if chunks % (asked.gpus // tp) == 0]
+    if not shared:
+        raise UsageError(
+            f"--tokens-per-step {per_step} are {chunks} sequences, which {asked.gpus} devices cannot share "
+            f"out at tp {', '.join(map(str, sizes))}; give a multiple of {block * asked.gpus}"
+        )
+    best = []
+    for tp in shared:
+        dp = asked.gpus // tp
+        micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
+        for placement in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
+            tried = [
+                _candidate(config, placement, size, chunks // dp // size, block, limit, machine)
+                for size in micro_batches
+            ]
+            # Of those that do not fit the one that comes closest.
+            fitting = [one for one in tried if one.fits]
+            best.append(min(fitting, key=lambda one: one.rank) if fitting else tried[-1])
+    best.sort(key=lambda one: (one.rank, one.memory.total))
+    if not best[0].fits:
+        _refuse(min(best, key=lambda one: one.memory.total), asked, limit)
+    return Choice(tuple(best), limit, machine)
+
+
+def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
+    placement = closest.placement
+    assert limit is not None
+    advice = "" if placement.activation_checkpointing == "full" else ", or --activation-checkpointing full"
+    raise UsageError(
+        f"a rank would need {closest.memory.total / GIB:.1f} GiB at tp {placement.tp}, and may use {limit / GIB:.1f} "
+        f"of {asked.gpu}; give more --gpus, a smaller --block-size or --micro-batch-size{advice}"
+    )
+
+
+def _candidate(
+    config: ModelConfig,
+    placement: Placement,
+    micro_batch: int,
+    accumulation: int,
+    block: int,
+    limit: int | None,
+    machine: Machine | None,
+) -> Candidate:
+    memory = step_memory(config, placement, micro_batch, block, accumulation)
+    traffic = step_traffic(config, placement, micro_batch, block, accumulation)
+    time = None
+    if machine is not None:
+        tokens = placement.dp * accumulation * micro_batch * block
+        time = step_time(config, placement, machine, traffic, tokens=tokens, block=block, accumulation=accumulation)
+    fits = limit is None or memory.total <= limit
+    return Candidate(placement, micro_batch, accumulation, memory, fits, tuple(traffic), time)
+
+
+def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
+    precision = settings.precision
+    if precision == "auto":  # as `training.py` decides, once it sees the device
+        precision = "bf16" if asked.gpu is not None and peak_flops(asked.gpu, "bf16") else "fp32"
+    return Placement(
+        precision=precision,
+        optimizer=settings.optimizer,
+        activation_checkpointing=settings.checkpointing,
+        sequence_parallel=settings.sequence_parallel,
+        overlap_collectives=settings.overlap_collectives,
+        data_parallel_shard=settings.data_parallel_shard,
+        replicas=settings.data_parallel_replicate_size,
+        replicate_embeddings=settings.replicate_embeddings,
+        repeats_heads=asked.gpu is None,
+    )
+
+
+def _machine(asked: PlanSettings, precision: str) -> Machine | None:
+    network = link_of("--network", asked.network, LATENCY_ACROSS)
+    interconnect = asked.interconnect or interconnect_of(asked.gpu or "")
+    inside = link_of("--interconnect", interconnect, LATENCY_IN_NODE)
+    if asked.gpus > asked.gpus_per_node and asked.gpus % asked.gpus_per_node:
+        raise UsageError(
+            f"--gpus {asked.gpus} are no whole nodes of {asked.gpus_per_node}; give a multiple of it, or "
+            "--gpus-per-node"
+        )
+    peak = None if asked.gpu is None else peak_flops(asked.gpu, precision)
+    return None if peak is None else Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network)
+
+
+def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig) -> list[int]:
+    tp = settings.tensor_parallel_size
+    if tp is None:
+        node = min(asked.gpus, asked.gpus_per_node)
+        return [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
+    if asked.gpus % tp:
+        raise UsageError(f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}")
+    check_slices(config, tp, None)
+    return [tp]
+
+
+def _placements(
+    start: Placement, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
+) -> Iterator[Placement]:
+    """`start` with everything varied that is neither asked for nor without a meaning."""
+    is_known = asked.gpu is not None
+    checkpointing: tuple[str, ...] = CHECKPOINTING
+    if not is_known or not {"activation_checkpointing", "disable_gradient_checkpointing"}.isdisjoint(given):
+        checkpointing = (start.activation_checkpointing,)
+    shards: tuple[str, ...] = DATA_PARALLEL_SHARDS
+    if not is_known or "data_parallel_shard" in given:
+        shards = (start.data_parallel_shard,)
+    elif _shares_nothing(start, settings, config):
+        shards = ("none",)
+    for shard in shards:
+        if shard != "none" and start.dp % start.replicas:
+            raise UsageError(
+                f"--data-parallel-replicate-size {start.replicas} does not divide the {start.dp} data-parallel ranks "
+                f"at tp {start.tp}"
+            )
+        for mode in checkpointing:
+            yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
+
+
+def _shares_nothing(placement: Placement, settings: RunSettings, config: ModelConfig) -> bool:
+    """Whether sharing out is refused (`colonnade/optim/shard_limits.py`), or there is nobody to share with."""
+    uneven = config.padded_vocab_size % placement.tp and not settings.replicate_embeddings
+    return bool(settings.optimizer == "muon" or settings.deterministic or placement.dp == 1 or uneven)
+
+
+def _micro_batches(asked: PlanSettings, settings: RunSettings, chunks: int, limit: int | None) -> list[int]:
+    """Sizes to try, the largest first: of those that divide a rank's sequences of a step."""
+    sizes = micro_batch_candidates(chunks)
+    given = asked.micro_batch_size
+    if given is not None:
+        if given not in sizes:
+            near = ", ".join(map(str, sorted(sizes, key=lambda size: abs(size - given))[:3]))
+            raise UsageError(
+                f"--micro-batch-size {given} does not divide the {chunks} sequences of a step on each "
+                f"rank; near it do: {near}"
+            )
+        return [given]
+    if limit is not None:
+        return sizes[::-1]
+    wanted = 1 if settings.initial_batch_size == "auto" else int(settings.initial_batch_size)
+    return [max(size for size in sizes if size <= wanted)]

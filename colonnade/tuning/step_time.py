@@ -1,0 +1,176 @@
+"""How long a step takes, predicted: products at a part of the peak, collectives at the rate of their links.
+
+    seconds = FLOPs / (ranks x peak x utilisation) + sum over collectives of (sent / bandwidth + latency) - hidden
+
+FLOPs are those of the model and of what checkpointing computes again. `sent` is what a rank sends in a ring (Thakur et
+al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). Hidden is what computation goes on under, and at most as long:
+
+    tp    collectives of layers, with overlap: all computation
+    dp    gradients that each rank holds: the last micro-batch's backward pass; zero2: the first forward and the last
+          backward pass; zero3: all computation
+
+Kernels, the optimizer's update, the data and what ranks wait for each other are in `utilisation`, or nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig
+from colonnade.tuning.communication import Traffic
+from colonnade.tuning.cost_model import Placement, run_flops
+
+# GB/s (10^9 bytes) that a GPU sends in one direction, from the vendors' data sheets. Theirs name both directions of
+# NVLink together: 600 (A100), 900 (H100, H200), 1800 (B200). PCIe with 16 lanes; networks with one port a GPU.
+LINKS: dict[str, float] = {
+    "nvlink3": 300.0,
+    "nvlink4": 450.0,
+    "nvlink5": 900.0,
+    "pcie4": 32.0,
+    "pcie5": 64.0,
+    "infiniband-hdr": 25.0,
+    "infiniband-ndr": 50.0,
+    "ethernet-400g": 50.0,
+    "ethernet-100g": 12.5,
+}
+_OF_DEVICES = (
+    (r"\bB200\b", "nvlink5"),
+    (r"\bG?H[12]00\b(?! (PCIe|NVL))", "nvlink4"),
+    (r"\bA100\b(?!.PCIE)", "nvlink3"),
+)
+LATENCY_IN_NODE, LATENCY_ACROSS = 10e-6, 30e-6
+"""Seconds a call takes whatever it sends: guesses, which count where calls are many and small."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """`bandwidth` in bytes a second that a GPU sends in one direction; `latency` in seconds a call."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+
+def link_of(flag: str, value: str, latency: float) -> Link:
+    """A link by its name in `LINKS`, or by a number of GB/s.
+
+    Raises:
+        UsageError: neither.
+    """
+    rate = LINKS.get(value)
+    if rate is None:
+        try:
+            rate = float(value)
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate < math.inf:
+            raise UsageError(
+                f"{flag} {value!r:.80} is no link that is known; give one of {', '.join(LINKS)}, or GB/s as a number"
+            )
+    return Link(value, rate * 1e9, latency)
+
+
+def interconnect_of(gpu: str) -> str:
+    """The link inside a node that a device is usually sold with; pcie4 for those without NVLink."""
+    for pattern, name in _OF_DEVICES:
+        if re.search(pattern, gpu, re.IGNORECASE):
+            return name
+    return "pcie4"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices and what joins them.
+
+    Attributes:
+        peak: FLOP/s of one device in the precision of products.
+        utilisation: the part of it that computation reaches.
+        gpus_per_node: neighbouring ranks that `interconnect` joins; the others talk over `network`.
+    """
+
+    peak: float
+    utilisation: float
+    gpus_per_node: int
+    interconnect: Link
+    network: Link
+
+    def link(self, traffic: Traffic, placement: Placement) -> Link:
+        """The slowest link that a group's ring crosses. Ranks of tp are neighbours, then those that share out."""
+        span = {"tp": placement.tp, "dp": placement.tp * traffic.ranks, "replicas": placement.tp * placement.dp}
+        return self.interconnect if span[traffic.group] <= self.gpus_per_node else self.network
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step.
+
+    Attributes:
+        compute: of products.
+        communication: of all collectives, whether hidden or not.
+        hidden: of these, while computation goes on.
+    """
+
+    compute: float
+    communication: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.communication - self.hidden
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "compute": self.compute,
+            "communication": self.communication,
+            "hidden": self.hidden,
+            "seconds": self.seconds,
+        }
+
+
+def repeated_flops(config: ModelConfig, checkpointing: str, tokens: int, block: int) -> int:
+    """FLOPs of what the backward pass computes again: it ends before the last product of what is computed again."""
+    product = 2 * config.hidden_size * config.intermediate_size
+    if checkpointing == "none":
+        return 0
+    again = 2 * product
+    if checkpointing == "full":
+        width = config.num_attention_heads * config.head_dim
+        shared = config.num_key_value_heads * config.head_dim
+        again += 2 * config.hidden_size * (2 * width + 2 * shared) + 4 * width * block
+    return tokens * config.num_hidden_layers * again
+
+
+def step_time(
+    config: ModelConfig,
+    placement: Placement,
+    machine: Machine,
+    traffic: Sequence[Traffic],
+    *,
+    tokens: int,
+    block: int,
+    accumulation: int,
+) -> StepTime:
+    """The predicted time of a step of `tokens` tokens over all ranks, in sequences of `block`."""
+    rate = placement.tp * placement.dp * machine.peak * machine.utilisation
+    model = run_flops(config, tokens, block) / rate
+    again = repeated_flops(config, placement.activation_checkpointing, tokens, block) / rate
+    compute, forward = model + again, model / 3
+    cover = {"tp": compute, "dp": (compute - forward) / accumulation}
+    if placement.data_parallel_shard == "zero2":
+        cover["dp"] = compute / accumulation
+    elif placement.data_parallel_shard == "zero3":
+        cover["dp"] = compute
+    total, hidden = 0.0, 0.0
+    overlapping = dict.fromkeys(cover, 0.0)
+    for one in traffic:
+        link = machine.link(one, placement)
+        seconds = one.sent / link.bandwidth + one.calls * link.latency
+        total += seconds
+        if one.overlaps:
+            overlapping[one.group] += seconds
+    hidden = sum(min(seconds, cover[group]) for group, seconds in overlapping.items())
+    return StepTime(compute, total, hidden)

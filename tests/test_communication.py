@@ -1,0 +1,191 @@
+"""Calls and bytes of collectives against those of real ranks, and by hand; the predicted time by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.training_step.allocated import DTYPES
+from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig
+from colonnade.optim.step import optimizer_step
+from colonnade.tuning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Traffic, step_traffic
+from colonnade.tuning.cost_model import Placement, run_flops
+from colonnade.tuning.step_time import Machine, interconnect_of, link_of, repeated_flops, step_time
+from distributed.pool import RankPool
+from distributed.workers import build, make_optimizer
+
+CONFIG = ModelConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+NAMES = {"allreduce_": ALL_REDUCE, "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER}
+
+
+class Counted(TorchDispatchMode):
+    """Of each collective that is called its calls, and the bytes of the largest tensor of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.sizes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = NAMES.get(function._opname, function._opname)
+            self.calls[name] += 1
+            self.sizes[name] += max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def counted(
+    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
+) -> dict[str, tuple[int, int]]:
+    """The collectives of a real step."""
+    dtype = DTYPES[placement.precision]
+    mode, lower = placement.data_parallel_shard, None if placement.precision == "fp32" else dtype
+    layout, model = build(
+        config,
+        placement.tp,
+        None if mode == "none" else {"mode": mode, "gather_dtype": lower},
+        placement.replicas,
+        compute_dtype=dtype,
+        activation_checkpointing=placement.activation_checkpointing,
+        sequence_parallel=placement.sequence_parallel,
+        overlap_collectives=placement.overlap_collectives,
+        replicate_embeddings=placement.replicate_embeddings,
+    )
+    optimizer = make_optimizer("adamw", model, layout)
+    share = torch.randint(0, config.vocab_size, (micro_batch * accumulation, block + 1))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with Counted() as seen:
+        optimizer_step(
+            model, optimizer, scaler, share, accumulation=accumulation, targets=share.numel(), max_grad_norm=1.0
+        )
+    return {name: (seen.calls[name], seen.sizes[name]) for name in seen.calls}
+
+
+def predicted(traffic: list[Traffic]) -> dict[str, tuple[int, int]]:
+    calls: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for one in traffic:
+        calls[one.collective] += one.calls
+        sizes[one.collective] += one.size
+    return {name: (calls[name], sizes[name]) for name in calls}
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"tp": 2, "activation_checkpointing": "none"}, {}),
+        ({"tp": 2, "precision": "bf16"}, {"num_key_value_heads": 1, "model_type": "qwen3"}),
+        ({"tp": 2, "activation_checkpointing": "selective", "overlap_collectives": True}, {}),
+        ({"tp": 2, "replicate_embeddings": True}, {}),
+        ({"tp": 2, "sequence_parallel": True}, {"attention_bias": True, "mlp_bias": True}),
+        ({"tp": 2, "sequence_parallel": True, "overlap_collectives": True}, {}),
+        ({"tp": 2, "sequence_parallel": True, "replicate_embeddings": True}, {}),
+        ({"dp": 2}, {"vocab_size": 5000}),
+        ({"dp": 2, "data_parallel_shard": "zero2", "precision": "bf16"}, {}),
+        ({"dp": 2, "data_parallel_shard": "zero3", "precision": "bf16"}, {}),
+        ({"dp": 4, "data_parallel_shard": "zero3", "replicas": 2}, {}),
+        ({"dp": 2, "tp": 2, "data_parallel_shard": "zero3", "sequence_parallel": True}, {}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) or "plain",
+)
+def test_collectives_are_those_of_real_ranks(
+    rank_pool: RankPool, options: dict[str, Any], sizes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, **sizes)
+    placement = Placement(**{"precision": "fp32", **options})
+    arguments = (config, placement, 3, 24, 2)
+    found = rank_pool.run(placement.tp * placement.dp, counted, *arguments)[0]
+    assert predicted(step_traffic(*arguments)) == found
+
+
+def test_bytes_by_hand() -> None:
+    """Two layers, hidden 64, three sequences of 24 tokens in fp32, two micro-batches."""
+    activation = 3 * 24 * 64 * 4
+    layers = next(
+        one for one in step_traffic(CONFIG, Placement(tp=2, precision="fp32"), 3, 24, 2) if one.what == "layers"
+    )
+    # Attention and feed-forward, forward and backward.
+    assert (layers.calls, layers.size) == (2 * 2 * 4, 2 * 2 * 4 * activation)
+    assert layers.sent == layers.size  # 2 (G - 1) / G at two ranks
+    (gradients,) = step_traffic(CONFIG, Placement(dp=4, precision="fp32"), 3, 24, 2)
+    padding = (1024 - 1000) * 64 * 2
+    assert gradients.size == 4 * (CONFIG.num_parameters + padding) + 4
+    assert gradients.sent == 1.5 * gradients.size
+
+
+MACHINE = Machine(1e12, 0.5, 8, link_of("--interconnect", "100", 1e-3), link_of("--network", "10", 2e-3))
+
+
+def time_of(placement: Placement, *traffic: Traffic) -> Any:
+    return step_time(CONFIG, placement, MACHINE, traffic, tokens=10**6, block=64, accumulation=2)
+
+
+def test_time_is_computation_and_what_is_not_hidden() -> None:
+    model = run_flops(CONFIG, 10**6, 64) / (2 * 0.5e12)
+    placement = Placement(tp=2, activation_checkpointing="none")
+    # 10^11 bytes at 10^11 a second, and three calls.
+    plain = time_of(placement, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11))
+    assert plain.compute == pytest.approx(model)
+    assert (plain.communication, plain.hidden) == (pytest.approx(1.003), 0)
+    assert plain.seconds == pytest.approx(model + 1.003)
+    # More than the computation cannot be hidden.
+    overlapped = time_of(placement, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11, overlaps=True))
+    assert overlapped.hidden == pytest.approx(model)
+    assert overlapped.seconds == pytest.approx(1.003)
+    # Gradients hide in the last of two backward passes, each two thirds of its forward and backward pass.
+    gradients = Traffic("dp", "gradients", ALL_REDUCE, 2, 1, 10**11, overlaps=True)
+    replicated = time_of(Placement(dp=2, activation_checkpointing="none"), gradients)
+    assert replicated.hidden == pytest.approx(model * 2 / 3 / 2)
+
+
+def test_ranks_of_several_nodes_talk_over_the_network() -> None:
+    gradients = Traffic("dp", "gradients", ALL_REDUCE, 8, 0, 10**10)
+    assert time_of(Placement(dp=8), gradients).communication == pytest.approx(1.75 * 10**10 / 1e11)
+    assert time_of(Placement(tp=2, dp=8), gradients).communication == pytest.approx(1.75 * 10**10 / 1e10)
+    shared = Placement(dp=16, data_parallel_shard="zero3", replicas=2)
+    assert time_of(shared, gradients).communication == pytest.approx(1.75 * 10**10 / 1e11)
+    across = dataclasses.replace(gradients, group="replicas", ranks=2)
+    assert time_of(shared, across).communication == pytest.approx(10**10 / 1e10)
+
+
+def test_what_is_computed_again_counts() -> None:
+    # Of a token and layer: q, k, v, o; scores and their sum; gate and up. The last product is not needed again.
+    feed_forward = 2 * 2 * 64 * 96
+    attention = 2 * 64 * (64 + 32 + 32 + 64) + 4 * 64 * 64
+    assert repeated_flops(CONFIG, "full", 10, 64) == 10 * 2 * (feed_forward + attention)
+    assert repeated_flops(CONFIG, "selective", 10, 64) == 10 * 2 * feed_forward
+    assert repeated_flops(CONFIG, "none", 10, 64) == 0
+
+
+def test_links() -> None:
+    assert link_of("--network", "ethernet-100g", 0).bandwidth == 100e9 / 8
+    assert link_of("--network", "2.5", 0).bandwidth == 2.5e9
+    devices = ("NVIDIA H200", "H100", "NVIDIA H100 PCIe", "A100 80GB", "NVIDIA A100-PCIE-40GB", "L4", "B200")
+    assert [interconnect_of(gpu) for gpu in devices] == [
+        "nvlink4",
+        "nvlink4",
+        "pcie4",
+        "nvlink3",
+        "pcie4",
+        "pcie4",
+        "nvlink5",
+    ]
+    for value in ("fast", "0", "nan", "-1"):
+        with pytest.raises(UsageError, match=r"--network .* is no link that is known; give one of nvlink3"):
+            link_of("--network", value, 0)
