@@ -65,11 +65,7 @@ def tune_batch(
     def probe(size: int) -> float:
         warm = on_cuda or is_compiled(settings, layout)
         block, mask = settings.block_size or 0, settings.document_mask
-        try:
-            with nullcontext() if settings.plain_step else model.weights_kept():
-                return _probe_seconds(model, size, block, warm=warm, document_mask=mask)
-        finally:
-            model.zero_grad(set_to_none=True)
+        return _probe_seconds(model, size, block, warm=warm, document_mask=mask, plain=settings.plain_step)
 
     tuned = tune_micro_batch(
         plan,
@@ -82,7 +78,9 @@ def tune_batch(
     return tuned, depends_on
 
 
-def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: bool, document_mask: bool) -> float:
+def _probe_seconds(
+    model: TensorParallelModel, size: int, block: int, *, warm: bool, document_mask: bool, plain: bool = False
+) -> float:
     """Time of a forward and backward pass of this rank's share alone, at a micro-batch of `size`.
 
     With `document_mask` each block is one document: there is no larger one, and none costs more.
@@ -92,7 +90,7 @@ def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: b
     starts = torch.zeros_like(tokens, dtype=torch.bool) if document_mask else None
     begin, passes = 0.0, 2 if warm else 1
     try:
-        with model.group.collectives_as_identity():
+        with model.group.collectives_as_identity(), nullcontext() if plain else model.weights_kept():
             # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second
             # pass.
             for number in range(passes):
@@ -106,4 +104,6 @@ def _probe_seconds(model: TensorParallelModel, size: int, block: int, *, warm: b
         if model.shards is not None:
             model.shards.forget_failure()
         raise
+    finally:
+        model.zero_grad(set_to_none=True)
     return time.perf_counter() - begin

@@ -36,6 +36,8 @@ COMMANDS = (
     ["benchmarks/gpu_step.py"],
     ["benchmarks/packing.py"],
     ["benchmarks/document_mask.py"],
+    ["benchmarks/overlap.py"],
+    ["benchmarks/activation_checkpointing.py"],
     ["-m", "colonnade.data.sample_corpus"],
     ["-m", "colonnade.telemetry.report"],
 )

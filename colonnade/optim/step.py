@@ -116,7 +116,6 @@ def optimizer_step(
         skip_above: a loss above it is skipped as well; NaN for none.
         after_backward: called while a device is still busy with what was launched.
     """
-
     micro_batches = micro_batches_of(share, accumulation)
     shards = model.shards
     # In the fixed order gradients are final only after the whole tree over micro-batches.
@@ -139,13 +138,11 @@ def optimizer_step(
         elif deterministic:
             loss = accumulate_in_tree(micro_batches, backward, model.gradient_holders)
         else:
-            loss = torch.zeros((), device=model.layout.device)
-            for micro_batch in micro_batches:
-                loss += backward(micro_batch)
-        if after_backward is not None:
-            after_backward()
+            loss = torch.stack([backward(micro_batch) for micro_batch in micro_batches]).sum()
         if overlapped is not None:
             overlapped.finish(loss)
+    if after_backward is not None:
+        after_backward()
     gradients = local_gradients(model.parameters())
     if shards is not None:
         # In the fixed order they have been summed over the replicas as well.

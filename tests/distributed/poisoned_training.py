@@ -34,7 +34,7 @@ def poisoned(run: Any, kind: str) -> Iterator[None]:
         handle.remove()
     elif kind == "loss":
         forward, factor = run.model.forward, float(os.environ["POISON_FACTOR"])
-        run.model.forward = lambda *arguments: forward(*arguments) * factor
+        run.model.forward = lambda *arguments, **named: forward(*arguments, **named) * factor
         yield
         run.model.forward = forward
     else:

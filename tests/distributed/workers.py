@@ -382,11 +382,18 @@ def steps_with_a_bad_one(
         tensors += [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
         return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
 
-    def spoil() -> None:
-        if torch.distributed.get_rank() == rank and poison != "loss":
-            gradient = model.get_parameter(str(poison)).grad
-            assert isinstance(gradient, DTensor)
-            gradient.to_local().view(-1)[1] = float("inf") if fp16 else float("nan")
+    def spoiled(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local.view(-1)[-1] = float("inf") if fp16 else float("nan")
+        return gradient
+
+    forward, hooks = model.forward, []
+
+    def forward_and_spoil(*args: Any, **named: Any) -> Tensor:
+        loss = forward(*args, **named)
+        hooks.append(_gradient_holder(model, str(poison)).register_hook(spoiled))
+        return loss
 
     skipped, kept = [], None
     for number in range(5):
@@ -398,6 +405,8 @@ def steps_with_a_bad_one(
         is_bad = number == bad
         before = held()
         share = tokens[layout.dp_rank :: layout.dp]
+        if is_bad and limit is None and torch.distributed.get_rank() == rank:
+            model.forward = forward_and_spoil
         outcome = optimizer_step(
             model,
             optimizer,
@@ -408,13 +417,24 @@ def steps_with_a_bad_one(
             max_grad_norm=0.5,
             deterministic=deterministic,
             skip_above=None if limit is None else torch.tensor(limit if is_bad else float("nan"), dtype=torch.float64),
-            after_backward=spoil if is_bad and limit is None else None,
         )
+        model.forward = forward
+        for hook in hooks:
+            hook.remove()
         skipped.append(float(outcome.skipped))
         if is_bad:
             kept = all(torch.equal(old, new) for old, new in zip(before, held(), strict=True))
             assert limit is not None or not torch.isfinite(outcome.grad_norm)
     return {"skipped": skipped, "kept": kept, "tensors": held(), "scale": scaler.get_scale()}
+
+
+def _gradient_holder(model: TensorParallelModel, name: str) -> Tensor:
+    """What the backward pass leaves the gradient of a parameter at: itself, or its copy while weights are kept."""
+    *path, projection, _ = name.split(".")
+    if projection not in ("gate_proj", "up_proj"):
+        return model.get_parameter(name)
+    (kept, *_) = model.weights._kept[model.get_submodule(".".join(path)), "gate_up"]
+    return kept.leaf
 
 
 def imported_loss_and_gradients(folder: Path, tp: int, tokens: Tensor, **options: Any) -> dict[str, Any]:

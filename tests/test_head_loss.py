@@ -1,0 +1,150 @@
+"""The fused head and cross-entropy against torch's own over whole logits: numbers, gradients, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from colonnade.parallel.head_loss import IGNORE_INDEX, LossOptions, head_loss
+
+HIDDEN, VOCABULARY = 48, 300
+# A multiple of 128 is stored: 4 slices of 128 rows, the third with 44 of the vocabulary, the last with none.
+SLICES, WIDTH = 4, 128
+
+
+def inputs(tokens: int, dtype: torch.dtype, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [M, H], the stored weight [v, H] (padding is not 0 here) and labels [M], some left out."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(SLICES * WIDTH, HIDDEN, generator=generator, dtype=torch.float64) * spread / HIDDEN**0.5
+    labels = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+    labels[5::7] = IGNORE_INDEX
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def fused(
+    hidden: Tensor, weight: Tensor, labels: Tensor, slices: int = SLICES, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients of hidden states and weight; the weight's in its own dtype, products in that of `hidden`."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    weights = weight.chunk(slices)
+    starts = [index * len(weights[0]) for index in range(slices)]
+    products = [part.detach().to(hidden.dtype) for part in weights]
+    loss = head_loss(
+        [hidden] * slices, weights, products, labels, starts, LossOptions(VOCABULARY, **options), group=None
+    )
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def by_torch(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by autograd of `F.cross_entropy`, and of the formula of the z-loss, over whole logits."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = hidden @ weight[:VOCABULARY].T
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * (logits.logsumexp(1) ** 2)[labels != IGNORE_INDEX].sum()
+    loss = loss * scale
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scale": 1 / 77},
+    "z-loss": {"z_loss": 0.3},
+    "z-loss, scaled": {"z_loss": 1e-2, "scale": 5.0},
+}
+
+
+@pytest.mark.parametrize("slices", [1, SLICES])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("tokens", [33, 700])
+def test_equals_cross_entropy_in_float64(tokens: int, name: str, slices: int) -> None:
+    """33 tokens are two stretches, the second of one token; 700 are ten."""
+    case = inputs(tokens, torch.float64)
+    found, expected = fused(*case, slices=slices, **OPTIONS[name]), by_torch(*case, **OPTIONS[name])
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-12)
+    assert found[1][labels_left_out(case[2])].count_nonzero() == 0
+    assert found[2][VOCABULARY:].count_nonzero() == 0
+
+
+def labels_left_out(labels: Tensor) -> Tensor:
+    left_out = labels == IGNORE_INDEX
+    assert left_out.any()
+    return left_out
+
+
+def test_no_label_counts() -> None:
+    hidden, weight, labels = inputs(40, torch.float64)
+    for value in fused(hidden, weight, torch.full_like(labels, IGNORE_INDEX), z_loss=0.1):
+        assert not value.any()
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+def test_in_float32() -> None:
+    case = inputs(700, torch.float32)
+    exact = by_torch(case[0].double(), case[1].double(), case[2], z_loss=1e-2)
+    for value, reference in zip(fused(*case, z_loss=1e-2), exact, strict=True):
+        assert relative_error(value, reference) < 1e-6
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0], ids=["near uniform", "peaked"])
+def test_in_bfloat16_beside_cross_entropy_over_bfloat16_logits(spread: float) -> None:
+    """Exact: float64 over the same rounded inputs. Parameters are float32, products bf16, as in a run."""
+    hidden, weight, labels = inputs(700, torch.bfloat16, spread)
+    exact = by_torch(hidden.double(), weight.double(), labels)
+    theirs = by_torch(hidden, weight, labels)
+    ours = fused(hidden, weight.float(), labels)
+    assert relative_error(ours[0], exact[0]) <= 1e-3
+    for own, other, reference in zip(ours, theirs, exact, strict=True):
+        assert relative_error(own, reference) <= max(1.25 * relative_error(other, reference), 4e-3)
+
+
+def test_confident_targets_in_bfloat16_are_at_least_as_exact_as_cross_entropy() -> None:
+    """Where p is near 1, p - 1 is a difference of near numbers: rounded to bf16 first, nothing would be left of it."""
+    noise, weight, _ = inputs(700, torch.bfloat16)
+    labels = torch.arange(700) % VOCABULARY
+    hidden = (weight[labels] * torch.linspace(8, 16, 700).unsqueeze(1) + 0.3 * noise).to(torch.bfloat16)
+    exact = by_torch(hidden.double(), weight.double(), labels)
+    logits = hidden.double() @ weight[:VOCABULARY].double().T
+    assert float((F.softmax(logits, 1).gather(1, labels.unsqueeze(1)) > 0.9).double().mean()) > 0.7
+    theirs, ours = by_torch(hidden, weight, labels), fused(hidden, weight.float(), labels)
+    for own, other, reference in zip(ours, theirs, exact, strict=True):
+        assert relative_error(own, reference) <= relative_error(other, reference)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "vocabulary"), [(torch.float32, 2048, 32_000), (torch.bfloat16, 1024, 8192)]
+)
+def test_extra_memory_is_an_eighth_of_the_logits(dtype: torch.dtype, tokens: int, vocabulary: int) -> None:
+    """What forward and backward pass allocate above what goes in and the gradients that come out."""
+    hidden = torch.randn(tokens, 64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 64).requires_grad_()
+    product = weight.detach().to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        head_loss([hidden], [weight], [product], labels, [0], LossOptions(vocabulary), None).backward()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    gradients = hidden.nbytes + weight.nbytes
+    assert most >= gradients, "the gradients were allocated under the profiler"
+    assert most - gradients <= tokens * vocabulary * 4 / 8
