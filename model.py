@@ -45,7 +45,7 @@ from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
 from colonnade.parallel.rotary import rotary_tables
 from colonnade.parallel.segments import Segments
 from colonnade.parallel.sharding import Cut, check_slices, cut_of, is_vocabulary, piece_count
-from colonnade.parallel.slices import local_part
+from colonnade.parallel.slices import local_part, pieces
 from colonnade.parallel.step_weights import StepWeights
 from colonnade.parallel.vocabulary import embed_tokens
 
@@ -139,6 +139,8 @@ class TensorParallelModel(nn.Module):
         self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
         self.model = Decoder(make, config, self.group, self.weights)
+        if activation_checkpointing == "full":
+            self._settle_blocks()
         self.lm_head = (
             None if config.tie_word_embeddings else make("lm_head", config.padded_vocab_size, config.hidden_size, False)
         )
@@ -190,9 +192,7 @@ class TensorParallelModel(nn.Module):
 
     def share_out(self, *, mode: str, fixed_order: bool, gather_dtype: torch.dtype | None = None) -> None:
         """Cut the parameters over the data-parallel ranks of the layout as well (`shard_over_data_parallel`)."""
-        for block in self.model.layers:
-            assert isinstance(block, Block)
-            block.awaits_updates = True
+        self._settle_blocks()
         self.shards = shard_over_data_parallel(
             self,
             self.model.layers,
@@ -262,7 +262,7 @@ class TensorParallelModel(nn.Module):
             hidden = torch.cat([residual.whole(end) for residual, end in ends]).flatten(0, 1)
             products = self.weights.get("head", lambda: [weight.detach()], hidden.dtype)
             return head_loss([hidden], [weight], products, labels, [0], options, None, softmax)
-        weights = weight.chunk(self.group.local_slices)
+        weights = pieces(weight, self.group.local_slices)
         products = self.weights.get("head", lambda: [part.detach() for part in weights], self.compute_dtype)
         starts = [start]
         for part in weights[:-1]:
@@ -300,7 +300,7 @@ class TensorParallelModel(nn.Module):
         """[B, T, H] -> [B, T, V] on every rank, each slice's product on its own where the order of sums is fixed."""
         weight, _ = self._head()
         count = 1 if self.replicate_embeddings else self.group.local_slices
-        slices = self.weights.get("head", lambda: weight.chunk(count), hidden.dtype)
+        slices = self.weights.get("head", lambda: pieces(weight, count), hidden.dtype)
         local = torch.cat([self.eager_segments.logits(hidden, part) for part in slices], dim=1)
         if self.group.size > 1 and not self.replicate_embeddings:
             # Shards may be uneven; each rank announces its own width by the same rule.
@@ -314,8 +314,9 @@ class TensorParallelModel(nn.Module):
         self, input_ids: Tensor, document_starts: Tensor | None
     ) -> list[tuple[ReplicatedResidual | ShardedResidual, Tensor]]:
         """The last norm's output for token ids [B, T]: of each stream, as its residual holds it."""
-        # A micro-batch of one sequence has no halves.
-        halves = 2 if self.overlap_collectives and len(input_ids) > 1 else 1
+        # A micro-batch of one sequence has no halves. One rank has nothing to wait for, but the sums of a fixed order.
+        overlaps = self.overlap_collectives and (self.group.size > 1 or self.group.fixed_order)
+        halves = 2 if overlaps and len(input_ids) > 1 else 1
         parts = input_ids.chunk(halves)
         starts = [None] * halves if document_starts is None else document_starts.chunk(halves)
         passages = [self._passage(part, own) for part, own in zip(parts, starts, strict=True)]
@@ -357,10 +358,22 @@ class TensorParallelModel(nn.Module):
         cos, sin = (table[layout.positions].unsqueeze(1).to(self.compute_dtype) for table in (cos, sin))
         return Passage(residual, self.segments, cos, sin, layout.mask, computes_mlp_again=again)
 
+    def _settle_blocks(self) -> None:
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            block.settles = True
+
     def _through_layers(self, streams: Sequence[Stream]) -> Sequence[Stream]:
         for layer in self.model.layers:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                streams = checkpoint(layer, streams, use_reentrant=False, preserve_rng_state=False)
+                # A recomputation that stops early would leave a collective of the other half unawaited.
+                streams = checkpoint(
+                    layer,
+                    streams,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    early_stop=not self.overlap_collectives,
+                )
             else:
                 streams = layer(streams)
         return streams

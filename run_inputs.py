@@ -257,7 +257,10 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
             {
                 "the hidden size": config.hidden_size,
                 "the width of the heads": config.num_attention_heads * config.head_dim // slices,
+                "the width of queries, keys and values": config.head_dim
+                * (config.num_attention_heads // slices + 2 * max(1, config.num_key_value_heads // slices)),
                 "the feed-forward": config.intermediate_size // slices,
+                "the block size": settings.block_size,
             },
             slices,
         )

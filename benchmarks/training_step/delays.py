@@ -28,7 +28,7 @@ VOCABULARY, BLOCK = 16_384, 256
 PLACES = ("layers", "head")
 WARM_UPS = 2
 
-Pass = Callable[[], None]
+Pass = Callable[[], object]
 Times = list[dict[str, tuple[float, float]]]
 
 

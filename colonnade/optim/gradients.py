@@ -255,8 +255,9 @@ def _squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)]."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    size = NORM_PIECE if device.type == "cpu" else max(1, *(tensor.numel() for tensor in tensors))
-    pieces = [tensor.reshape(-1).split(size) for tensor in tensors]
+    if device.type != "cpu":  # where its norm is exact enough, and the host is not to wait for an index
+        return torch.stack(torch._foreach_norm(list(tensors))).double().square()
+    pieces = [tensor.reshape(-1).split(NORM_PIECE) for tensor in tensors]
     norms = torch.stack(torch._foreach_norm([piece for group in pieces for piece in group]))
     owners = torch.tensor([number for number, group in enumerate(pieces) for _ in group], device=device)
     totals = torch.zeros(len(tensors), dtype=torch.float64, device=device)

@@ -38,12 +38,15 @@ def require_float8(precision: str, device: torch.device) -> None:
 
 
 def check_float8_sizes(sizes: dict[str, int], slices: int) -> None:
-    """Raises UsageError where a size, cut into `slices`, is not a multiple of what the kernels take."""
+    """Raises UsageError where a size, cut into `slices`, is not a multiple of what the kernels take.
+
+    The gradient of a weight is a product over tokens, so their number counts too.
+    """
     for name, size in sizes.items():
         if size % MULTIPLE:
             raise UsageError(
-                f"--float8: {name} is {size} on each of {slices} slices, no multiple of {MULTIPLE}; use another model, "
-                "a smaller --tensor-parallel-size, or leave it out"
+                f"--float8: with {slices} slices {name} is {size}, no multiple of {MULTIPLE}; use another model or "
+                "--block-size, a smaller --tensor-parallel-size, or leave it out"
             )
 
 

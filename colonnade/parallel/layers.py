@@ -24,7 +24,7 @@ from colonnade.parallel.collectives import Pending, TensorGroup, fan_out, fan_ou
 from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
 from colonnade.parallel.segments import Segments
-from colonnade.parallel.slices import local_part
+from colonnade.parallel.slices import local_part, pieces
 from colonnade.parallel.step_weights import StepWeights, join
 
 
@@ -52,7 +52,7 @@ class Stream(NamedTuple):
     """Sequences on their way: the residual stream x, and what is yet to be added to it."""
 
     x: Tensor
-    update: Pending[Tensor] | Tensor | None
+    update: Pending[Tensor] | None
     passage: Passage
 
 
@@ -131,7 +131,7 @@ class Attention(Part):
         is_shared = self.config.num_key_value_heads < self.group.slices
         joined = self.weights.get((self, "qkv"), self._joined, dtype, is_summed=is_shared)
         outputs = self.weights.get(
-            (self, "o"), lambda: local_part(self.o_proj.weight).chunk(self.group.local_slices, 1), dtype
+            (self, "o"), lambda: pieces(local_part(self.o_proj.weight), self.group.local_slices, 1), dtype
         )
         norms: Sequence[Tensor | None] = [None] * self.group.local_slices
         if self.q_norm is not None:
@@ -148,7 +148,7 @@ class Attention(Part):
 
     def _joined(self) -> list[Tensor]:
         """Queries, keys and values in one matrix for each local slice, and after these one bias each, if there are."""
-        queries = [part.chunk(self.group.local_slices) for part in self.q_proj.local()]
+        queries = [pieces(part, self.group.local_slices) for part in self.q_proj.local()]
         keys, values = self._key_value_slices(self.k_proj), self._key_value_slices(self.v_proj)
         return [join(parts) for kind in zip(queries, keys, values, strict=True) for parts in zip(*kind, strict=True)]
 
@@ -164,7 +164,7 @@ class Attention(Part):
         sharing = max(1, group.slices // heads)
         cuts = max(1, group.local_slices // sharing)
         sharing = group.local_slices // cuts
-        return [[view for part in tensor.chunk(cuts) for view in fan_out_locally(part, sharing)] for tensor in local]
+        return [[view for part in pieces(tensor, cuts) for view in fan_out_locally(part, sharing)] for tensor in local]
 
 
 class MLP(Part):
@@ -194,14 +194,14 @@ class MLP(Part):
         """(gate and up, their bias, down) of each local slice."""
         count = self.group.local_slices
         joined = self.weights.get((self, "gate_up"), self._joined, dtype)
-        downs = self.weights.get((self, "down"), lambda: local_part(self.down_proj.weight).chunk(count, 1), dtype)
+        downs = self.weights.get((self, "down"), lambda: pieces(local_part(self.down_proj.weight), count, 1), dtype)
         biases: Sequence[Tensor | None] = joined[count:] or [None] * count
         return list(zip(joined[:count], biases, downs, strict=True))
 
     def _joined(self) -> list[Tensor]:
         count = self.group.local_slices
         pairs = zip(self.gate_proj.local(), self.up_proj.local(), strict=True)
-        return [join(parts) for gate, up in pairs for parts in zip(gate.chunk(count), up.chunk(count), strict=True)]
+        return [join(parts) for gate, up in pairs for parts in zip(pieces(gate, count), pieces(up, count), strict=True)]
 
 
 def adjoin(*projections: Projection) -> None:
@@ -241,13 +241,13 @@ class Block(nn.Module):
         )
         self.post_attention_layernorm = make("post_attention_layernorm", config.hidden_size)
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group, weights)
-        self.awaits_updates = False
-        """Whether what is yet to be added has arrived when `forward` returns: then hooks see all its tensors."""
+        self.settles = False
+        """Whether what is yet to be added is added when `forward` returns: one tensor a stream crosses the border."""
 
     def forward(self, streams: Sequence[Stream]) -> list[Stream]:
         streams = _through(streams, self.input_layernorm, self.self_attn)
         streams = _through(streams, self.post_attention_layernorm, self.mlp)
-        return [_awaited(stream) for stream in streams] if self.awaits_updates else streams
+        return [_settled(stream) for stream in streams] if self.settles else streams
 
 
 def _through(streams: Sequence[Stream], norm: Projection, part: Part) -> list[Stream]:
@@ -270,23 +270,23 @@ def add_and_norm(stream: Stream, norm: Projection) -> tuple[Tensor, Tensor]:
     if stream.update is None:
         normed: Tensor = residual.apply(segments.norm, (stream.x,), norm.weight)
         return stream.x, normed
-    update = stream.update.wait() if isinstance(stream.update, Pending) else stream.update
-    both: tuple[Tensor, Tensor] = residual.apply(segments.residual_norm, (stream.x, update), norm.weight)
+    both: tuple[Tensor, Tensor] = residual.apply(segments.residual_norm, (stream.x, stream.update.wait()), norm.weight)
     return both
 
 
-def _awaited(stream: Stream) -> Stream:
-    """The stream with its update there."""
-    return stream._replace(update=stream.update.wait()) if isinstance(stream.update, Pending) else stream
+def _settled(stream: Stream) -> Stream:
+    assert stream.update is not None
+    return Stream(stream.x + stream.update.wait(), None, stream.passage)
 
 
 def _compute(x: Tensor, views: Pending[tuple[Tensor, ...]], passage: Passage, part: Part) -> Stream:
     update = passage.residual.collect(part.partials(views.wait(), passage))
     bias = part.output().bias
-    if bias is not None:
-        # A row-parallel projection's bias is added once, after its partial results are summed.
-        update = Pending(passage.residual.apply(_add_bias, (update.wait(),), bias))
-    return Stream(x, update, passage)
+    if bias is None:
+        return Stream(x, update, passage)
+    # A row-parallel projection's bias is added once, after its partial results are summed.
+    whole = Pending(finish=lambda: passage.residual.apply(_add_bias, (update.wait(),), bias))
+    return Stream(x, whole, passage)
 
 
 def _add_bias(x: Tensor, bias: Tensor) -> Tensor:

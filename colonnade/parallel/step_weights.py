@@ -106,9 +106,14 @@ class StepWeights:
 
     def _deliver(self) -> None:
         assert self._kept is not None
-        reached = [kept for group in self._kept.values() for kept in group if kept.leaf.grad is not None]
-        if reached:
-            torch.autograd.backward([kept.source for kept in reached], [kept.leaf.grad for kept in reached])
+        # Group by group, so that never all gradients are there twice.
+        for group in self._kept.values():
+            reached = [kept for kept in group if kept.leaf.grad is not None]
+            gradients = [kept.leaf.grad for kept in reached]
+            for kept in reached:
+                kept.leaf.grad = None
+            if reached:
+                torch.autograd.backward([kept.source for kept in reached], gradients)
 
 
 class _Join(torch.autograd.Function):

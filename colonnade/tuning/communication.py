@@ -78,33 +78,30 @@ def _tensor_parallel(
         rows = [-(-count // tp) * tp for count in rows]
     width = config.hidden_size * BYTES[placement.precision]
     whole = accumulation * width * sum(rows)
-    first = accumulation * width * rows[0]
     calls = accumulation * halves
 
-    def passes(what: str, collective: str, times: int, more_of_first: int = 0) -> Traffic:
-        """So many times all halves, and the first of two some times more."""
-        count, size = calls * times, whole * times
-        if halves > 1:
-            count, size = count + accumulation * more_of_first, size + first * more_of_first
-        return Traffic("tp", what, collective, tp, count, size, overlaps and what.startswith("layers"))
+    def passes(what: str, collective: str, times: int) -> Traffic:
+        """So many times all halves."""
+        return Traffic("tp", what, collective, tp, calls * times, whole * times, overlaps and what.startswith("layers"))
 
     embedded = 0 if placement.replicate_embeddings else 1
     is_full = placement.activation_checkpointing == "full"
-    # What is computed again ends where the last product's input is there: before the second g of the last half.
+    # What is computed again ends where the last product's input is there, before the second g; with halves it goes on.
+    again = layers * is_full * (2 if overlaps else 1)
     if placement.sequence_parallel:
         yield passes("embedding", REDUCE_SCATTER, embedded)
         yield passes("embedding", ALL_GATHER, 1)  # backward; also where a rank takes its share of a whole embedding
         yield passes("layers", ALL_GATHER, 4 * layers)
         yield passes("layers", REDUCE_SCATTER, 4 * layers)
         yield passes("layers, computed again", ALL_GATHER, 2 * layers * is_full)
-        yield passes("layers, computed again", REDUCE_SCATTER, layers * is_full, layers * is_full)
+        yield passes("layers, computed again", REDUCE_SCATTER, again)
         yield passes("head", ALL_GATHER, 1)
         yield passes("head", REDUCE_SCATTER, embedded)
         yield _whole_parameters(config, placement, accumulation)
     else:
         yield passes("embedding", ALL_REDUCE, embedded)
         yield passes("layers", ALL_REDUCE, 4 * layers)
-        yield passes("layers, computed again", ALL_REDUCE, layers * is_full, layers * is_full)
+        yield passes("layers, computed again", ALL_REDUCE, again)
         yield passes("head", ALL_REDUCE, embedded)
     if not placement.replicate_embeddings:
         yield _statistics(placement, micro_batch * block, accumulation)

@@ -76,9 +76,7 @@ class Memory:
         logits: what head and loss hold beside the activations: logits of a stretch of tokens, gradients of the head.
         layer: what the backward pass of a layer holds beside the activations: gradients inside of it, and what is
             computed again.
-        delivery: what the end of a step holds when the activations are gone: gradients of the joined weights, while
-            they are handed to the parameters.
-        total: at the worst moment. `logits`, `layer` and `delivery` have moments of their own, so they do not add up.
+        total: at the worst moment. `logits` and `layer` have moments of their own, so they do not add up.
     """
 
     parameters: int
@@ -88,7 +86,6 @@ class Memory:
     activations: int
     logits: int
     layer: int
-    delivery: int
     total: int
 
     def to_dict(self) -> dict[str, int]:
@@ -235,9 +232,7 @@ class _Step:
         layers, checkpointing = self.config.num_hidden_layers, self.placement.activation_checkpointing
         last = self.stream  # what the last norm keeps
         if checkpointing == "full":
-            return (
-                2 * layers - 1
-            ) * self.stream + last  # a layer's input in two parts: stream, and what is to be added
+            return layers * self.stream + last  # each layer's input
         kept = self.layer_kept + self.joins
         return layers * (kept - 3 * self.inner if checkpointing == "selective" else kept) + last
 
@@ -259,7 +254,7 @@ class _Step:
 
     @property
     def logits(self) -> int:
-        """The larger of two moments: the last stretch of tokens, and the start of the backward pass."""
+        """At the last stretch of tokens: the head's gradients, and the stretch."""
         # Here, since the settings' flags are parsed without torch.
         import torch
 
@@ -272,9 +267,7 @@ class _Step:
         wide = FLOAT32 * stretch * entries if self.is_half else 0
         stripe = (self.e + FLOAT32) * min(entries, STRIPE) * hidden if self.is_half else 0
         views = self.stream + self.whole + (self.whole if self.placement.sequence_parallel else 0)
-        forward = views + self.e * stretch * entries + max(of_rows, wide, stripe)
-        backward = 0 if self.placement.replicate_embeddings else FLOAT32 * table  # cutting it into slices copies it
-        return self.whole + FLOAT32 * table + max(forward, backward)
+        return self.whole + FLOAT32 * table + views + self.e * stretch * entries + max(of_rows, wide, stripe)
 
     @property
     def weights(self) -> int:
@@ -295,11 +288,6 @@ class _Step:
         return FLOAT32 * self.elements.own
 
     @property
-    def delivery(self) -> int:
-        """Gradients of kept weights and of the parameters they belong to, at once."""
-        return FLOAT32 * self.elements.projections if self.placement.shards == 1 else 0
-
-    @property
     def end_of_block(self) -> int:
         """Under zero2 and zero3, a whole block's gradients on the way to the ranks that keep their parts."""
         if self.placement.shards == 1:
@@ -311,14 +299,14 @@ class _Step:
         """Gradients, activations and what lives beside them at the worst moment."""
         placement, elements = self.placement, self.elements
         is_full = placement.activation_checkpointing == "full"
-        first_layer = 2 * self.stream if is_full else self.activations // self.config.num_hidden_layers
+        first_layer = self.stream if is_full else self.activations // self.config.num_hidden_layers
         in_layer = max(self.activations + self.layer, self.activations - first_layer + self.end_of_block)
         # With tied embeddings the head's gradient waits for the embedding's.
         is_tied = self.config.tie_word_embeddings
         head = FLOAT32 * elements.table
         waiting = head if is_tied else 0
         if self.accumulation > 1:
-            return self.gradients + max(self.activations + self.logits, in_layer + waiting, self.delivery)
+            return self.gradients + max(self.activations + self.logits, in_layer + waiting)
         # The only micro-batch of a step makes gradients while its activations go.
         is_shared = placement.shards > 1
         missing = 0 if is_shared else FLOAT32 * elements.block + (0 if is_tied else head)
@@ -326,7 +314,6 @@ class _Step:
             self.activations + self.logits,
             in_layer + (0 if is_shared else head),  # where it is shared out the layer's moment has it
             first_layer + self.layer + self.gradients - missing,
-            self.gradients + self.delivery,
         )
 
 
@@ -354,7 +341,6 @@ def step_memory(
         activations=step.activations,
         logits=step.logits,
         layer=step.layer,
-        delivery=step.delivery,
         total=parameters + step.weights + moments + step.worst(),
     )
 

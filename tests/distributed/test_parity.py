@@ -143,7 +143,7 @@ def test_ten_steps_equal_dense(rank_pool, world_size, tp):
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_fixed_slices_give_the_same_bits(rank_pool, compute_dtype, checkpointing):
     options = {"slices": 8, "compute_dtype": compute_dtype, "activation_checkpointing": checkpointing, "seed": 2}
     expected = rank_pool.run(1, loss_and_gradients, CONFIG, 1, **options)[0]

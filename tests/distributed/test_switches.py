@@ -46,5 +46,5 @@ def test_float8_is_near_the_dense_model(rank_pool: RankPool, tp: int, options: d
 
 
 def test_sizes_that_float8_cannot_take_are_refused() -> None:
-    with pytest.raises(UsageError, match="the feed-forward is 12 on each of 8 slices, no multiple of 16"):
+    with pytest.raises(UsageError, match="with 8 slices the feed-forward is 12, no multiple of 16"):
         check_float8_sizes({"the hidden size": 64, "the feed-forward": 96 // 8}, 8)
