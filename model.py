@@ -48,8 +48,7 @@ from colonnade.parallel.sharding import Cut, check_slices, cut_of, is_vocabulary
 from colonnade.parallel.slices import local_part, pieces
 from colonnade.parallel.step_weights import StepWeights
 from colonnade.parallel.vocabulary import embed_tokens
-
-CHECKPOINTING = ("none", "selective", "full")
+from colonnade.run_settings import CHECKPOINTING
 
 
 class Decoder(nn.Module):
@@ -256,20 +255,26 @@ class TensorParallelModel(nn.Module):
             torch.compiler.cudagraph_mark_step_begin()
         ends = self._ends(input_ids, document_starts)
         weight, start = self._head()
-        options = LossOptions(self.config.vocab_size, self.z_loss if torch.is_grad_enabled() else 0.0, scale)
-        labels, softmax = labels.reshape(-1), self.segments.softmax
-        if self.replicate_embeddings:
-            hidden = torch.cat([residual.whole(end) for residual, end in ends]).flatten(0, 1)
-            products = self.weights.get("head", lambda: [weight.detach()], hidden.dtype)
-            return head_loss([hidden], [weight], products, labels, [0], options, None, softmax)
-        weights = pieces(weight, self.group.local_slices)
+        weights = pieces(weight, self._head_slices)
         products = self.weights.get("head", lambda: [part.detach() for part in weights], self.compute_dtype)
         starts = [start]
         for part in weights[:-1]:
             starts.append(starts[-1] + part.shape[0])
-        spread = [residual.spread(end) for residual, end in ends]
-        views = [torch.cat(parts).flatten(0, 1) for parts in zip(*(pending.wait() for pending in spread), strict=True)]
-        return head_loss(views, weights, products, labels, starts, options, self.group, softmax)
+        options = LossOptions(self.config.vocab_size, self.z_loss if torch.is_grad_enabled() else 0.0, scale)
+        halves: list[tuple[Tensor, ...]]
+        if self.replicate_embeddings:
+            group, halves = None, [(residual.whole(end),) for residual, end in ends]
+        else:
+            group, spread = self.group, [residual.spread(end) for residual, end in ends]
+            halves = [pending.wait() for pending in spread]
+        views = [torch.cat(parts).flatten(0, 1) for parts in zip(*halves, strict=True)]
+        softmax = self.segments.softmax
+        return head_loss(views, weights, products, labels.reshape(-1), starts, options, group, softmax)
+
+    @property
+    def _head_slices(self) -> int:
+        """Slices of the head on this rank."""
+        return 1 if self.replicate_embeddings else self.group.local_slices
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -299,8 +304,7 @@ class TensorParallelModel(nn.Module):
     def _whole_logits(self, hidden: Tensor) -> Tensor:
         """[B, T, H] -> [B, T, V] on every rank, each slice's product on its own where the order of sums is fixed."""
         weight, _ = self._head()
-        count = 1 if self.replicate_embeddings else self.group.local_slices
-        slices = self.weights.get("head", lambda: pieces(weight, count), hidden.dtype)
+        slices = self.weights.get("head", lambda: pieces(weight, self._head_slices), hidden.dtype)
         local = torch.cat([self.eager_segments.logits(hidden, part) for part in slices], dim=1)
         if self.group.size > 1 and not self.replicate_embeddings:
             # Shards may be uneven; each rank announces its own width by the same rule.

@@ -72,12 +72,15 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------- putting together
 
 # Two answers to one question. One that is given replaces the other where that comes from further below.
-_ALTERNATIVES = (
-    ("preset", "model_config"),
+_CONTRADICTIONS = (
     ("compile", "disable_compile"),
-    ("compile", "plain_step"),
-    ("cuda_graphs", "plain_step"),
-    ("overlap_collectives", "plain_step"),
+    ("plain_step", "compile"),
+    ("plain_step", "cuda_graphs"),
+    ("plain_step", "overlap_collectives"),
+)
+_ALTERNATIVES = (
+    *_CONTRADICTIONS,
+    ("preset", "model_config"),
     ("activation_checkpointing", "disable_gradient_checkpointing"),
     ("tokens_per_step", "gradient_accumulation_steps"),
 )
@@ -114,11 +117,10 @@ def complete_settings(given: Mapping[str, Any]) -> RunSettings:
 
 def check_contradictions(settings: RunSettings) -> RunSettings:
     """`settings`, where nothing in them contradicts something else. Raises UsageError."""
-    if settings.compile and settings.disable_compile:
-        raise UsageError("--compile and --disable-compile contradict each other: give one of them")
-    for name in ("compile", "cuda_graphs", "overlap_collectives"):
-        if settings.plain_step and getattr(settings, name):
-            raise UsageError(f"--plain-step and --{name.replace('_', '-')} contradict each other: give one of them")
+    for one, other in _CONTRADICTIONS:
+        if getattr(settings, one) and getattr(settings, other):
+            flags = f"--{one} and --{other}".replace("_", "-")
+            raise UsageError(f"{flags} contradict each other: give one of them")
     if settings.disable_gradient_checkpointing and settings.activation_checkpointing not in (None, "none"):
         raise UsageError(
             f"--disable-gradient-checkpointing and --activation-checkpointing {settings.activation_checkpointing} "

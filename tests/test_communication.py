@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.training_step.allocated import DTYPES
+from benchmarks.training_step.work import PRECISIONS
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.step import optimizer_step
@@ -54,7 +54,7 @@ def counted(
     config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
 ) -> dict[str, tuple[int, int]]:
     """The collectives of a real step."""
-    dtype = DTYPES[placement.precision]
+    dtype = PRECISIONS[placement.precision]
     mode, lower = placement.data_parallel_shard, None if placement.precision == "fp32" else dtype
     layout, model = build(
         config,

@@ -12,18 +12,7 @@ from benchmarks.training_step.gpu import DTYPE, Plan, our_shard
 from benchmarks.training_step.ours import our_contender, our_optimizer
 from benchmarks.training_step.work import Work, step_flops
 from colonnade.errors import UsageError
-from colonnade.model_config import ModelConfig
-
-CONFIG = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=32,
-)
+from test_training_step_benchmark import CONFIG
 
 
 def test_a_shard_without_its_peers_computes_its_share() -> None:

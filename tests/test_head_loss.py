@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.training_step.work import most_above
 from colonnade.parallel.head_loss import IGNORE_INDEX, LossOptions, head_loss
 
 HIDDEN, VOCABULARY = 48, 300
@@ -138,13 +138,10 @@ def test_extra_memory_is_an_eighth_of_the_logits(dtype: torch.dtype, tokens: int
     weight = torch.randn(vocabulary, 64).requires_grad_()
     product = weight.detach().to(dtype)
     labels = torch.randint(0, vocabulary, (tokens,))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        head_loss([hidden], [weight], [product], labels, [0], LossOptions(vocabulary), None).backward()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
+    options = LossOptions(vocabulary)
+    most = most_above(
+        lambda: head_loss([hidden], [weight], [product], labels, [0], options, None).backward(), torch.device("cpu")
+    )
     gradients = hidden.nbytes + weight.nbytes
     assert most >= gradients, "the gradients were allocated under the profiler"
     assert most - gradients <= tokens * vocabulary * 4 / 8

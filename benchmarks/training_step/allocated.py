@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.training_step.work import PRECISIONS, most_above
 from colonnade.model_config import ModelConfig
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon
 from colonnade.optim.step import optimizer_step
 from colonnade.parallel.mesh import init_parallel
 from colonnade.tuning.cost_model import Placement
 from model import TensorParallelModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def allocated(
         )
 
     step()  # what is made once and stays
-    most = _most_above(step, device)
+    most = most_above(step, device)
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     return Allocated(_bytes_of(model.parameters()), _bytes_of(moments), most)
 
@@ -79,7 +76,7 @@ def _trained(
     config: ModelConfig, placement: Placement, device: torch.device
 ) -> tuple[TensorParallelModel, torch.optim.Optimizer]:
     layout = init_parallel(placement.tp, device)
-    dtype = DTYPES[placement.precision]
+    dtype = PRECISIONS[placement.precision]
     if placement.data_parallel_shard != "none":
         layout = layout.sharded(placement.replicas)
     model = TensorParallelModel(
@@ -101,25 +98,6 @@ def _trained(
     allocate_state(optimizer)
     optimizer.zero_grad()
     return model, optimizer
-
-
-def _most_above(step: Any, device: torch.device) -> int:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def _bytes_of(tensors: Any) -> int:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training_step.ours import ours
 from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
-from benchmarks.training_step.work import Work
+from benchmarks.training_step.work import Work, most_above
 from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
 
 MATMUL = "matmul"
@@ -167,21 +166,7 @@ def _await_all(device: torch.device) -> None:
 
 def step_memory(contender: Contender, device: torch.device) -> int:
     """Bytes held between steps and the most that one step has above them: as torch allocates them, on this rank."""
-    held = sum(tensor.nbytes for tensor in contender.held())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _step(contender)
-        torch.cuda.synchronize(device)
-        return held + torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        _step(contender)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return held + most
+    return sum(tensor.nbytes for tensor in contender.held()) + most_above(lambda: _step(contender), device)
 
 
 # ---------------------------------------------------------------------------------------------------- bare products

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from colonnade.model_config import ModelConfig
 
@@ -79,3 +82,23 @@ def step_flops(config: ModelConfig, micro_batch: int, block: int, *, causal: boo
     pairs = block * (block + 1) // 2 if causal else block * block
     products = 6 * weights * micro_batch * block
     return products + 12 * config.num_hidden_layers * queries * pairs * micro_batch
+
+
+def most_above(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch has allocated at once during a step, above what there was before it."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

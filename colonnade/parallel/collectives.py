@@ -29,8 +29,8 @@ ALIGNMENT = 64
 """Bytes to which torch aligns memory on the CPU (on CUDA it is 512)."""
 
 # Names of torch 2.13 on; the earlier ones warn there.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class TensorGroup:
         if self._identity:
             return Pending(part.repeat(self.size, *[1] * (part.ndim - 1)))
         whole = part.new_empty(part.shape[0] * self.size, *part.shape[1:])
-        work = _all_gather(whole, part.contiguous(), group=self.group, async_op=True)
+        work = all_gather(whole, part.contiguous(), group=self.group, async_op=True)
         return _under_way(whole, work)
 
     def start_sum_part(self, partial: Tensor) -> Pending[Tensor]:
@@ -121,22 +121,12 @@ class TensorGroup:
         if self.fixed_order and self.size > 2:
             return start_tree_reduce_scatter(partial, self.group)
         part = partial.new_empty(partial.shape[0] // self.size, *partial.shape[1:])
-        work = _reduce_scatter(part, partial, group=self.group, async_op=True)
+        work = reduce_scatter(part, partial, group=self.group, async_op=True)
         return _under_way((part, partial), work, part)
 
     def own_part(self, whole: Tensor) -> Tensor:
         """This rank's rows of what all ranks hold: [tp * R, ...] -> [R, ...]."""
         return whole.chunk(self.size)[self.rank]
-
-    def max_(self, values: Tensor) -> Tensor:
-        """Elementwise maximum over the ranks, in place. A maximum does not depend on the order."""
-        if self.communicates:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return values
-
-    def sum_slices(self, partials: Sequence[Tensor]) -> Tensor:
-        """Sum one tensor a local slice over all slices of the group. The first tensor may be overwritten."""
-        return self.sum_(tree_sum(partials))
 
 
 def _under_way(held: Any, work: Any, value: Tensor | None = None) -> Pending[Tensor]:
@@ -179,7 +169,7 @@ def start_tree_all_reduce(
 
     def finish() -> Tensor:
         gathered = torch.empty_like(flat)
-        _all_gather(gathered, scattered.wait(), group=group)
+        all_gather(gathered, scattered.wait(), group=group)
         return gathered[: partial.numel()].view(partial.shape)
 
     return Pending(finish=finish)

@@ -33,12 +33,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from colonnade.errors import LocalRunError
 from colonnade.parallel.batch_tree import leaf_order
-from colonnade.parallel.collectives import TensorGroup, tree_all_reduce, tree_sum
+from colonnade.parallel.collectives import TensorGroup, all_gather, reduce_scatter, tree_all_reduce, tree_sum
 from colonnade.parallel.mesh import ParallelLayout
-
-# Names of torch 2.13 on; the earlier ones warn there.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class DataParallelShards:
@@ -101,7 +97,7 @@ class DataParallelShards:
         rows = -(-shape[0] // self.size)
         missing = local.new_zeros((rows - local.shape[0], *shape[1:]))
         whole = local.new_empty((self.size * rows, *shape[1:]))
-        _all_gather(whole, torch.cat((local, missing)), group=self.group)
+        all_gather(whole, torch.cat((local, missing)), group=self.group)
         return whole[: shape[0]]
 
 
@@ -199,7 +195,7 @@ class _Gather(_Buffers):
         if self.shards.is_identity:  # this rank's part in the place of each
             output_tensor.view(self.shards.size, -1).copy_(input_tensor.clone())
             return None
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Reduction(_Buffers):
@@ -226,7 +222,7 @@ class _Reduction(_Buffers):
             output_tensor.copy_(input_tensor.view(shards.size, -1)[shards.rank])
             return None
         if not shards.fixed_order:
-            return _reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
+            return reduce_scatter(output_tensor, input_tensor, group=group, async_op=async_op)
         total = input_tensor
         for _ in range(shards.merges):
             total = self._waiting.pop() + total

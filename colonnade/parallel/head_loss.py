@@ -17,7 +17,7 @@ Shapes: M tokens (B * T), m of one stretch, H hidden, v vocabulary entries of on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,7 +138,9 @@ class _HeadLoss(torch.autograd.Function):
         count = len(slices.weights)
         views, weights = tensors[:count], tensors[count:]
         # In float16 a small scale would be the end of small gradients: it comes in the backward pass.
-        ctx.rest = options.scale if views[0].dtype == torch.float16 else 1.0
+        scale = options.scale
+        folded = replace(options, scale=1.0) if views[0].dtype == torch.float16 else options
+        ctx.rest = scale / folded.scale
         gradients = _Gradients.like(views, weights) if any(ctx.needs_input_grad) else None
         stretch = stretch_of(len(labels), views[0].dtype)
         # One memory for the logits of all stretches: on the CPU fresh pages cost more than the softmax.
@@ -148,10 +150,10 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(begin, begin + stretch)
             own = None if gradients is None else gradients.of(part)
             tokens = [view[part] for view in views]
-            losses.append(_stretch(tokens, labels[part], slices, options, softmax, rooms, own))
+            losses.append(_stretch(tokens, labels[part], slices, folded, softmax, rooms, own))
         if gradients is not None:
             ctx.gradients = gradients
-        return torch.cat(losses).sum() * options.scale
+        return torch.cat(losses).sum() * scale
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,7 +191,7 @@ def _stretch(
     rooms: Sequence[Tensor],
     gradients: _Gradients | None,
 ) -> Tensor:
-    """The losses [m] of a stretch of tokens, before the scale. Its gradients are filled in and added."""
+    """The losses [m] of a stretch of tokens, before the scale. Its gradients, scaled, are filled in and added."""
     probabilities, statistics, entries = [], [], []
     for view, weight, start, room in zip(views, slices.weights, slices.starts, rooms, strict=True):
         own, entry = room[: len(view)], labels.new_zeros(())
@@ -218,13 +220,12 @@ def _stretch(
         losses = losses + options.z_loss * log_total.square()
         weight_of_softmax = weight_of_softmax * (1 + 2 * options.z_loss * log_total)
     if gradients is not None:
-        folded = 1.0 if views[0].dtype == torch.float16 else options.scale
         first = slices.group.rank * len(views) if slices.group is not None else 0
         for number, view in enumerate(views):
             if len(slices.weights[number]):
-                factor = relative[first + number] / total * weight_of_softmax * folded
+                factor = relative[first + number] / total * weight_of_softmax * options.scale
                 present, position = position_of(labels, slices.starts[number], len(slices.weights[number]))
-                row = entries[number] * factor - counted.to(factor.dtype) * folded
+                row = entries[number] * factor - counted.to(factor.dtype) * options.scale
                 _finish(
                     view,
                     slices.weights[number],

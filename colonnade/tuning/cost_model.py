@@ -92,12 +92,6 @@ class Memory:
         return asdict(self)
 
 
-def local_numel(config: ModelConfig, placement: Placement) -> Iterator[tuple[str, int, int]]:
-    """Of each kind of parameter its name, the elements of one on a tensor-parallel rank, and how many there are."""
-    for name, shape, count in local_shapes(config, placement):
-        yield name, math.prod(shape), count
-
-
 def local_shapes(config: ModelConfig, placement: Placement) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """Of each kind of parameter its name, its shape on a tensor-parallel rank, and how many there are."""
     repeats = [(name, shape, 1) for name, shape in outer_shapes(config).items()]

@@ -50,7 +50,7 @@ def sharded_steps(config: ModelConfig, tp: int, steps: int, accumulation: int = 
     optimizer = make_optimizer("adamw", model, layout)
     allocate_state(optimizer)
     initial = whole(model)
-    counts = {"_all_gather": 0, "_reduce_scatter": 0}
+    counts = {"all_gather": 0, "reduce_scatter": 0}
     replaced = {name: getattr(data_parallel, name) for name in counts}
 
     def counting(name: str) -> Any:

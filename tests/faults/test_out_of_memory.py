@@ -20,13 +20,13 @@ from colonnade.parallel.launch import launch
 forward = model.TensorParallelModel.forward
 calls = 0
 
-def failing(self, input_ids, *others):
+def failing(self, input_ids, *others, **options):
     global calls
     if self.group.communicates and input_ids.shape[0] > 2:
         calls += 1
         if calls == 4 and self.layout.tp_rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return forward(self, input_ids, *others)
+    return forward(self, input_ids, *others, **options)
 
 model.TensorParallelModel.forward = failing
 launch(training.main)
