@@ -2,7 +2,7 @@
 
 Each rank holds a stretch of the vocabulary, cut into slices. For m tokens at a time, and each slice:
 
-1. logits [m, v], and in their place the softmax p over the slice; its maximum and sum of exponentials, a token each.
+1. logits [m, v], and in their place p = exp(logit - maximum); maximum and sum of p, a token each.
 2. The statistics [slices, 3, m] of all slices are gathered. While they are under way: p W, [m, H].
 3. The softmax over the vocabulary is p times a factor r for each token and slice. So the gradients are r (p W) and
    p^T (r h), less the row of the target, which is added by itself in float32.
@@ -28,15 +28,19 @@ from colonnade.parallel.collectives import Pending, TensorGroup, tree_sum
 IGNORE_INDEX = -100
 """A label that takes no part in the loss (the value `torch.nn.functional.cross_entropy` uses)."""
 
-# Of full logits in float32 a stretch may take an eighth. It holds its logits (in float32 itself: a tenth); in another
-# dtype a copy in float32 as well, 6 bytes an entry together, and a stripe of the weight's gradient.
+# Of full logits in float32 a stretch may take an eighth. It holds its logits: a tenth in float32 itself, a twelfth in
+# half precision, where some of its rows are there in float32 as well, and a stripe of the weight's gradient.
 STRETCHES = {torch.float32: 10, torch.float64: 10}
-STRETCHES_OF_HALF = 16
+STRETCHES_OF_HALF = 6
 SMALLEST_STRETCH = 32
+# Bytes in float32 of the rows that become exponentials at a time, pass after pass. On the CPU they stay in a core's
+# cache: half the time of passes over a whole stretch.
+EXPONENTIALS = {"cpu": 1 << 20}
+EXPONENTIALS_ELSEWHERE = 1 << 26
 # Rows of a weight's gradient that are made in half precision before they are added in float32: they stay in the cache.
-STRIPE = 2048
+STRIPE = 1024
 
-SliceSoftmax = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+SliceExponentials = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def head_loss(
     starts: Sequence[int],
     options: LossOptions,
     group: TensorGroup | None,
-    softmax: SliceSoftmax | None = None,
+    exponentials: SliceExponentials | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of a vocabulary-sharded head.
 
@@ -83,7 +87,7 @@ def head_loss(
         labels: [M] target ids; `IGNORE_INDEX` leaves a token out.
         starts: id of the first row of each local slice.
         group: the ranks that hold the other slices; None where `weights` is the whole head.
-        softmax: `softmax_of_slice_`, or a compiled one.
+        exponentials: `exponentials_of_slice_`, or a compiled one.
 
     Returns:
         A scalar in float32 (float64 for float64 tokens), equal on every rank. It can be differentiated once.
@@ -93,29 +97,47 @@ def head_loss(
         for product, start in zip(products, starts, strict=True)
     ]
     slices = _Slices(real, tuple(starts), group)
-    return _HeadLoss.apply(slices, labels, options, softmax or softmax_of_slice_, *views, *weights)
+    return _HeadLoss.apply(slices, labels, options, exponentials or exponentials_of_slice_, *views, *weights)
 
 
-def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Turn logits [m, v] of one slice into their softmax over the slice, in place, the target's entry left out as 0.
+def exponentials_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:
+    """Turn logits [m, v] of one slice into exp(logit - maximum), in place, the target's entry left out as 0.
 
     Returns:
-        statistics [3, m]: maximum, sum of exponentials relative to it, logit of the target (0 where the slice does not
-        hold it); and [m], the softmax of the target. Both in float32 or wider.
+        statistics [3, m] in float32 or wider: maximum, sum of the exponentials (the target's included), logit of the
+        target (0 where the slice does not hold it).
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     present, position = position_of(labels, start, logits.shape[1])
-    position = position.unsqueeze(1)
-    maximum = wide.amax(1)
-    target = wide.gather(1, position).squeeze(1).masked_fill(~present, 0.0)
-    softmax = torch.softmax(wide, 1, out=wide)
-    # The largest entry is exp(0) over the sum.
-    total = 1.0 / softmax.amax(1)
-    entry = softmax.gather(1, position)
-    softmax.scatter_(1, position, entry.masked_fill(present.unsqueeze(1), 0.0))
-    if wide is not logits:
-        logits.copy_(wide)
-    return torch.stack((maximum, total, target)), entry.squeeze(1)
+    # Of the flat logits: `scatter_` along rows copies all of them into float32 first.
+    flat = logits.view(-1)
+    entry = position + torch.arange(len(labels), device=labels.device) * logits.shape[1]
+    target = flat[entry].to(dtype).masked_fill(~present, 0.0)
+    maximum, total = _exponentials_(logits, dtype)
+    flat.index_copy_(0, entry, flat[entry].masked_fill(present, 0.0))
+    return torch.stack((maximum, total, target))
+
+
+def _exponentials_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """exp(logit - maximum) in place of logits [m, v], computed in `dtype`; maximum and sum [m] of each row."""
+    if torch.compiler.is_compiling():
+        maximum = logits.to(dtype).amax(1, keepdim=True)
+        exponentials = (logits.to(dtype) - maximum).exp()
+        logits.copy_(exponentials)
+        return maximum.squeeze(1), exponentials.sum(1)
+    tokens, entries = logits.shape
+    rows = EXPONENTIALS.get(logits.device.type, EXPONENTIALS_ELSEWHERE) // (entries * dtype.itemsize)
+    rows = max(1, min(rows, tokens // 8))
+    room = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
+    maxima, totals = [], []
+    for block in logits.split(rows):
+        wide = block if room is None else room[: len(block)].copy_(block)
+        maximum = wide.amax(1, keepdim=True)
+        maxima.append(maximum.squeeze(1))
+        totals.append(wide.sub_(maximum).exp_().sum(1))
+        if room is not None:
+            block.copy_(wide)
+    return torch.cat(maxima), torch.cat(totals)
 
 
 def position_of(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -127,13 +149,13 @@ def position_of(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]
 def stretch_of(tokens: int, dtype: torch.dtype) -> int:
     """Tokens whose logits exist at a time."""
     rows = -(-tokens // STRETCHES.get(dtype, STRETCHES_OF_HALF))
-    return max(SMALLEST_STRETCH, rows - rows % 8)
+    return max(SMALLEST_STRETCH, rows + -rows % 8)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, slices: _Slices, labels: Tensor, options: LossOptions, softmax: SliceSoftmax, *tensors: Tensor
+        ctx: Any, slices: _Slices, labels: Tensor, options: LossOptions, exponentials: SliceExponentials, *tensors: Tensor
     ) -> Tensor:
         count = len(slices.weights)
         views, weights = tensors[:count], tensors[count:]
@@ -143,14 +165,14 @@ class _HeadLoss(torch.autograd.Function):
         ctx.rest = scale / folded.scale
         gradients = _Gradients.like(views, weights) if any(ctx.needs_input_grad) else None
         stretch = stretch_of(len(labels), views[0].dtype)
-        # One memory for the logits of all stretches: on the CPU fresh pages cost more than the softmax.
+        # One memory for the logits of all stretches: on the CPU fresh pages cost more than the exponentials.
         rooms = [view.new_empty((stretch, len(weight))) for view, weight in zip(views, slices.weights, strict=True)]
         losses = []
         for begin in range(0, len(labels), stretch):
             part = slice(begin, begin + stretch)
             own = None if gradients is None else gradients.of(part)
             tokens = [view[part] for view in views]
-            losses.append(_stretch(tokens, labels[part], slices, folded, softmax, rooms, own))
+            losses.append(_stretch(tokens, labels[part], slices, folded, exponentials, rooms, own))
         if gradients is not None:
             ctx.gradients = gradients
         return torch.cat(losses).sum() * scale
@@ -169,17 +191,22 @@ class _HeadLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of the tokens' views [M, H] in their dtype, and of the weights' slices [v, H] in theirs."""
+    """Of the tokens' views [M, H] in their dtype, and of the weights' slices [v, H] in theirs.
+
+    Attributes:
+        begins: nothing has been added to the gradients of the weights yet; they hold no value.
+    """
 
     tokens: Sequence[Tensor]
     weights: Sequence[Tensor]
+    begins: bool = True
 
     @classmethod
     def like(cls, views: Sequence[Tensor], weights: Sequence[Tensor]) -> _Gradients:
-        return cls([torch.empty_like(view) for view in views], [torch.zeros_like(weight) for weight in weights])
+        return cls([torch.empty_like(view) for view in views], [torch.empty_like(weight) for weight in weights])
 
     def of(self, part: slice) -> _Gradients:
-        return _Gradients([gradient[part] for gradient in self.tokens], self.weights)
+        return _Gradients([gradient[part] for gradient in self.tokens], self.weights, part.start == 0)
 
 
 def _stretch(
@@ -187,30 +214,27 @@ def _stretch(
     labels: Tensor,
     slices: _Slices,
     options: LossOptions,
-    softmax: SliceSoftmax,
+    exponentials: SliceExponentials,
     rooms: Sequence[Tensor],
     gradients: _Gradients | None,
 ) -> Tensor:
     """The losses [m] of a stretch of tokens, before the scale. Its gradients, scaled, are filled in and added."""
-    probabilities, statistics, entries = [], [], []
-    for view, weight, start, room in zip(views, slices.weights, slices.starts, rooms, strict=True):
-        own, entry = room[: len(view)], labels.new_zeros(())
+    exps = [room[: len(view)] for room, view in zip(rooms, views, strict=True)]
+    statistics = []
+    for view, weight, start, own in zip(views, slices.weights, slices.starts, exps, strict=True):
         if len(weight):
             torch.mm(view, weight.T, out=own)
-            told, entry = softmax(own, labels, start)
+            statistics.append(exponentials(own, labels, start))
         else:  # a slice of nothing but padding
-            told = _nothing(view, len(labels))
-        probabilities.append(own)
-        statistics.append(told)
-        entries.append(entry)
+            statistics.append(_nothing(view, len(labels)))
     pending = _gathered(torch.stack(statistics), slices.group)
     if gradients is not None:
-        for own, weight, gradient in zip(probabilities, slices.weights, gradients.tokens, strict=True):
+        for own, weight, gradient in zip(exps, slices.weights, gradients.tokens, strict=True):
             gradient.zero_() if not len(weight) else torch.mm(own, weight, out=gradient)
     every = pending.wait()  # [V, 3, m]
     highest = every[:, 0].amax(0)
-    relative = (every[:, 0] - highest).exp() * every[:, 1]  # [V, m], the slices' sums of exponentials
-    total = tree_sum(relative.unbind(0))
+    relative = (every[:, 0] - highest).exp()  # [V, m], a slice's largest exponential beside the largest of all
+    total = tree_sum((relative * every[:, 1]).unbind(0))
     log_total = highest + total.log()
     counted = labels != IGNORE_INDEX
     target = tree_sum(every[:, 2].unbind(0))
@@ -222,18 +246,23 @@ def _stretch(
     if gradients is not None:
         first = slices.group.rank * len(views) if slices.group is not None else 0
         for number, view in enumerate(views):
-            if len(slices.weights[number]):
-                factor = relative[first + number] / total * weight_of_softmax * options.scale
-                present, position = position_of(labels, slices.starts[number], len(slices.weights[number]))
-                row = entries[number] * factor - counted.to(factor.dtype) * options.scale
-                _finish(
-                    view,
-                    slices.weights[number],
-                    probabilities[number],
-                    factor.unsqueeze(1),
-                    (position, row.masked_fill(~present, 0.0).unsqueeze(1)),
-                    (gradients.tokens[number], gradients.weights[number]),
-                )
+            weight, (maximum, _, logit) = slices.weights[number], every[first + number]
+            if not len(weight):
+                if gradients.begins:
+                    gradients.weights[number].zero_()
+                continue
+            factor = relative[first + number] / total * weight_of_softmax * options.scale
+            present, position = position_of(labels, slices.starts[number], len(weight))
+            row = (logit - maximum).exp() * factor - counted.to(factor.dtype) * options.scale
+            _finish(
+                view,
+                weight,
+                exps[number],
+                factor.unsqueeze(1),
+                (position, row.masked_fill(~present, 0.0).unsqueeze(1)),
+                (gradients.tokens[number], gradients.weights[number]),
+                begins=gradients.begins,
+            )
     return torch.where(counted, losses, 0.0)
 
 
@@ -252,28 +281,39 @@ def _gathered(statistics: Tensor, group: TensorGroup | None) -> Pending[Tensor]:
 def _finish(
     view: Tensor,
     weight: Tensor,
-    softmax: Tensor,
+    exps: Tensor,
     factor: Tensor,
     target: tuple[Tensor, Tensor],
     gradients: tuple[Tensor, Tensor],
+    *,
+    begins: bool,
 ) -> None:
-    """Gradients of one slice from its softmax.
+    """Gradients of one slice from its exponentials.
 
     Args:
-        view: [m, H]; weight: [v, H]; softmax: [m, v], all in the dtype of products.
-        factor: [m, 1], what the softmax is multiplied with.
+        view: [m, H]; weight: [v, H]; exps: [m, v], all in the dtype of products.
+        factor: [m, 1], what the exponentials are multiplied with to be the softmax.
         target: each target's row [m], and [m, 1] what it is multiplied with; 0 where the slice does not hold it.
-        gradients: of the view [m, H], which holds softmax @ weight; of the weight [>= v, H], which is added to.
+        gradients: of the view [m, H], which holds exps @ weight; of the weight [>= v, H].
+        begins: the gradient of the weight is filled, not added to.
     """
     position, coefficient = target
     of_view, of_weight = gradients
     wide = coefficient.dtype
     of_view.copy_(torch.addcmul(of_view.to(wide) * factor, weight.index_select(0, position).to(wide), coefficient))
     scaled = (view.to(wide) * factor).to(view.dtype)
-    if of_weight.dtype == softmax.dtype:
-        of_weight[: len(weight)].addmm_(softmax.T, scaled)
-    else:
-        for begin in range(0, len(weight), STRIPE):
-            stripe = slice(begin, begin + STRIPE)
-            of_weight[: len(weight)][stripe] += softmax[:, stripe].T @ scaled
+    if begins:
+        of_weight[len(weight) :].zero_()
+    _add_product(of_weight[: len(weight)], exps, scaled, begins=begins)
     of_weight.index_add_(0, position, (view.to(wide) * coefficient).to(of_weight.dtype))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, begins: bool) -> None:
+    """Add left^T right [v, H] of left [m, v] and right [m, H] to `total`, or fill it with the product."""
+    if total.dtype == left.dtype:
+        torch.mm(left.T, right, out=total) if begins else total.addmm_(left.T, right)
+        return
+    product = right.new_empty((min(STRIPE, len(total)), right.shape[1]))
+    for stripe, columns in zip(total.split(STRIPE), left.split(STRIPE, dim=1), strict=True):
+        own = torch.mm(columns.T, right, out=product[: len(stripe)])
+        stripe.copy_(own) if begins else stripe.add_(own)
