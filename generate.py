@@ -129,18 +129,13 @@ def _in_batches(
     encoder: PromptEncoder,
 ) -> None:
     """Continue a list of prompts, and print each with its continuation."""
-    from text_generation import generate_tokens
+    from text_generation import generate_tokens, tokens_of_rows
 
     done: list[Continuation] = []
     for first in range(0, len(prompts), options.batch_size):
         batch = prompts[first : first + options.batch_size]
-        rows: list[list[int]] = [[] for _ in batch]
         steps = generate_tokens(model, batch, options.max_new_tokens, sampling, {encoder.end}, first_row=first)
-        for step in steps:
-            for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
-        for text, row in zip(texts[first:], rows, strict=False):
+        for text, row in zip(texts[first:], tokens_of_rows(steps, len(batch)), strict=False):
             done.append(Continuation(text, decoded(trained, row), len(row)))
             if model.layout.is_main:
                 print(f"{text}{done[-1].text}\n", flush=True)
