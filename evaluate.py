@@ -43,13 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         manager = prepare_tasks(settings)
     layout = init_parallel(settings.tensor_parallel_size)
     on_first_rank(lambda: require_writable_report(settings.json))
-    trained = open_trained(
-        Path(settings.checkpoint_path),
-        tokenizer_path=settings.tokenizer_path,
-        preset=settings.preset,
-        model_config=settings.model_config,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    trained = open_trained(settings)
     with vote():
         plan = plan_of(settings, trained)
         corpora = () if settings.data_glob is None else corpora_of(settings.data_glob)
