@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colonnade.command_settings import EvaluationSettings
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import UsageError
+from colonnade.files import write_text
 from colonnade.flags import parse_evaluation
 from colonnade.parallel.launch import launch
 
@@ -161,10 +162,7 @@ def write_report(
         "data": [score.to_dict() for score in scores],
         "tasks": results,
     }
-    try:
-        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"--json {settings.json} cannot be written: {error.strerror or error}") from error
+    write_text(settings.json, json.dumps(report, indent=1) + "\n", f"--json {settings.json}")
 
 
 if __name__ == "__main__":
