@@ -35,8 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     from colonnade.parallel.determinism import fix_arithmetic
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
+    from run_inputs import resolve_precision
+    from run_model import DTYPES
     from text_generation import PromptEncoder, Sampling, check_length
-    from trained_model import dtype_of_precision, open_trained
+    from trained_model import open_trained
 
     layout = init_parallel(None)
     if options.output is not None:
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_length(prompts, options.max_new_tokens, context, "--max-new-tokens")
     if options.deterministic:
         fix_arithmetic(compiled=False)
-    dtype = dtype_of_precision(options.precision, layout)
+    dtype = DTYPES[resolve_precision(options.precision, layout.device)]
     model = trained.load(layout, compute_dtype=dtype, fixed_order=options.deterministic)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if options.prompt is not None:

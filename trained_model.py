@@ -120,11 +120,3 @@ def open_trained(named: TrainedModelSettings) -> TrainedModel:
         tokenizer = run_tokenizer(settings)
         require_vocabulary(settings, vocabulary_size(tokenizer), config)
     return TrainedModel(found.path, found.step, record, settings, config, tokenizer)
-
-
-def dtype_of_precision(precision: str, layout: ParallelLayout) -> torch.dtype:
-    """What `--precision` auto, fp32 or bf16 means on this device, for a model that is not trained."""
-    if precision == "auto":
-        on_accelerator = layout.device.type != "cpu"
-        return torch.bfloat16 if on_accelerator and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
