@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from colonnade.command_settings import ParitySettings
 from colonnade.errors import RunError, UsageError
+from colonnade.files import write_text
 from colonnade.flags import parse_parity
 from colonnade.parallel.launch import launch
 
@@ -263,10 +264,7 @@ def conclude(
             "problems": problems,
             "precisions": [each.to_dict() for each in done],
         }
-        try:
-            Path(parity.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"--json {parity.json} cannot be written: {error.strerror or error}") from error
+        write_text(parity.json, json.dumps(report, indent=1) + "\n", f"--json {parity.json}")
     if problems:
         return "; ".join(problems)
     bits = " to the bit" if all(each.tolerance == 0 for each in done) else ""

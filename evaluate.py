@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colonnade.command_settings import EvaluationSettings
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import UsageError
+from colonnade.files import write_text
 from colonnade.flags import parse_evaluation
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
     from colonnade.data.mixture import CorpusPattern
+    from colonnade.data.shards import Shard
     from colonnade.parallel.mesh import ParallelLayout
     from run_evaluation import Plan, Score
     from trained_model import TrainedModel
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.mesh import init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank, vote
-    from run_evaluation import corpora_of, plan_of, require_readable
+    from run_evaluation import corpora_of, open_corpora, plan_of
     from trained_model import open_trained
 
     manager = None
@@ -43,18 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
         manager = prepare_tasks(settings)
     layout = init_parallel(settings.tensor_parallel_size)
     on_first_rank(lambda: require_writable_report(settings.json))
-    trained = open_trained(
-        Path(settings.checkpoint_path),
-        tokenizer_path=settings.tokenizer_path,
-        preset=settings.preset,
-        model_config=settings.model_config,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    trained = open_trained(settings)
     with vote():
         plan = plan_of(settings, trained)
         corpora = () if settings.data_glob is None else corpora_of(settings.data_glob)
-    on_first_rank(lambda: require_readable(corpora, plan))
-    scores = score_texts(settings, trained, layout, plan, corpora)
+    shards = on_first_rank(lambda: open_corpora(corpora, plan))
+    scores = score_texts(settings, trained, layout, plan, list(zip(corpora, shards, strict=True)))
     results = {} if manager is None else score_tasks(settings, trained, layout, plan, manager)
     on_first_rank(lambda: write_report(settings, trained, plan, scores, results))
 
@@ -64,9 +60,9 @@ def score_texts(
     trained: TrainedModel,
     layout: ParallelLayout,
     plan: Plan,
-    corpora: Sequence[CorpusPattern],
+    corpora: Sequence[tuple[CorpusPattern, Sequence[Shard]]],
 ) -> list[Score]:
-    """Each corpus's score, printed as it comes. Collective."""
+    """Each corpus's score, from its files, printed as it comes. Collective."""
     from run_evaluation import score
     from run_model import DTYPES
 
@@ -76,8 +72,8 @@ def score_texts(
     if layout.is_main:
         print(header(trained, plan, settings), flush=True)
     scores = []
-    for corpus in corpora:
-        scores.append(score(model, trained, corpus, plan))
+    for corpus, shards in corpora:
+        scores.append(score(model, trained, corpus, shards, plan))
         if layout.is_main:
             print(line(scores[-1]), flush=True)
     return scores
@@ -167,10 +163,7 @@ def write_report(
         "data": [score.to_dict() for score in scores],
         "tasks": results,
     }
-    try:
-        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"--json {settings.json} cannot be written: {error.strerror or error}") from error
+    write_text(settings.json, json.dumps(report, indent=1) + "\n", f"--json {settings.json}")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import UsageError
-from colonnade.flags import OneLineParser
+from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parse(arguments)
+    checkpoint, options = _parse(arguments)
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
@@ -31,13 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     layout = init_parallel(None)
     output = Path(options.output)
     on_first_rank(lambda: require_free(output))
-    trained = open_trained(
-        Path(options.checkpoint_path),
-        tokenizer_path=options.tokenizer_path,
-        preset=options.preset,
-        model_config=options.model_config,
-        trust_remote_code=options.trust_remote_code,
-    )
+    trained = open_trained(checkpoint)
     text = None if options.text_file is None else on_first_rank(lambda: _read_text(Path(options.text_file)))
     if output.suffix == ".pth":
         said = export_single_file(trained, layout, output, options.dtype)
@@ -69,26 +64,19 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"--text-file {path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="export_hf.py", description=(__doc__ or "").splitlines()[0])
+def _parse(arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:
+    parser = TrainedModelParser(prog="export_hf.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    text = "a run's folder, one checkpoint, a .pth file, or wandb:entity/project/name:version"
-    add("--checkpoint-path", required=True, metavar="PATH", help=text)
     add("--output", required=True, metavar="PATH", help="the folder to make, or a file whose name ends in .pth")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32: exact)")
     text = "largest file of weights (default 5GB); so much is held beside the model"
     add("--max-shard-size", default="5GB", metavar="SIZE", help=text)
     text = "text to compare logits on (default the first of the run's data)"
     add("--text-file", metavar="FILE", help=text)
-    text = "where the run's tokenizer is now, if it was moved; a .pth file needs it"
-    add("--tokenizer-path", metavar="PATH", help=text)
-    add("--preset", metavar="NAME", help="sizes of a .pth file")
-    add("--model-config", metavar="PATH", help="sizes of a .pth file, as a Hugging Face config.json")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
-    options = argparse.Namespace(**parser.parse(arguments))
+    checkpoint, options = parser.parse_with_model(arguments)
     if not re.fullmatch(r"[1-9][0-9]{0,5}(KB|MB|GB)", options.max_shard_size):
         raise UsageError(f"--max-shard-size {options.max_shard_size!r:.50} must be a whole number of KB, MB or GB: 5GB")
-    return options
+    return checkpoint, options
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import RunError, UsageError
-from colonnade.flags import OneLineParser
+from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
@@ -29,24 +30,20 @@ MAX_BATCH = 4096
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parse(arguments)
+    checkpoint, options = _parse(arguments)
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.determinism import fix_arithmetic
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
+    from run_inputs import resolve_precision
+    from run_model import DTYPES
     from text_generation import PromptEncoder, Sampling, check_length
-    from trained_model import dtype_of_precision, open_trained
+    from trained_model import open_trained
 
     layout = init_parallel(None)
     if options.output is not None:
         on_first_rank(lambda: _require_new(Path(options.output)))
-    trained = open_trained(
-        Path(options.checkpoint_path),
-        tokenizer_path=options.tokenizer_path,
-        preset=options.preset,
-        model_config=options.model_config,
-        trust_remote_code=options.trust_remote_code,
-    )
+    trained = open_trained(checkpoint)
     texts = [options.prompt] if options.prompt is not None else on_first_rank(lambda: read_prompts(options))
     boundary = trained.settings.add_document_boundary_tokens
     encoder = PromptEncoder(trained.tokenizer, add_document_boundary_tokens=boundary)
@@ -56,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_length(prompts, options.max_new_tokens, context, "--max-new-tokens")
     if options.deterministic:
         fix_arithmetic(compiled=False)
-    dtype = dtype_of_precision(options.precision, layout)
+    dtype = DTYPES[resolve_precision(options.precision, layout.device)]
     model = trained.load(layout, compute_dtype=dtype, fixed_order=options.deterministic)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if options.prompt is not None:
@@ -129,18 +126,13 @@ def _in_batches(
     encoder: PromptEncoder,
 ) -> None:
     """Continue a list of prompts, and print each with its continuation."""
-    from text_generation import generate_tokens
+    from text_generation import generate_tokens, tokens_of_rows
 
     done: list[Continuation] = []
     for first in range(0, len(prompts), options.batch_size):
         batch = prompts[first : first + options.batch_size]
-        rows: list[list[int]] = [[] for _ in batch]
         steps = generate_tokens(model, batch, options.max_new_tokens, sampling, {encoder.end}, first_row=first)
-        for step in steps:
-            for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
-        for text, row in zip(texts[first:], rows, strict=False):
+        for text, row in zip(texts[first:], tokens_of_rows(steps, len(batch)), strict=False):
             done.append(Continuation(text, decoded(trained, row), len(row)))
             if model.layout.is_main:
                 print(f"{text}{done[-1].text}\n", flush=True)
@@ -181,11 +173,9 @@ def _require_new(path: Path) -> None:
         raise UsageError(f"--output {path}: there is no folder {path.parent}")
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="generate.py", description=(__doc__ or "").splitlines()[0])
+def _parse(arguments: list[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:
+    parser = TrainedModelParser(prog="generate.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    text = "a run's folder, one checkpoint, a .pth file, or wandb:entity/project/name:version"
-    add("--checkpoint-path", required=True, metavar="PATH", help=text)
     add("--prompt", metavar="TEXT", help="text to continue; it appears as it is sampled")
     add("--prompts-file", metavar="FILE", help="prompts to continue: one a line, or in a .jsonl file one object a line")
     add("--output", metavar="FILE", help="write prompts and continuations as JSON lines too")
@@ -201,12 +191,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
     text = "the same tokens at every number of ranks; one CPU thread a rank (default on)"
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True, help=text)
-    text = "where the run's tokenizer is now, if it was moved; a .pth file needs it"
-    add("--tokenizer-path", metavar="PATH", help=text)
-    add("--preset", metavar="NAME", help="sizes of a .pth file")
-    add("--model-config", metavar="PATH", help="sizes of a .pth file, as a Hugging Face config.json")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
-    options = argparse.Namespace(**parser.parse(arguments))
+    checkpoint, options = parser.parse_with_model(arguments)
     if (options.prompt is None) == (options.prompts_file is None):
         raise UsageError("--prompt or --prompts-file: give one of them")
     for name, least, most in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("batch_size", 1, MAX_BATCH)):
@@ -219,7 +204,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"--top-p {options.top_p} must be above 0 and at most 1")
     if not -(2**63) <= options.seed < 2**63:
         raise UsageError(f"--seed {options.seed} must have 64 bits at most")
-    return options
+    return checkpoint, options
 
 
 if __name__ == "__main__":

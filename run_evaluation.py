@@ -18,7 +18,7 @@ from colonnade.data.blocks import unpack_blocks
 from colonnade.data.discovery import discover_shards
 from colonnade.data.held_out import Tally, batches_of, cut_windows, encoded, limited, texts_of
 from colonnade.data.mixture import CorpusPattern, parse_data_glob
-from colonnade.data.shards import open_shards
+from colonnade.data.shards import Shard, open_shards
 from colonnade.data.tokenization import Encoder, boundary_tokens
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.head_loss import IGNORE_INDEX
@@ -118,21 +118,26 @@ def corpora_of(data_glob: str) -> tuple[CorpusPattern, ...]:
     return parse_data_glob(",".join(f"{part}:1" if _NAME_ONLY.fullmatch(part) else part for part in parts))
 
 
-def require_readable(corpora: Sequence[CorpusPattern], plan: Plan) -> None:
-    """Open the footers of all files, before a model is read.
+def open_corpora(corpora: Sequence[CorpusPattern], plan: Plan) -> list[list[Shard]]:
+    """The files of each corpus, found and their footers read, before a model is.
 
     Raises:
         UsageError: no file is there, one has no such column, or holds token ids.
         RunError: one is damaged.
     """
+    found = []
     for corpus in corpora:
-        for shard in open_shards(discover_shards(corpus.pattern), plan.text_column):
+        found.append(open_shards(discover_shards(corpus.pattern), plan.text_column))
+        for shard in found[-1]:
             if shard.layout == "tokens":
                 raise UsageError(f"{shard.path} holds token ids: bits a byte need text; give the text they come from")
+    return found
 
 
-def score(model: TensorParallelModel, trained: TrainedModel, corpus: CorpusPattern, plan: Plan) -> Score:
-    """Loss of a model on a corpus. Collective; the same bits at every data-parallel size.
+def score(
+    model: TensorParallelModel, trained: TrainedModel, corpus: CorpusPattern, shards: Sequence[Shard], plan: Plan
+) -> Score:
+    """Loss of a model on a corpus, whose files are `shards`. Collective; the same bits at every data-parallel size.
 
     Raises:
         UsageError: there is no such text, or nothing in it can be scored.
@@ -142,7 +147,7 @@ def score(model: TensorParallelModel, trained: TrainedModel, corpus: CorpusPatte
     tally = Tally()
     rounds: Iterator[_Batches] = iter(())
     if model.layout.is_main:
-        rounds = _rounds(trained, corpus, plan, tally)
+        rounds = _rounds(trained, shards, plan, tally)
     nats, tokens = 0.0, 0
     while (batches := on_first_rank(lambda: next(rounds, None))) is not None:
         nats += score_batches(model, batches)
@@ -158,9 +163,8 @@ def score(model: TensorParallelModel, trained: TrainedModel, corpus: CorpusPatte
     )
 
 
-def _rounds(trained: TrainedModel, corpus: CorpusPattern, plan: Plan, tally: Tally) -> Iterator[_Batches]:
+def _rounds(trained: TrainedModel, shards: Sequence[Shard], plan: Plan, tally: Tally) -> Iterator[_Batches]:
     """Read on the first rank: tokens are a small part of the work, and every rank is given the same batches."""
-    shards = open_shards(discover_shards(corpus.pattern), plan.text_column)
     texts = texts_of(shards, plan.text_column, concatenate=plan.concatenate, tally=tally)
     pieces = encoded(texts, Encoder(trained.tokenizer), plan.prefix, tally)
     windows = cut_windows(limited(pieces, plan.max_documents, plan.max_tokens, tally), plan.block_size, plan.stride)

@@ -21,10 +21,10 @@ import torch
 from colonnade.checkpoint.hugging_face_export import (
     hugging_face_config,
     write_single_file,
-    write_text,
     write_weights,
 )
 from colonnade.errors import RunError, UsageError
+from colonnade.files import write_text
 from colonnade.parallel.vote import on_first_rank, vote
 from run_card import model_card
 from run_data import first_texts

@@ -157,8 +157,7 @@ def with_preset(given: Mapping[str, Any], layout: ParallelLayout, notes: list[st
 def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes: list[str]) -> RunSettings:
     """Settle what depends on the device: precision and compilation."""
     on_cpu = layout.device.type == "cpu"
-    if settings.precision == "auto":
-        settings = settings.replace(precision="bf16" if not on_cpu and torch.cuda.is_bf16_supported() else "fp32")
+    settings = settings.replace(precision=resolve_precision(settings.precision, layout.device))
     if on_cpu and not settings.compile and not settings.disable_compile:
         notes.append("torch.compile is off on the CPU; --compile switches it on")
     if settings.compile and on_cpu:
@@ -171,6 +170,13 @@ def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes
     if settings.deterministic:
         fix_arithmetic(compiled=is_compiled(settings, layout))
     return settings
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What `--precision` means on this device: auto is bf16 on accelerators that have it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type != "cpu" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:

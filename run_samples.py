@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from colonnade.data.prompts import prompts_in
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
-from text_generation import PromptEncoder, Sampling, check_length, generate_tokens
+from text_generation import PromptEncoder, Sampling, check_length, generate_tokens, tokens_of_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,13 +56,9 @@ def sampled_tokens(model: TensorParallelModel, prompts: SamplePrompts, settings:
 
     Draws come from generators of their own: the run goes on as it would without them.
     """
-    rows: list[list[int]] = [[] for _ in prompts.tokens]
     sampling = Sampling(temperature=settings.sample_temperature, seed=settings.seed)
-    for step in generate_tokens(model, prompts.tokens, settings.sample_tokens, sampling, {prompts.end}):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
+    steps = generate_tokens(model, prompts.tokens, settings.sample_tokens, sampling, {prompts.end})
+    return tokens_of_rows(steps, len(prompts.tokens))
 
 
 def samples_row(

@@ -6,7 +6,7 @@ model whose sums have a fixed order, the tokens are the same at every number of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,12 @@ def generate_tokens(
             return
         yield [None if done else token for done, token in zip(ended, drawn.tolist(), strict=True)]
         new = drawn.unsqueeze(1).to(device)
+
+
+def tokens_of_rows(steps: Iterable[list[int | None]], rows: int) -> list[list[int]]:
+    """The tokens that `generate_tokens` adds to each of its `rows` prompts."""
+    taken = list(steps)
+    return [[token for step in taken if (token := step[row]) is not None] for row in range(rows)]
 
 
 def _draw(

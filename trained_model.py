@@ -13,6 +13,7 @@ from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.checkpoint.verify import verified
+from colonnade.command_settings import TrainedModelSettings
 from colonnade.config import check_contradictions, complete_settings
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import ParallelLayout
@@ -88,51 +89,34 @@ class TrainedModel:
         return {key: value for key, value in ids.items() if value is not None}
 
 
-def open_trained(
-    path: Path,
-    *,
-    tokenizer_path: str | None = None,
-    preset: str | None = None,
-    model_config: str | None = None,
-    trust_remote_code: bool = False,
-) -> TrainedModel:
-    """The checkpoint meant by `path`: a run's folder (its newest one), one checkpoint, or a `.pth` file. Collective.
+def open_trained(named: TrainedModelSettings) -> TrainedModel:
+    """The checkpoint that is named: a run's folder (its newest one), one checkpoint, or a `.pth` file. Collective.
 
-    Args:
-        tokenizer_path: where the run's tokenizer is, if it was moved; a `.pth` file names none, and needs it.
-        preset, model_config: the sizes of a `.pth` file, which needs one of them; a checkpoint has its own.
-        trust_remote_code: run code that comes with the tokenizer.
+    A `.pth` file needs a tokenizer and one of preset and model_config; a checkpoint has sizes of its own.
 
     Raises:
         UsageError: there is none, it is damaged, or something that belongs to it is missing or does not fit.
     """
-    found, _ = verified(path)
+    found, _ = verified(Path(named.checkpoint_path))
+    sizes = named.preset or named.model_config
     with vote():
         record = run_record(found)
-        given = {"preset": preset, "model_config": model_config, "tokenizer_path": tokenizer_path}
+        given = {name: getattr(named, name) for name in ("preset", "model_config", "tokenizer_path")}
         given = {name: value for name, value in given.items() if value is not None}
         if record:
-            if preset or model_config:
-                raise UsageError(f"{found.path} has sizes of its own: leave out {preset or model_config}")
+            if sizes:
+                raise UsageError(f"{found.path} has sizes of its own: leave out {sizes}")
             settings = check_contradictions(RunSettings(**record["settings"]).replace(**given))
         else:
-            if tokenizer_path is None or not (preset or model_config):
+            if named.tokenizer_path is None or not sizes:
                 raise UsageError(
                     f"--checkpoint-path {found.path}: a single file names neither sizes nor a tokenizer; give "
                     "--tokenizer-path, and --preset or --model-config"
                 )
             settings = complete_settings(given)
-        settings = settings.replace(trust_remote_code=trust_remote_code)
+        settings = settings.replace(trust_remote_code=named.trust_remote_code)
     config = on_first_rank(lambda: model_of_record(found.path, record) if record else resolve_model(settings))
     with vote():
         tokenizer = run_tokenizer(settings)
         require_vocabulary(settings, vocabulary_size(tokenizer), config)
     return TrainedModel(found.path, found.step, record, settings, config, tokenizer)
-
-
-def dtype_of_precision(precision: str, layout: ParallelLayout) -> torch.dtype:
-    """What `--precision` auto, fp32 or bf16 means on this device, for a model that is not trained."""
-    if precision == "auto":
-        on_accelerator = layout.device.type != "cpu"
-        return torch.bfloat16 if on_accelerator and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, setting, step_setting
 
+_CHECKPOINT = "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required"
+
 
 @dataclass(frozen=True)
 class ParitySettings:
@@ -41,18 +43,24 @@ class ParitySettings:
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class TrainedModelSettings:
+    """What names a trained model and what belongs to it, for every command that reads one."""
+
+    checkpoint_path: str = setting("", "model", _CHECKPOINT)
+    preset: str | None = setting(None, "model", "sizes of a .pth file, by name", unit="NAME")
+    model_config: str | None = setting(
+        None, "model", "sizes of a .pth file, as a Hugging Face config.json", unit="PATH"
+    )
+    tokenizer_path: str | None = setting(
+        None, "model", "where the run's tokenizer is now, if it was moved; a .pth file needs it"
+    )
+    trust_remote_code: bool = setting(False, "model", "run code that comes with the tokenizer")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(TrainedModelSettings):
     """What `evaluate.py` is told."""
 
-    checkpoint_path: str = setting(
-        "",
-        "model",
-        "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required",
-    )
-    preset: str | None = setting(None, "model", "sizes of a .pth file, by name", unit="NAME")
-    model_config: str | None = setting(None, "model", "sizes of a .pth file, as a config.json", unit="PATH")
-    tokenizer_path: str | None = setting(None, "model", "where the run's tokenizer is now, if it was moved")
-    trust_remote_code: bool = setting(False, "model", "run code that comes with the tokenizer")
     precision: str = setting("fp32", "model", "of matrix products", choices=("fp32", "bf16", "fp16"))
     tensor_parallel_size: int | None = setting(
         None,
@@ -109,11 +117,7 @@ class EvaluationSettings:
 class ResumeSettings:
     """What `resume_pretrain_tensor.py` is told beside the run's own settings."""
 
-    checkpoint_path: str = setting(
-        "",
-        "resuming",
-        "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required",
-    )
+    checkpoint_path: str = setting("", "resuming", _CHECKPOINT)
     rewarmup_steps: int = step_setting(
         100, "resuming", "steps of linear warm-up from here, after the optimizer is reset; 0 for none", minimum=0
     )

@@ -1,10 +1,12 @@
-"""Writing a small file so that a reader, or a crash, never meets half of it."""
+"""Writing small files: in one rename, so that a reader or a crash never meets half of one, or plainly."""
 
 from __future__ import annotations
 
 import os
 import secrets
 from pathlib import Path
+
+from colonnade.errors import RunError
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -26,3 +28,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_text(file: str | Path, text: str, shown: str | None = None) -> None:
+    """Write a text file. Raises RunError, which calls it `shown`, or by its path."""
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{shown or file} cannot be written: {error.strerror or error}") from error

@@ -13,7 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from colonnade.command_settings import EvaluationSettings, ParitySettings, PlanSettings, ResumeSettings
+from colonnade.command_settings import (
+    EvaluationSettings,
+    ParitySettings,
+    PlanSettings,
+    ResumeSettings,
+    TrainedModelSettings,
+)
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
@@ -139,7 +145,7 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettin
         UsageError: a flag or value that cannot be used, or there is nothing to score.
         SystemExit: after --help.
     """
-    parser = _SettingsParser(prog="evaluate.py", description=_EVALUATION, with_file=False)
+    parser = OneLineParser(prog="evaluate.py", description=_EVALUATION)
     parser.add_table(EvaluationSettings)
     settings = EvaluationSettings(**_checked(EvaluationSettings, parser.parse(arguments)))
     if not settings.checkpoint_path:
@@ -192,17 +198,7 @@ class OneLineParser(argparse.ArgumentParser):
         if os.environ.get("RANK", "0") == "0":
             super().print_help(file)
 
-
-class _SettingsParser(OneLineParser):
-    """A parser whose flags are the fields of tables, and a file of them."""
-
-    def __init__(self, *, with_file: bool = True, **options: Any) -> None:
-        super().__init__(**options)
-        if with_file:
-            text = "file of settings by name; flags override them"
-            self.add_argument("--config", metavar="YAML", default=argparse.SUPPRESS, help=text)
-
-    def add_table(self, table: type, leave_out: Collection[str] = ()) -> None:
+    def add_table(self, table: type, *, leave_out: Collection[str] = (), required: Collection[str] = ()) -> None:
         """One flag a field, grouped. Flags not given stay out of the namespace."""
         groups: dict[str, Any] = {}
         for spec in fields(table):
@@ -224,5 +220,31 @@ class _SettingsParser(OneLineParser):
             metavar = choices or facts.get("unit") or spec.name.split("_")[-1].upper()
             default = "" if spec.default in (None, "") else f" (default {spec.default})"
             group.add_argument(
-                _flag(spec.name), metavar=metavar, default=argparse.SUPPRESS, help=facts["help"] + default
+                _flag(spec.name),
+                metavar=metavar,
+                required=spec.name in required,
+                default=argparse.SUPPRESS,
+                help=facts["help"] + default,
             )
+
+
+class _SettingsParser(OneLineParser):
+    """A parser that takes a file of run settings as well."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        text = "file of settings by name; flags override them"
+        self.add_argument("--config", metavar="YAML", default=argparse.SUPPRESS, help=text)
+
+
+class TrainedModelParser(OneLineParser):
+    """The parser of a command that reads a trained model: it has the flags that name one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_table(TrainedModelSettings, required=("checkpoint_path",))
+
+    def parse_with_model(self, arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:
+        """What names the model, and all flags. Raises UsageError."""
+        values = self.parse(arguments)
+        return TrainedModelSettings(**_checked(TrainedModelSettings, values)), argparse.Namespace(**values)

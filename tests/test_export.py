@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from colonnade.checkpoint import hugging_face_export
 from colonnade.checkpoint.hugging_face_export import hugging_face_config
+from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from data_helpers import EOS, tiny_tokenizer
@@ -38,9 +39,8 @@ def opened(folder: Path, family: str, **changes: Any) -> tuple[TrainedModel, dic
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     weights = theirs.state_dict()
     torch.save({"model_state_dict": weights}, folder / "weights.pth")
-    trained = open_trained(
-        folder / "weights.pth", tokenizer_path=str(folder / "tokenizer"), model_config=str(folder / "theirs")
-    )
+    path, sizes, tokenizer = (str(folder / name) for name in ("weights.pth", "theirs", "tokenizer"))
+    trained = open_trained(TrainedModelSettings(path, model_config=sizes, tokenizer_path=tokenizer))
     return trained, weights
 
 

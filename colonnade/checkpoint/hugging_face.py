@@ -39,7 +39,7 @@ def load_hugging_face(folder: Path, *, model: nn.Module, vocabulary_size: int) -
         UsageError: a file is missing or damaged, or a parameter is missing, unknown or of another shape or kind (it is
             named). Names and shapes are compared before anything is changed.
     """
-    places = _places(folder)
+    places, files = _places(folder)
     parameters = named_parameters(model)
     tied = parameter_aliases(model).keys() - parameters.keys()
     sources = {name: file for name, file in places.items() if name not in tied and not name.endswith(DERIVED_BUFFERS)}
@@ -49,7 +49,6 @@ def load_hugging_face(folder: Path, *, model: nn.Module, vocabulary_size: int) -
     missing = sorted(parameters.keys() - sources.keys())
     if missing:
         raise UsageError(f"{folder} has no parameter {missing[0]!r}, the model of its config.json has one")
-    files = {file: _opened(file) for file in set(sources.values())}
     for name, file in sources.items():
         _check(file, name, files[file], parameters[name], vocabulary_size)
     with torch.no_grad():
@@ -60,11 +59,12 @@ def load_hugging_face(folder: Path, *, model: nn.Module, vocabulary_size: int) -
                 raise UsageError(f"{file} is damaged at {name!r}: {one_line(error)[:200]}") from error
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor."""
+def _places(folder: Path) -> tuple[dict[str, Path], dict[Path, Any]]:
+    """The file that holds each tensor, and these files, opened."""
     index, single = folder / INDEX_NAME, folder / WEIGHTS_NAME
     if single.exists():
-        return dict.fromkeys(_opened(single).keys(), single)
+        opened = _opened(single)
+        return dict.fromkeys(opened.keys(), single), {single: opened}
     if not index.exists():
         others = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.safetensors")])
         found = f"; it holds {', '.join(others[:3])}, which is not read" if others else ""
@@ -74,14 +74,16 @@ def _places(folder: Path) -> dict[str, Path]:
         places = {str(name): folder / file for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{index} is damaged: {one_line(error)[:200]}") from error
+    files = {}
     for file in set(places.values()):
         if file.parent != folder:
             raise UsageError(f"{index} names {file}, which is not in its folder")
-        present = set(_opened(file).keys())
+        files[file] = _opened(file)
+        present = set(files[file].keys())
         lost = next((name for name, place in places.items() if place == file and name not in present), None)
         if lost is not None:
             raise UsageError(f"{file} lacks {lost!r}, which {INDEX_NAME} says it holds")
-    return places
+    return places, files
 
 
 def _opened(file: Path) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from colonnade.checkpoint.hugging_face import INDEX_NAME
 from colonnade.checkpoint.single_file import WEIGHTS_KEY
 from colonnade.errors import RunError, UsageError
+from colonnade.files import write_text
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.vote import on_first_rank, one_line
 
@@ -111,14 +112,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file. Raises RunError."""
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def write_single_file(

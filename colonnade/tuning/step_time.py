@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
@@ -123,12 +123,7 @@ class StepTime:
         return self.compute + self.communication - self.hidden
 
     def to_dict(self) -> dict[str, float]:
-        return {
-            "compute": self.compute,
-            "communication": self.communication,
-            "hidden": self.hidden,
-            "seconds": self.seconds,
-        }
+        return {**asdict(self), "seconds": self.seconds}
 
 
 def repeated_flops(config: ModelConfig, checkpointing: str, tokens: int, block: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate
+from colonnade.command_settings import TrainedModelSettings
 from colonnade.data.held_out import Piece, Tally, batches_of, cut_windows, encoded, limited, texts_of
 from colonnade.data.shards import open_shards
 from colonnade.data.tokenization import Encoder, boundary_tokens, load_tokenizer
@@ -49,7 +50,7 @@ def twin(folder, single_rank):
     layout = init_parallel(1, torch.device("cpu"))
 
     def build(name):
-        model = open_trained(folder / name).load(layout)
+        model = open_trained(TrainedModelSettings(str(folder / name))).load(layout)
         twin = LlamaForCausalLM(LlamaConfig(**model.config.to_dict(), attn_implementation="eager"))
         twin.load_state_dict(dict(model.full_parameters()), strict=False)
         return twin.eval()
@@ -146,7 +147,7 @@ def test_lines_of_a_file_are_one_document(folder, twin, tmp_path):
 
 def test_a_uniform_model_has_the_bits_of_its_vocabulary(folder, tmp_path):
     """Weights of a `.pth` file whose head is 0: log2 of the vocabulary a token, exactly."""
-    model = open_trained(folder / "plain").load(init_parallel(1, torch.device("cpu")))
+    model = open_trained(TrainedModelSettings(str(folder / "plain"))).load(init_parallel(1, torch.device("cpu")))
     weights = dict(model.full_parameters())
     weights["lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])
     torch.save({"model_state_dict": weights}, tmp_path / "zero.pth")
@@ -271,7 +272,7 @@ def test_what_cannot_be_scored_is_refused(folder, single_rank, flags, message):
 
 
 def test_weights_that_are_not_finite_are_told(folder, single_rank, tmp_path):
-    model = open_trained(folder / "plain").load(init_parallel(1, torch.device("cpu")))
+    model = open_trained(TrainedModelSettings(str(folder / "plain"))).load(init_parallel(1, torch.device("cpu")))
     weights = {**dict(model.full_parameters()), "model.norm.weight": torch.full((64,), math.nan)}
     torch.save({"model_state_dict": weights}, tmp_path / "nan.pth")
     given = ["--checkpoint-path", str(tmp_path / "nan.pth"), "--model-config", str(folder / "config.json")]

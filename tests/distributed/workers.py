@@ -26,7 +26,7 @@ from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import fingerprint_of, float32_bits
 from model import ModelConfig, TensorParallelModel
-from text_generation import Sampling, generate_tokens
+from text_generation import Sampling, generate_tokens, tokens_of_rows
 
 
 def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
@@ -455,8 +455,7 @@ def generated(
     config = ModelConfig.from_json(folder)
     _, model = build(config, tp, **options)
     load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
-    steps = generate_tokens(model, prompts, count, sampling, ())
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    return tokens_of_rows(generate_tokens(model, prompts, count, sampling, ()), len(prompts))
 
 
 def elements_read(folder: Path, tp: int) -> tuple[int, int]:
