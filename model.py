@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import document_kernel, document_layout
-from colonnade.parallel.collectives import Pending, TensorGroup
+from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.data_parallel import DataParallelShards, shard_over_data_parallel
 from colonnade.parallel.float8 import float8_linear
 from colonnade.parallel.head_loss import LossOptions, head_loss
@@ -41,10 +41,12 @@ from colonnade.parallel.initialization import fill_normal_
 from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.layers import Block, Passage, Projection, Stream, add_and_norm
 from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.pending import Pending
 from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
 from colonnade.parallel.rotary import rotary_tables
 from colonnade.parallel.segments import Segments
 from colonnade.parallel.sharding import Cut, check_slices, cut_of, is_vocabulary, piece_count
+from colonnade.parallel.shared_memory import SharedMemory
 from colonnade.parallel.slices import local_part, pieces
 from colonnade.parallel.step_weights import StepWeights
 from colonnade.parallel.vocabulary import embed_tokens
@@ -96,6 +98,7 @@ class TensorParallelModel(nn.Module):
         cuda_graphs: replay the compiled segments as CUDA graphs.
         float8: multiply projections in float8 (`colonnade/parallel/float8.py`).
         z_loss: coefficient of the squared logarithm of the softmax's denominator in the loss; 0 for none.
+        shares_memory: on the CPU ranks of one machine exchange tensors through memory (`SharedMemory`).
 
     Raises:
         UsageError: the sizes cannot be cut over these ranks.
@@ -118,12 +121,14 @@ class TensorParallelModel(nn.Module):
         cuda_graphs: bool = False,
         float8: bool = False,
         z_loss: float = 0.0,
+        shares_memory: bool = True,
     ) -> None:
         super().__init__()
         check_slices(config, layout.tp, slices)
         assert activation_checkpointing in CHECKPOINTING
         self.config, self.layout = config, layout
-        self.group = TensorGroup(layout.tp_group, slices)
+        memory = SharedMemory(layout.tp_group) if shares_memory and layout.device.type == "cpu" else None
+        self.group = TensorGroup(layout.tp_group, slices, memory=memory)
         self.replicate_embeddings = replicate_embeddings
         self.compute_dtype = compute_dtype or param_dtype
         self.activation_checkpointing = activation_checkpointing

@@ -66,6 +66,7 @@ def counted(
         sequence_parallel=placement.sequence_parallel,
         overlap_collectives=placement.overlap_collectives,
         replicate_embeddings=placement.replicate_embeddings,
+        shares_memory=False,
     )
     optimizer = make_optimizer("adamw", model, layout)
     share = torch.randint(0, config.vocab_size, (micro_batch * accumulation, block + 1))

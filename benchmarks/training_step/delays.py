@@ -19,8 +19,9 @@ import model as decoder
 from benchmarks.training_step.work import work
 from colonnade.optim.gradients import local_gradients, sum_over_data_parallel
 from colonnade.optim.overlapped_sum import OverlappedSum
-from colonnade.parallel.collectives import Pending, TensorGroup
+from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.mesh import init_parallel
+from colonnade.parallel.pending import Pending
 from model import TensorParallelModel
 
 # Large enough for the head's p W to take about as long as a segment, small enough for the layers to set the pace.

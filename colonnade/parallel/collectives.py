@@ -19,11 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from colonnade.parallel.pending import Pending
+from colonnade.parallel.shared_memory import SharedMemory
 
 ALIGNMENT = 64
 """Bytes to which torch aligns memory on the CPU (on CUDA it is 512)."""
@@ -31,25 +34,6 @@ ALIGNMENT = 64
 # Names of torch 2.13 on; the earlier ones warn there.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-T = TypeVar("T")
-
-
-class Pending(Generic[T]):
-    """A value that a collective under way has yet to deliver.
-
-    Args:
-        value: what `wait` returns, unless `finish` returns it.
-        finish: called once; returns the value when it is there. On CUDA it makes the stream wait, not the host.
-    """
-
-    def __init__(self, value: T | None = None, finish: Callable[[], T] | None = None) -> None:
-        self._value, self._finish = value, finish
-
-    def wait(self) -> T:
-        if self._finish is not None:
-            self._value, self._finish = self._finish(), None
-        return self._value  # type: ignore[return-value]
 
 
 class TensorGroup:
@@ -60,15 +44,19 @@ class TensorGroup:
         slices: V, the number of slices of the whole model; a multiple of the group's size. None: one a rank.
             A given V fixes the order of every sum (the tree), so that any group size dividing V gives the same
             bits; without it a rank's product is one merged product and sums are the library's own all-reduce.
+        memory: through which ranks of one machine exchange tensors; None for the library's way between machines.
     """
 
-    def __init__(self, group: dist.ProcessGroup, slices: int | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, slices: int | None = None, *, memory: SharedMemory | None = None
+    ) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.slices = self.size if slices is None else slices
         self.fixed_order = slices is not None
         self.local_slices = self.slices // self.size
+        self._memory = memory
         self._identity = False
 
     @property
@@ -90,7 +78,7 @@ class TensorGroup:
             self._identity = False
 
     def sum_(self, partial: Tensor) -> Tensor:
-        """Sum `partial` over the ranks, in place where the library does it. Returns the summed tensor."""
+        """The sum of `partial` over the ranks, in its place or not."""
         return self.start_sum(partial).wait()
 
     def start_sum(self, partial: Tensor) -> Pending[Tensor]:
@@ -98,6 +86,9 @@ class TensorGroup:
         if not self.communicates:
             return Pending(partial)
         partial = partial.contiguous()
+        shared = self._start_exchange(partial, tree_sum)
+        if shared is not None:
+            return shared
         # Two addends have one order only, so the tree is the library's all-reduce there.
         if self.fixed_order and self.size > 2:
             return start_tree_all_reduce(partial, self.group)
@@ -109,6 +100,9 @@ class TensorGroup:
             return Pending(part)
         if self._identity:
             return Pending(part.repeat(self.size, *[1] * (part.ndim - 1)))
+        shared = self._start_exchange(part.contiguous(), torch.cat)
+        if shared is not None:
+            return shared
         whole = part.new_empty(part.shape[0] * self.size, *part.shape[1:])
         work = all_gather(whole, part.contiguous(), group=self.group, async_op=True)
         return _under_way(whole, work)
@@ -118,11 +112,17 @@ class TensorGroup:
         if not self.communicates:
             return Pending(self.own_part(partial))
         partial = partial.contiguous()
+        shared = self._start_exchange(partial, lambda addends: tree_sum([self.own_part(whole) for whole in addends]))
+        if shared is not None:
+            return shared
         if self.fixed_order and self.size > 2:
             return start_tree_reduce_scatter(partial, self.group)
         part = partial.new_empty(partial.shape[0] // self.size, *partial.shape[1:])
         work = reduce_scatter(part, partial, group=self.group, async_op=True)
         return _under_way((part, partial), work, part)
+
+    def _start_exchange(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Pending[Tensor] | None:
+        return None if self._memory is None else self._memory.start(tensor, read)
 
     def own_part(self, whole: Tensor) -> Tensor:
         """This rank's rows of what all ranks hold: [tp * R, ...] -> [R, ...]."""

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colonnade.parallel.collectives import Pending, TensorGroup, tree_sum
+from colonnade.parallel.collectives import TensorGroup, tree_sum
+from colonnade.parallel.pending import Pending
 
 IGNORE_INDEX = -100
 """A label that takes no part in the loss (the value `torch.nn.functional.cross_entropy` uses)."""
@@ -155,7 +156,12 @@ def stretch_of(tokens: int, dtype: torch.dtype) -> int:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, slices: _Slices, labels: Tensor, options: LossOptions, exponentials: SliceExponentials, *tensors: Tensor
+        ctx: Any,
+        slices: _Slices,
+        labels: Tensor,
+        options: LossOptions,
+        exponentials: SliceExponentials,
+        *tensors: Tensor,
     ) -> Tensor:
         count = len(slices.weights)
         views, weights = tensors[:count], tensors[count:]

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import DocumentMask, SliceWeights
-from colonnade.parallel.collectives import Pending, TensorGroup, fan_out, fan_out_locally, take_part
+from colonnade.parallel.collectives import TensorGroup, fan_out, fan_out_locally, take_part
 from colonnade.parallel.key_value_cache import KeyValueCache
+from colonnade.parallel.pending import Pending
 from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
 from colonnade.parallel.segments import Segments
 from colonnade.parallel.slices import local_part, pieces

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 from colonnade.parallel.collectives import (
     Flight,
-    Pending,
     TensorGroup,
     awaiting,
     fan_out,
     reduce_partials,
     tree_sum,
 )
+from colonnade.parallel.pending import Pending
 from colonnade.parallel.slices import local_part
 from colonnade.parallel.step_weights import StepWeights
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colonnade.optim import overlapped_sum
 from colonnade.optim.step import optimizer_step
-from colonnade.parallel.collectives import Pending
+from colonnade.parallel.pending import Pending
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
 from distributed.workers import build, make_optimizer, tokens_for, whole
