@@ -87,6 +87,7 @@ def _trained(
         activation_checkpointing=placement.activation_checkpointing,
         sequence_parallel=placement.sequence_parallel,
         overlap_collectives=placement.overlap_collectives,
+        shares_memory=False,  # accelerators, which the prediction is for, do not
     )
     if layout.shard_mesh is not None:
         lower = None if placement.precision == "fp32" else dtype

@@ -38,6 +38,8 @@ SMALLEST_STRETCH = 32
 # cache: half the time of passes over a whole stretch.
 EXPONENTIALS = {"cpu": 1 << 20}
 EXPONENTIALS_ELSEWHERE = 1 << 26
+# Nor are they more than this part of a stretch: in half precision they are copies in float32.
+EXPONENTIALS_PART = 8
 # Rows of a weight's gradient that are made in half precision before they are added in float32: they stay in the cache.
 STRIPE = 1024
 
@@ -128,7 +130,7 @@ def _exponentials_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return maximum.squeeze(1), exponentials.sum(1)
     tokens, entries = logits.shape
     rows = EXPONENTIALS.get(logits.device.type, EXPONENTIALS_ELSEWHERE) // (entries * dtype.itemsize)
-    rows = max(1, min(rows, tokens // 8))
+    rows = max(1, min(rows, tokens // EXPONENTIALS_PART))
     room = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
     maxima, totals = [], []
     for block in logits.split(rows):
