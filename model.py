@@ -273,8 +273,8 @@ class TensorParallelModel(nn.Module):
             group, spread = self.group, [residual.spread(end) for residual, end in ends]
             halves = [pending.wait() for pending in spread]
         views = [torch.cat(parts).flatten(0, 1) for parts in zip(*halves, strict=True)]
-        exponentials = self.segments.exponentials
-        return head_loss(views, weights, products, labels.reshape(-1), starts, options, group, exponentials)
+        softmax = self.segments.softmax
+        return head_loss(views, weights, products, labels.reshape(-1), starts, options, group, softmax)
 
     @property
     def _head_slices(self) -> int:

@@ -145,3 +145,21 @@ def test_extra_memory_is_an_eighth_of_the_logits(dtype: torch.dtype, tokens: int
     gradients = hidden.nbytes + weight.nbytes
     assert most >= gradients, "the gradients were allocated under the profiler"
     assert most - gradients <= tokens * vocabulary * 4 / 8
+
+
+def test_float16_does_not_overflow_where_many_entries_share_a_direction() -> None:
+    """Rows that all point one way: their sum over the vocabulary is beyond float16, their mean is not."""
+    generator = torch.Generator().manual_seed(5)
+    weight = (8 + torch.randn(SLICES * WIDTH * 40, HIDDEN, generator=generator)).to(torch.float16)
+    hidden = (1e-3 * torch.randn(64, HIDDEN, generator=generator)).to(torch.float16)
+    labels = torch.randint(0, len(weight), (64,), generator=generator)
+    assert not torch.isfinite(weight.sum(0, dtype=torch.float32).to(torch.float16)).any()
+    options = LossOptions(len(weight))
+    hidden.requires_grad_()
+    loss = head_loss([hidden], [weight.float().requires_grad_()], [weight], labels, [0], options, group=None)
+    loss.backward()
+    assert hidden.grad is not None
+    exact = hidden.detach().double().requires_grad_()
+    F.cross_entropy(exact @ weight.double().T, labels, reduction="sum").backward()
+    assert exact.grad is not None
+    assert relative_error(hidden.grad, exact.grad) < 2e-2

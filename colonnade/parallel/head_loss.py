@@ -2,7 +2,7 @@
 
 Each rank holds a stretch of the vocabulary, cut into slices. For m tokens at a time, and each slice:
 
-1. logits [m, v], and in their place p = exp(logit - maximum); maximum and sum of p, a token each.
+1. logits [m, v], and in their place the softmax p over the slice; its maximum and sum of exponentials, a token each.
 2. The statistics [slices, 3, m] of all slices are gathered. While they are under way: p W, [m, H].
 3. The softmax over the vocabulary is p times a factor r for each token and slice. So the gradients are r (p W) and
    p^T (r h), less the row of the target, which is added by itself in float32.
@@ -34,16 +34,16 @@ IGNORE_INDEX = -100
 STRETCHES = {torch.float32: 10, torch.float64: 10}
 STRETCHES_OF_HALF = 6
 SMALLEST_STRETCH = 32
-# Bytes in float32 of the rows that become exponentials at a time, pass after pass. On the CPU they stay in a core's
-# cache: half the time of passes over a whole stretch.
-EXPONENTIALS = {"cpu": 1 << 20}
-EXPONENTIALS_ELSEWHERE = 1 << 26
+# Bytes in float32 of the rows whose softmax is taken at a time, pass after pass. On the CPU they stay in the cache of a
+# core: half the time of passes over a whole stretch.
+SOFTMAX = {"cpu": 1 << 20}
+SOFTMAX_ELSEWHERE = 1 << 26
 # Nor are they more than this part of a stretch: in half precision they are copies in float32.
-EXPONENTIALS_PART = 8
+SOFTMAX_PART = 8
 # Rows of a weight's gradient that are made in half precision before they are added in float32: they stay in the cache.
 STRIPE = 1024
 
-SliceExponentials = Callable[[Tensor, Tensor, int], Tensor]
+SliceSoftmax = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def head_loss(
     starts: Sequence[int],
     options: LossOptions,
     group: TensorGroup | None,
-    exponentials: SliceExponentials | None = None,
+    softmax: SliceSoftmax | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of a vocabulary-sharded head.
 
@@ -90,7 +90,7 @@ def head_loss(
         labels: [M] target ids; `IGNORE_INDEX` leaves a token out.
         starts: id of the first row of each local slice.
         group: the ranks that hold the other slices; None where `weights` is the whole head.
-        exponentials: `exponentials_of_slice_`, or a compiled one.
+        softmax: `softmax_of_slice_`, or a compiled one.
 
     Returns:
         A scalar in float32 (float64 for float64 tokens), equal on every rank. It can be differentiated once.
@@ -100,15 +100,15 @@ def head_loss(
         for product, start in zip(products, starts, strict=True)
     ]
     slices = _Slices(real, tuple(starts), group)
-    return _HeadLoss.apply(slices, labels, options, exponentials or exponentials_of_slice_, *views, *weights)
+    return _HeadLoss.apply(slices, labels, options, softmax or softmax_of_slice_, *views, *weights)
 
 
-def exponentials_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:
-    """Turn logits [m, v] of one slice into exp(logit - maximum), in place, the target's entry left out as 0.
+def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:
+    """Turn logits [m, v] of one slice into their softmax over the slice, in place, the target's entry left out as 0.
 
     Returns:
-        statistics [3, m] in float32 or wider: maximum, sum of the exponentials (the target's included), logit of the
-        target (0 where the slice does not hold it).
+        statistics [3, m] in float32 or wider: maximum, sum of exponentials relative to it, logit of the target (0 where
+        the slice does not hold it).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     present, position = position_of(labels, start, logits.shape[1])
@@ -116,31 +116,34 @@ def exponentials_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor
     flat = logits.view(-1)
     entry = position + torch.arange(len(labels), device=labels.device) * logits.shape[1]
     target = flat[entry].to(dtype).masked_fill(~present, 0.0)
-    maximum, total = _exponentials_(logits, dtype)
+    maximum, total = _softmax_(logits, dtype)
     flat.index_copy_(0, entry, flat[entry].masked_fill(present, 0.0))
     return torch.stack((maximum, total, target))
 
 
-def _exponentials_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """exp(logit - maximum) in place of logits [m, v], computed in `dtype`; maximum and sum [m] of each row."""
+def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Softmax in place of logits [m, v], computed in `dtype`; maximum and sum of exponentials [m] of each row."""
     if torch.compiler.is_compiling():
         maximum = logits.to(dtype).amax(1, keepdim=True)
         exponentials = (logits.to(dtype) - maximum).exp()
-        logits.copy_(exponentials)
-        return maximum.squeeze(1), exponentials.sum(1)
+        total = exponentials.sum(1, keepdim=True)
+        logits.copy_(exponentials / total)
+        return maximum.squeeze(1), total.squeeze(1)
     tokens, entries = logits.shape
-    rows = EXPONENTIALS.get(logits.device.type, EXPONENTIALS_ELSEWHERE) // (entries * dtype.itemsize)
-    rows = max(1, min(rows, tokens // EXPONENTIALS_PART))
+    rows = SOFTMAX.get(logits.device.type, SOFTMAX_ELSEWHERE) // (entries * dtype.itemsize)
+    rows = max(1, min(rows, tokens // SOFTMAX_PART))
     room = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
     maxima, totals = [], []
     for block in logits.split(rows):
         wide = block if room is None else room[: len(block)].copy_(block)
         maximum = wide.amax(1, keepdim=True)
-        maxima.append(maximum.squeeze(1))
-        totals.append(wide.sub_(maximum).exp_().sum(1))
+        total = wide.sub_(maximum).exp_().sum(1, keepdim=True)
+        wide.mul_(1 / total)
         if room is not None:
             block.copy_(wide)
-    return torch.cat(maxima), torch.cat(totals)
+        maxima.append(maximum)
+        totals.append(total)
+    return torch.cat(maxima).squeeze(1), torch.cat(totals).squeeze(1)
 
 
 def position_of(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +165,7 @@ class _HeadLoss(torch.autograd.Function):
         slices: _Slices,
         labels: Tensor,
         options: LossOptions,
-        exponentials: SliceExponentials,
+        softmax: SliceSoftmax,
         *tensors: Tensor,
     ) -> Tensor:
         count = len(slices.weights)
@@ -173,14 +176,14 @@ class _HeadLoss(torch.autograd.Function):
         ctx.rest = scale / folded.scale
         gradients = _Gradients.like(views, weights) if any(ctx.needs_input_grad) else None
         stretch = stretch_of(len(labels), views[0].dtype)
-        # One memory for the logits of all stretches: on the CPU fresh pages cost more than the exponentials.
+        # One memory for the logits of all stretches: on the CPU fresh pages cost more than the softmax.
         rooms = [view.new_empty((stretch, len(weight))) for view, weight in zip(views, slices.weights, strict=True)]
         losses = []
         for begin in range(0, len(labels), stretch):
             part = slice(begin, begin + stretch)
             own = None if gradients is None else gradients.of(part)
             tokens = [view[part] for view in views]
-            losses.append(_stretch(tokens, labels[part], slices, folded, exponentials, rooms, own))
+            losses.append(_stretch(tokens, labels[part], slices, folded, softmax, rooms, own))
         if gradients is not None:
             ctx.gradients = gradients
         return torch.cat(losses).sum() * scale
@@ -222,27 +225,27 @@ def _stretch(
     labels: Tensor,
     slices: _Slices,
     options: LossOptions,
-    exponentials: SliceExponentials,
+    softmax: SliceSoftmax,
     rooms: Sequence[Tensor],
     gradients: _Gradients | None,
 ) -> Tensor:
     """The losses [m] of a stretch of tokens, before the scale. Its gradients, scaled, are filled in and added."""
-    exps = [room[: len(view)] for room, view in zip(rooms, views, strict=True)]
+    probabilities = [room[: len(view)] for room, view in zip(rooms, views, strict=True)]
     statistics = []
-    for view, weight, start, own in zip(views, slices.weights, slices.starts, exps, strict=True):
+    for view, weight, start, own in zip(views, slices.weights, slices.starts, probabilities, strict=True):
         if len(weight):
             torch.mm(view, weight.T, out=own)
-            statistics.append(exponentials(own, labels, start))
+            statistics.append(softmax(own, labels, start))
         else:  # a slice of nothing but padding
             statistics.append(_nothing(view, len(labels)))
     pending = _gathered(torch.stack(statistics), slices.group)
     if gradients is not None:
-        for own, weight, gradient in zip(exps, slices.weights, gradients.tokens, strict=True):
+        for own, weight, gradient in zip(probabilities, slices.weights, gradients.tokens, strict=True):
             gradient.zero_() if not len(weight) else torch.mm(own, weight, out=gradient)
     every = pending.wait()  # [V, 3, m]
     highest = every[:, 0].amax(0)
-    relative = (every[:, 0] - highest).exp()  # [V, m], a slice's largest exponential beside the largest of all
-    total = tree_sum((relative * every[:, 1]).unbind(0))
+    relative = (every[:, 0] - highest).exp() * every[:, 1]  # [V, m], the slices' sums of exponentials
+    total = tree_sum(relative.unbind(0))
     log_total = highest + total.log()
     counted = labels != IGNORE_INDEX
     target = tree_sum(every[:, 2].unbind(0))
@@ -254,18 +257,18 @@ def _stretch(
     if gradients is not None:
         first = slices.group.rank * len(views) if slices.group is not None else 0
         for number, view in enumerate(views):
-            weight, (maximum, _, logit) = slices.weights[number], every[first + number]
+            weight, (maximum, own_total, logit) = slices.weights[number], every[first + number]
             if not len(weight):
                 if gradients.begins:
                     gradients.weights[number].zero_()
                 continue
             factor = relative[first + number] / total * weight_of_softmax * options.scale
             present, position = position_of(labels, slices.starts[number], len(weight))
-            row = (logit - maximum).exp() * factor - counted.to(factor.dtype) * options.scale
+            row = (logit - maximum).exp() / own_total * factor - counted.to(factor.dtype) * options.scale
             _finish(
                 view,
                 weight,
-                exps[number],
+                probabilities[number],
                 factor.unsqueeze(1),
                 (position, row.masked_fill(~present, 0.0).unsqueeze(1)),
                 (gradients.tokens[number], gradients.weights[number]),
@@ -289,20 +292,20 @@ def _gathered(statistics: Tensor, group: TensorGroup | None) -> Pending[Tensor]:
 def _finish(
     view: Tensor,
     weight: Tensor,
-    exps: Tensor,
+    softmax: Tensor,
     factor: Tensor,
     target: tuple[Tensor, Tensor],
     gradients: tuple[Tensor, Tensor],
     *,
     begins: bool,
 ) -> None:
-    """Gradients of one slice from its exponentials.
+    """Gradients of one slice from its softmax.
 
     Args:
-        view: [m, H]; weight: [v, H]; exps: [m, v], all in the dtype of products.
-        factor: [m, 1], what the exponentials are multiplied with to be the softmax.
+        view: [m, H]; weight: [v, H]; softmax: [m, v], all in the dtype of products.
+        factor: [m, 1], what the softmax is multiplied with.
         target: each target's row [m], and [m, 1] what it is multiplied with; 0 where the slice does not hold it.
-        gradients: of the view [m, H], which holds exps @ weight; of the weight [>= v, H].
+        gradients: of the view [m, H], which holds softmax @ weight; of the weight [>= v, H].
         begins: the gradient of the weight is filled, not added to.
     """
     position, coefficient = target
@@ -312,7 +315,7 @@ def _finish(
     scaled = (view.to(wide) * factor).to(view.dtype)
     if begins:
         of_weight[len(weight) :].zero_()
-    _add_product(of_weight[: len(weight)], exps, scaled, begins=begins)
+    _add_product(of_weight[: len(weight)], softmax, scaled, begins=begins)
     of_weight.index_add_(0, position, (view.to(wide) * coefficient).to(of_weight.dtype))
 
 

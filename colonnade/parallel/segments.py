@@ -17,7 +17,7 @@ from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import allow_recompilation, attention_slice, cached_attention_slice, linear
 from colonnade.parallel.elementwise import rms_norm, swiglu
 from colonnade.parallel.float8 import Linear
-from colonnade.parallel.head_loss import exponentials_of_slice_
+from colonnade.parallel.head_loss import softmax_of_slice_
 
 
 def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -72,4 +72,4 @@ class Segments:
         self.mlp = build(mlp_slice, linear=product or linear)
         # Not compiled: in checks and generation only.
         self.logits: Callable[..., Tensor] = logits_slice
-        self.exponentials = build(exponentials_of_slice_)
+        self.softmax = build(softmax_of_slice_)

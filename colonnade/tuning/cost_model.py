@@ -252,13 +252,13 @@ class _Step:
         # Here, since the settings' flags are parsed without torch.
         import torch
 
-        from colonnade.parallel.head_loss import EXPONENTIALS_PART, STRIPE, stretch_of
+        from colonnade.parallel.head_loss import SOFTMAX_PART, STRIPE, stretch_of
 
         hidden, table = self.config.hidden_size, self.elements.table
         entries = table // hidden
         stretch = min(stretch_of(self.tokens, torch.bfloat16 if self.is_half else torch.float32), self.tokens)
         of_rows = 3 * FLOAT32 * stretch * hidden
-        wide = FLOAT32 * (stretch // EXPONENTIALS_PART) * entries if self.is_half else 0
+        wide = FLOAT32 * (stretch // SOFTMAX_PART) * entries if self.is_half else 0
         stripe = (self.e + FLOAT32) * min(entries, STRIPE) * hidden if self.is_half else 0
         views = self.stream + self.whole + (self.whole if self.placement.sequence_parallel else 0)
         return self.whole + FLOAT32 * table + views + self.e * stretch * entries + max(of_rows, wide, stripe)
