@@ -52,7 +52,7 @@ class SharedMemory:
     """Rooms that the ranks of a group share, made where they are needed. All ranks call the same methods alike.
 
     Args:
-        group: of gloo. Where its ranks are not on one machine, or memory is short, nothing is exchanged.
+        group: of gloo. Where its ranks are not on one machine, or there is no more memory, no room is made.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -62,7 +62,7 @@ class SharedMemory:
         self._clock = 0  # counts starts and ends of exchanges
         self._passed = 0  # the latest start that all ranks are known to have passed
         self._name: str | None = None
-        self._is_off = False
+        self._may_grow = True
 
     def start(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Pending[Tensor] | None:
         """Show `tensor` to all ranks; the value is `read` of every rank's tensor, in the order of ranks.
@@ -95,17 +95,17 @@ class SharedMemory:
         return Pending(finish=finish)
 
     def _free_room(self, size: int) -> _Room | None:
-        if size < SMALLEST or self._is_off:
+        if size < SMALLEST:
             return None
         for room in self._rooms:
             if room.size >= size and room.finished is not None and room.finished < self._passed:
                 return room
         size = 1 << (size - 1).bit_length()
-        if sum(room.size for room in self._rooms) + size > LIMIT:
+        if not self._may_grow or sum(room.size for room in self._rooms) + size > LIMIT:
             return None
         views = self._mapped(size)
-        self._is_off = views is None
         if views is None:
+            self._may_grow = False
             return None
         self._rooms.append(_Room(views, None))
         return self._rooms[-1]
