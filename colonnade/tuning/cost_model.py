@@ -242,7 +242,7 @@ class _Step:
         after = (self.whole - self.inner) // streams + of_weight * self.elements.gate_up
         gradients = 0
         if self.placement.shards > 1:
-            gradients = FLOAT32 * self.elements.table + self.placement.gather_bytes * self.elements.down
+            gradients = self.head_waiting + self.placement.gather_bytes * self.elements.down
         # The stream's gradient takes the place of what the last norm kept.
         return again[self.placement.activation_checkpointing] + max(inside, after) + gradients
 
@@ -275,8 +275,18 @@ class _Step:
         return head + FLOAT32 * elements.outside + placement.gather_bytes * blocks * elements.block
 
     @property
+    def adds_whole_gradients(self) -> bool:
+        """Whether micro-batches add up before the ranks share out their sum."""
+        return self.placement.data_parallel_shard == "zero2" and self.placement.shards > 1 and self.accumulation > 1
+
+    @property
+    def head_waiting(self) -> int:
+        """Where parameters are shared out, the head's gradient until the end of the backward pass."""
+        return 0 if self.placement.shards == 1 or self.adds_whole_gradients else FLOAT32 * self.elements.table
+
+    @property
     def gradients(self) -> int:
-        if self.placement.data_parallel_shard == "zero2" and self.placement.shards > 1 and self.accumulation > 1:
+        if self.adds_whole_gradients:
             elements = self.elements
             return FLOAT32 * (elements.outside + self.config.num_hidden_layers * elements.block)
         return FLOAT32 * self.elements.own
@@ -287,7 +297,7 @@ class _Step:
         if self.placement.shards == 1:
             return 0
         gathered = self.placement.gather_bytes
-        return (gathered + (FLOAT32 if self.is_half else 0)) * self.elements.block + FLOAT32 * self.elements.table
+        return (gathered + (FLOAT32 if self.is_half else 0)) * self.elements.block + self.head_waiting
 
     def worst(self) -> int:
         """Gradients, activations and what lives beside them at the worst moment."""
