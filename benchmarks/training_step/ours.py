@@ -48,7 +48,11 @@ def our_contender(
             max_grad_norm=MAX_GRAD_NORM,
         ).loss
 
-    return Contender(step, lambda: held_tensors(model, optimizer), alone)
+    def held() -> list[torch.Tensor]:
+        rooms = [] if model.group.memory is None else model.group.memory.own_rooms
+        return [*held_tensors(model, optimizer), *rooms]
+
+    return Contender(step, held, alone)
 
 
 # ------------------------------------------------------------------------------------- deterministic over default

@@ -56,7 +56,7 @@ class TensorGroup:
         self.slices = self.size if slices is None else slices
         self.fixed_order = slices is not None
         self.local_slices = self.slices // self.size
-        self._memory = memory
+        self.memory = memory
         self._identity = False
 
     @property
@@ -86,7 +86,8 @@ class TensorGroup:
         if not self.communicates:
             return Pending(partial)
         partial = partial.contiguous()
-        shared = self._start_exchange(partial, tree_sum)
+        # Of more ranks each would read the whole tensors of all.
+        shared = self._start_exchange(partial, tree_sum) if self.size == 2 else None
         if shared is not None:
             return shared
         # Two addends have one order only, so the tree is the library's all-reduce there.
@@ -122,7 +123,7 @@ class TensorGroup:
         return _under_way((part, partial), work, part)
 
     def _start_exchange(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Pending[Tensor] | None:
-        return None if self._memory is None else self._memory.start(tensor, read)
+        return None if self.memory is None else self.memory.start(tensor, read)
 
     def own_part(self, whole: Tensor) -> Tensor:
         """This rank's rows of what all ranks hold: [tp * R, ...] -> [R, ...]."""

@@ -35,7 +35,7 @@ STRETCHES = {torch.float32: 10, torch.float64: 10}
 STRETCHES_OF_HALF = 6
 SMALLEST_STRETCH = 32
 # Bytes in float32 of the rows whose softmax is taken at a time, pass after pass. On the CPU they stay in the cache of a
-# core: half the time of passes over a whole stretch.
+# core, and each thread has one: half the time of passes over a whole stretch.
 SOFTMAX = {"cpu": 1 << 20}
 SOFTMAX_ELSEWHERE = 1 << 26
 # Nor are they more than this part of a stretch: in half precision they are copies in float32.
@@ -130,8 +130,8 @@ def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits.copy_(exponentials / total)
         return maximum.squeeze(1), total.squeeze(1)
     tokens, entries = logits.shape
-    rows = SOFTMAX.get(logits.device.type, SOFTMAX_ELSEWHERE) // (entries * dtype.itemsize)
-    rows = max(1, min(rows, tokens // SOFTMAX_PART))
+    room_for = SOFTMAX.get(logits.device.type, SOFTMAX_ELSEWHERE) * torch.get_num_threads()
+    rows = max(1, min(room_for // (entries * dtype.itemsize), tokens // SOFTMAX_PART))
     room = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
     maxima, totals = [], []
     for block in logits.split(rows):

@@ -6,8 +6,9 @@ one number goes through gloo to tell that it is there, and each rank reads the t
 the process group promises: a rank that died or hangs ends the wait with an error, after the group's own time limit.
 
 Memory is cut into rooms, one for an exchange under way. A room is used again when all ranks have read it, which each of
-them knows without being told: all ranks start and finish exchanges in the same order, as they do with any collective.
-So when an exchange has been waited for, every rank had started it, and had finished whatever came before its start.
+them knows without being told: all ranks start and finish exchanges in the same order (of autograd's nodes, too). So
+when an exchange has been waited for, every rank had started it, and had finished whatever came before its start. The
+number that goes through gloo says which exchange in which room it is: ranks that are not in step end with an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from colonnade.parallel.pending import Pending
 
-FOLDER = Path("/dev/shm")
 SMALLEST = 1 << 15
 """Bytes of a rank's tensor from which on sockets are slower; what is smaller is not exchanged here."""
 LIMIT = 1 << 28
@@ -40,6 +39,7 @@ class _Room:
         finished: when this rank had last read it; None while an exchange is under way there.
     """
 
+    number: int
     views: list[Tensor]
     finished: int | None
 
@@ -61,8 +61,12 @@ class SharedMemory:
         self._rooms: list[_Room] = []
         self._clock = 0  # counts starts and ends of exchanges
         self._passed = 0  # the latest start that all ranks are known to have passed
-        self._name: str | None = None
         self._may_grow = True
+
+    @property
+    def own_rooms(self) -> list[Tensor]:
+        """This rank's part of the rooms: bytes that no allocator of torch tells of."""
+        return [room.views[self._rank] for room in self._rooms]
 
     def start(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Pending[Tensor] | None:
         """Show `tensor` to all ranks; the value is `read` of every rank's tensor, in the order of ranks.
@@ -73,6 +77,9 @@ class SharedMemory:
 
         Returns:
             None where the tensor is too small, or has no room: the caller sends it in another way.
+
+        Raises:
+            RuntimeError: when it is waited for: a rank is gone, or has come with another exchange.
         """
         room = self._free_room(tensor.nbytes)
         if room is None:
@@ -82,15 +89,21 @@ class SharedMemory:
         self._clock += 1
         started = self._clock
         views[self._rank].copy_(tensor)
-        work = dist.all_reduce(torch.zeros(1), group=self._group, async_op=True)
+        place = started * len(self._rooms) + room.number
+        # The highest and, as its opposite, the lowest of all ranks.
+        told = torch.tensor([place, -place])
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
+            if told.tolist() != [place, -place]:
+                raise RuntimeError("ranks have come to an exchange in different orders")
             self._passed = max(self._passed, started)
-            value = read(views)
-            self._clock += 1
-            room.finished = self._clock
-            return value
+            try:
+                return read(views)
+            finally:
+                self._clock += 1
+                room.finished = self._clock
 
         return Pending(finish=finish)
 
@@ -107,56 +120,73 @@ class SharedMemory:
         if views is None:
             self._may_grow = False
             return None
-        self._rooms.append(_Room(views, None))
+        self._rooms.append(_Room(len(self._rooms), views, None))
         return self._rooms[-1]
 
     def _mapped(self, size: int) -> list[Tensor] | None:
         """So many bytes of each rank, seen by all; None, on all ranks, where one of them does not see them."""
-        if self._name is None:
-            names = [f"colonnade-{uuid.uuid4().hex}"]
-            dist.broadcast_object_list(names, group=self._group, group_src=0)
-            self._name = names[0]
-        paths = [FOLDER / f"{self._name}-{len(self._rooms)}-{rank}" for rank in range(self._size)]
-        own = paths[self._rank]
+        own = _Place.reserved(size)
         try:
-            is_there = _reserve(own, size)
-            if not self._all(is_there):
-                return None
-            views = [_map(path, size) for path in paths]
-            # Nobody needs a name any more once all have opened it: nothing is left behind, whatever ends the run.
-            return [view for view in views if view is not None] if self._all(None not in views) else None
+            places: list[_Place | None] = [None] * self._size
+            dist.all_gather_object(places, own, group=self._group)
+            views = [None if place is None else place.mapped(size) for place in places]
+            seen = [view for view in views if view is not None]
+            told = torch.tensor(len(seen))
+            dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self._group)
+            return seen if int(told) == self._size else None
         finally:
-            own.unlink(missing_ok=True)
-
-    def _all(self, holds: bool) -> bool:
-        told = torch.tensor(int(holds))
-        dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self._group)
-        return bool(told)
+            if own is not None:
+                os.close(own.handle)  # what is mapped stays
 
 
-def _reserve(path: Path, size: int) -> bool:
-    """Make a file with so much memory behind it. Memory that is only promised would end the process when it is used."""
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    except OSError:  # no such folder on this system, or no right to write there
-        return False
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
+@dataclass(frozen=True)
+class _Place:
+    """Where the processes of a machine find the memory of one of them while it holds it open.
+
+    The memory has no name in a file system: nothing is left behind, whatever ends the run.
+
+    Attributes:
+        label: of this memory alone. On another machine there may be a process of the same number.
+        network: processes that do not share a network do not share memory either.
+    """
+
+    label: str
+    process: int
+    handle: int
+    network: int
+
+    @classmethod
+    def reserved(cls, size: int) -> _Place | None:
+        """Memory that is really there: one that is only promised would end the process when it is used."""
+        label = f"colonnade-{uuid.uuid4().hex}"
+        try:
+            handle = os.memfd_create(label)
+        except (AttributeError, OSError):  # not on this system
+            return None
+        try:
+            os.posix_fallocate(handle, 0, size)
+            return cls(label, os.getpid(), handle, _network())
+        except OSError:
+            os.close(handle)
+            return None
+
+    def mapped(self, size: int) -> Tensor | None:
+        """The memory as bytes; None where this process does not see it."""
+        path = f"/proc/{self.process}/fd/{self.handle}"
+        try:
+            if self.network != _network() or self.label not in os.readlink(path):
+                return None
+            handle = os.open(path, os.O_RDWR)
+        except OSError:
+            return None
+        try:
+            return torch.frombuffer(mmap.mmap(handle, size), dtype=torch.uint8)
+        except OSError:
+            return None
+        finally:
+            os.close(handle)
 
 
-def _map(path: Path, size: int) -> Tensor | None:
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:  # it is on another machine
-        return None
-    try:
-        return torch.frombuffer(mmap.mmap(handle, size), dtype=torch.uint8)
-    except OSError:
-        return None
-    finally:
-        os.close(handle)
+def _network() -> int:
+    """The network that this process lives in."""
+    return os.stat("/proc/self/ns/net").st_ino
