@@ -5,10 +5,12 @@ What comes back is what a shell would see: exit code, output and errors.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
 import os
+import random
 import re
 import socket
 import sys
@@ -100,6 +102,18 @@ class Running:
         return outcomes
 
 
+def _free_port() -> int:
+    """A port that nobody listens on, below those that systems hand out by themselves.
+
+    One that the system chose would be given to a connection of another test before a rank listens there.
+    """
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+
+
 def begin(
     script: str,
     flags: Sequence[str],
@@ -117,9 +131,7 @@ def begin(
     """
     common = dict(environment or {})
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
         common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     folder = tempfile.TemporaryDirectory()
     processes: dict[int, BaseProcess] = {}

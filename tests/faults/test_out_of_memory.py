@@ -48,7 +48,7 @@ def test_out_of_memory_on_one_rank_ends_all_and_the_same_command_goes_on(flags, 
     these = [*flags, "--checkpoint-dir", str(directory)]
     begin = time.monotonic()
     output = finish(start(str(driver), these, ranks=2), code=1)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 240, "rank 0 waited for its peer until the limit of the collective"
     said = [line for line in output.splitlines() if "out of memory" in line]
     assert len(said) == 1
     assert "rank 1: out of memory in step 4 with micro-batch size 4; 2 is recorded in" in said[0]
