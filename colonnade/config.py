@@ -71,13 +71,14 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------- putting together
 
-# Two answers to one question. One that is given replaces the other where that comes from further below.
+# Two switches that cannot both be on.
 _CONTRADICTIONS = (
     ("compile", "disable_compile"),
     ("plain_step", "compile"),
     ("plain_step", "cuda_graphs"),
     ("plain_step", "overlap_collectives"),
 )
+# Two answers to one question. One that is given replaces the other where that comes from further below.
 _ALTERNATIVES = (
     *_CONTRADICTIONS,
     ("preset", "model_config"),

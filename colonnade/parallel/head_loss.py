@@ -36,7 +36,7 @@ STRETCHES_OF_HALF = 6
 SMALLEST_STRETCH = 32
 # Bytes in float32 of the rows whose softmax is taken at a time, pass after pass. On the CPU they stay in the cache of a
 # core, and each thread has one: half the time of passes over a whole stretch.
-SOFTMAX = {"cpu": 1 << 20}
+SOFTMAX_IN_CACHE = 1 << 20
 SOFTMAX_ELSEWHERE = 1 << 26
 # Nor are they more than this part of a stretch: in half precision they are copies in float32.
 SOFTMAX_PART = 8
@@ -130,8 +130,9 @@ def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits.copy_(exponentials / total)
         return maximum.squeeze(1), total.squeeze(1)
     tokens, entries = logits.shape
-    room_for = SOFTMAX.get(logits.device.type, SOFTMAX_ELSEWHERE) * torch.get_num_threads()
-    rows = max(1, min(room_for // (entries * dtype.itemsize), tokens // SOFTMAX_PART))
+    on_cpu = logits.device.type == "cpu"
+    most = SOFTMAX_IN_CACHE * torch.get_num_threads() if on_cpu else SOFTMAX_ELSEWHERE
+    rows = max(1, min(most // (entries * dtype.itemsize), tokens // SOFTMAX_PART))
     room = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
     maxima, totals = [], []
     for block in logits.split(rows):
