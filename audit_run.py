@@ -28,7 +28,7 @@ from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
     from colonnade.telemetry.fingerprint import Fingerprint
-    from run_state import Run
+    from run.state import Run
 
 COMPARED = ("loss_bits", "grad_norm_bits", "fingerprint", "moments_fingerprint")
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
-    from run_setup import replay_run
+    from run.start import replay_run
 
     layout = init_parallel(stretch.tensor_parallel_size)
     end = on_first_rank(lambda: last_step(stretch))
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _logged_rows(directory: Path) -> dict[int, dict[str, Any]]:
     from colonnade.telemetry.metrics import read_metrics
-    from run_end import METRICS_NAME
+    from run.end import METRICS_NAME
 
     path = directory / METRICS_NAME
     if not path.exists():
@@ -171,7 +171,7 @@ def read_recorded(directory: Path, begin: int, end: int) -> Recorded:
         UsageError: something that the run has logged of them is missing.
     """
     from colonnade.telemetry.metrics import read_metrics
-    from run_end import METRICS_NAME
+    from run.end import METRICS_NAME
     from training_utils import FINGERPRINTS_NAME
 
     rows = {step: row for step, row in sorted(_logged_rows(directory).items()) if begin < step <= end}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from colonnade.parallel.mesh import ParallelLayout
     from colonnade.run_settings import RunSettings
     from colonnade.telemetry.differences import Difference
-    from run_parity import PrecisionParity, Subject
+    from run.parity import PrecisionParity, Subject
 
 # Measured: `docs/parity.md`.
 FP32_TOLERANCE = 1e-4
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     from colonnade.parallel.mesh import first_rank_alone, init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank
     from colonnade.run_settings import RunSettings
-    from run_parity import compare_sides
+    from run.parity import compare_sides
 
     if world_size_from_environment() == 1:
         raise UsageError("one rank has nothing to be compared with: start it as torchrun --nproc_per_node=2, or more")
@@ -94,8 +94,8 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
     from colonnade.config import check_contradictions, override
     from colonnade.parallel.vote import on_first_rank, vote
     from colonnade.run_settings import RunSettings
-    from run_data import resolve_data
-    from run_inputs import (
+    from run.data import resolve_data
+    from run.inputs import (
         check_sizes,
         model_of_record,
         require_own_model,
@@ -104,7 +104,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
         resolve_model_settings,
         with_preset,
     )
-    from run_parity import Subject
+    from run.parity import Subject
 
     notes: list[str] = []
     found, record = None, {}
@@ -139,7 +139,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
 def batch_of(settings: RunSettings, layout: ParallelLayout) -> tuple[int, int]:
     """Sequences of a micro-batch and of a step. Where the tuner would choose the micro-batch it is 1."""
     from colonnade.parallel.determinism import check_micro_batches
-    from run_inputs import check_shares, fixed_micro_batch, requested_global_batch
+    from run.inputs import check_shares, fixed_micro_batch, requested_global_batch
 
     fixed_micro_batch(settings, {})
     if settings.initial_batch_size == "auto":
@@ -196,7 +196,7 @@ def read_blocks(
     """The blocks of the run's first steps, int32 [steps, sequences, T + 1]; on the first rank."""
     import numpy as np
 
-    from run_data import open_stream, run_tokenizer, settle_backend, stream_notes
+    from run.data import open_stream, run_tokenizer, settle_backend, stream_notes
 
     tokenizer = run_tokenizer(settings)
     backend = settle_backend(settings, tokenizer, {}, notes)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from colonnade.data.mixture import CorpusPattern
     from colonnade.data.shards import Shard
     from colonnade.parallel.mesh import ParallelLayout
-    from run_evaluation import Plan, Score
-    from trained_model import TrainedModel
+    from run.evaluation import Plan, Score
+    from run.trained_model import TrainedModel
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.mesh import init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank, vote
-    from run_evaluation import corpora_of, open_corpora, plan_of
-    from trained_model import open_trained
+    from run.evaluation import corpora_of, open_corpora, plan_of
+    from run.trained_model import open_trained
 
     manager = None
     if settings.tasks is not None:
@@ -63,8 +63,8 @@ def score_texts(
     corpora: Sequence[tuple[CorpusPattern, Sequence[Shard]]],
 ) -> list[Score]:
     """Each corpus's score, from its files, printed as it comes. Collective."""
-    from run_evaluation import score
-    from run_model import DTYPES
+    from run.evaluation import score
+    from run.model import DTYPES
 
     if not corpora:
         return []
@@ -81,7 +81,7 @@ def score_texts(
 
 def prepare_tasks(settings: EvaluationSettings) -> Any:
     """lm-eval's table of tasks. Raises UsageError before anything is loaded or exported."""
-    from run_tasks import check_tasks, require_harness
+    from run.tasks import check_tasks, require_harness
 
     require_harness()
     return check_tasks(names_of(settings.tasks), settings.tasks_path)
@@ -91,8 +91,8 @@ def score_tasks(
     settings: EvaluationSettings, trained: TrainedModel, layout: ParallelLayout, plan: Plan, manager: Any
 ) -> dict[str, Any]:
     """Each task's metrics, printed. The model is exported into a folder that is gone afterwards."""
-    from run_export import export_checkpoint
-    from run_tasks import run_tasks
+    from run.export import export_checkpoint
+    from run.tasks import run_tasks
 
     with tempfile.TemporaryDirectory(prefix="colonnade-") as folder:
         exported = Path(folder, "model")

@@ -3,7 +3,7 @@
     python export_hf.py --checkpoint-path pretrained --output exported
     python export_hf.py --checkpoint-path pretrained --output weights.pth
 
-Any number of ranks may do it; `run_export.py` says how.
+Any number of ranks may do it; `run/export.py` says how.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     # torch takes seconds to import: not before the flags have been found right.
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
-    from run_export import export_checkpoint, export_single_file
-    from trained_model import open_trained
+    from run.export import export_checkpoint, export_single_file
+    from run.trained_model import open_trained
 
     layout = init_parallel(None)
     output = Path(options.output)

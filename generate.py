@@ -23,8 +23,8 @@ from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
     from model import TensorParallelModel
-    from text_generation import PromptEncoder, Sampling
-    from trained_model import TrainedModel
+    from run.text_generation import PromptEncoder, Sampling
+    from run.trained_model import TrainedModel
 
 MAX_BATCH = 4096
 
@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     from colonnade.parallel.determinism import fix_arithmetic
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
-    from run_inputs import resolve_precision
-    from run_model import DTYPES
-    from text_generation import PromptEncoder, Sampling, check_length
-    from trained_model import open_trained
+    from run.inputs import resolve_precision
+    from run.model import DTYPES
+    from run.text_generation import PromptEncoder, Sampling, check_length
+    from run.trained_model import open_trained
 
     layout = init_parallel(None)
     if options.output is not None:
@@ -72,7 +72,7 @@ def _stream(
     encoder: PromptEncoder,
 ) -> None:
     """Print the continuation of one prompt as it is sampled."""
-    from text_generation import generate_tokens
+    from run.text_generation import generate_tokens
 
     terminal = _Terminal(text) if model.layout.is_main else None
     tokens: list[int] = []
@@ -126,7 +126,7 @@ def _in_batches(
     encoder: PromptEncoder,
 ) -> None:
     """Continue a list of prompts, and print each with its continuation."""
-    from text_generation import generate_tokens, tokens_of_rows
+    from run.text_generation import generate_tokens, tokens_of_rows
 
     done: list[Continuation] = []
     for first in range(0, len(prompts), options.batch_size):

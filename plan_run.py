@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _model(asked: PlanSettings, settings: RunSettings) -> ModelConfig:
     from data_processing import vocabulary_size
-    from run_data import run_tokenizer
-    from run_inputs import named_model
+    from run.data import run_tokenizer
+    from run.inputs import named_model
 
     entries = asked.vocab_size
     if settings.tokenizer_path is not None:

@@ -17,7 +17,7 @@ from colonnade.parallel.launch import launch
 def main(arguments: list[str] | None = None) -> None:
     resume, given = parse_resume(arguments)
     # torch takes seconds to import: not before the flags have been found right.
-    from run_setup import resume_run
+    from run.start import resume_run
     from training_utils import train
 
     run = resume_run(resume, given)

@@ -17,7 +17,7 @@ from colonnade.parallel.launch import launch
 def main(arguments: list[str] | None = None) -> None:
     given = parse_training(arguments)
     # torch takes seconds to import: not before the flags have been found right.
-    from run_setup import start_run
+    from run.start import start_run
     from training_utils import train
 
     run = start_run(given)

@@ -1,6 +1,6 @@
 """What both entry points share: the loop, one optimizer step, validation, and what is logged of a step.
 
-A `Run` is made by `run_setup`; `train` takes it to its last step. The order of a step: batch, learning rate, forward
+A `Run` is made by `run.start`; `train` takes it to its last step. The order of a step: batch, learning rate, forward
 and backward of each micro-batch, next batch staged, gradients summed and clipped, optimizer, position committed.
 """
 
@@ -28,11 +28,11 @@ from colonnade.telemetry.sinks import Tracker
 from colonnade.telemetry.tracking import open_tracker
 from colonnade.tuning.batch_record import record_out_of_memory
 from colonnade.tuning.memory import is_out_of_memory
-from run_checks import StepGuard, check_before_save
-from run_end import finish, forget_end
-from run_measurements import Meter, start_row, validate
-from run_samples import sampled_tokens, samples_are_due, samples_row
-from run_state import HANGS_NAME, Run, save
+from run.checks import StepGuard, check_before_save
+from run.end import finish, forget_end
+from run.measurements import Meter, start_row, validate
+from run.samples import sampled_tokens, samples_are_due, samples_row
+from run.state import HANGS_NAME, Run, save
 
 # How long a rank that must leave waits for the save that its peers' threads are still in.
 SETTLE_SECONDS = 60.0

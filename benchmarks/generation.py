@@ -28,7 +28,7 @@ from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.parallel.launch import launch
 from colonnade.parallel.mesh import init_parallel
 from model import ModelConfig, TensorParallelModel
-from text_generation import Sampling, generate_tokens
+from run.text_generation import Sampling, generate_tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32000,

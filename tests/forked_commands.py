@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOAD = ("training", "resume_pretrain_tensor", "run_setup", "torch._dynamo", "pyarrow.parquet")
+_PRELOAD = ("training", "resume_pretrain_tensor", "run.start", "torch._dynamo", "pyarrow.parquet")
 _LATE_IMPORTS = (
     "transformers.tokenization_utils_tokenizers",
     "matplotlib.figure",

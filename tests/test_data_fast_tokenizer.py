@@ -35,7 +35,7 @@ from data_helpers import (
     write_corpus,
 )
 from data_processing import load_tokenizer, streaming_token_generator
-from run_data import run_tokenizer, settle_backend
+from run.data import run_tokenizer, settle_backend
 
 fastokens = pytest.importorskip("fastokens")
 

@@ -22,8 +22,8 @@ from distributed.launching import losses, make_inputs
 from foreign_models import FAMILIES, save_foreign_model
 from forked_commands import start
 from model import ModelConfig
-from run_export import export_checkpoint, export_single_file
-from trained_model import TrainedModel, open_trained
+from run.export import export_checkpoint, export_single_file
+from run.trained_model import TrainedModel, open_trained
 
 TEXT = "A colonnade is a row of columns that carry one roof together. " * 20
 

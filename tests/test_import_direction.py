@@ -1,4 +1,4 @@
-"""Imports go one way: root files -> colonnade/, and inside either only towards what comes earlier."""
+"""Imports go one way: root files and run/ -> colonnade/, and inside each only towards what comes earlier."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "colonnade"
+RUN = "run"
 
 # A part may import itself and the parts before it.
 PARTS = (
@@ -29,29 +30,30 @@ PARTS = (
     "telemetry",
 )
 
-# A root file may import root files of earlier levels. What is not named here is a command, on the last level.
-ROOT_LEVELS = (
+# A root file, or one of run/, may import those of earlier levels. What is not named here is a command: the last level.
+LEVELS = (
     ("data_processing", "model"),
-    ("text_generation",),
-    ("run_samples",),
-    ("run_state",),
-    ("run_checks", "run_data", "run_end", "run_measurements"),
+    ("run.text_generation",),
+    ("run.samples",),
+    ("run.state",),
+    ("run.checks", "run.data", "run.end", "run.measurements"),
     ("training_utils",),
-    ("run_inputs",),
-    ("run_batch", "run_model", "run_report", "trained_model"),
-    ("run_assembly", "run_card"),
-    ("run_evaluation", "run_export", "run_parity", "run_setup", "run_tasks"),
+    ("run.inputs",),
+    ("run.batch", "run.model", "run.report", "run.trained_model"),
+    ("run.assembly", "run.model_card"),
+    ("run.evaluation", "run.export", "run.parity", "run.start", "run.tasks"),
 )
 
 
 def violations(root: Path) -> list[str]:
     """Every import below `root` that goes against the order, as `file:line: reason`; inside functions as well."""
-    root_modules = {path.stem for path in root.glob("*.py")}
+    outer = [*root.glob("*.py"), *(root / RUN).glob("*.py")]
+    outer_modules = {module_of(path.relative_to(root)) for path in outer}
     found = []
-    for path in sorted([*root.glob("*.py"), *(root / PACKAGE).rglob("*.py")]):
+    for path in sorted([*outer, *(root / PACKAGE).rglob("*.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         for line, target in imported_modules(tree, path.relative_to(root)):
-            reason = refusal(path.relative_to(root), target, root_modules)
+            reason = refusal(path.relative_to(root), target, outer_modules)
             if reason:
                 found.append(f"{path.relative_to(root).as_posix()}:{line}: {reason}")
     return found
@@ -77,31 +79,38 @@ def imported_modules(tree: ast.Module, path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(argument.value)
 
 
-def refusal(path: Path, target: str, root_modules: set[str]) -> str | None:
+def refusal(path: Path, target: str, outer_modules: set[str]) -> str | None:
     """Why the file at `path` may not import `target`, or None where it may."""
     top, *rest = target.split(".")
+    outer = ".".join([top, *rest[:1]]) if top == RUN else top
     if path.parts[0] != PACKAGE:
-        if top in root_modules and level(top) >= level(path.stem):
-            return f"{path.stem} may not import {top}"
+        own = module_of(path)
+        if outer in outer_modules and level(outer) >= level(own):
+            return f"{own} may not import {outer}"
         return None
-    if top in root_modules:
-        return f"the package may not import the root file {top}"
+    if outer in outer_modules:
+        return f"the package may not import {outer}"
     if top != PACKAGE:
         return None
-    own = part_of(path)
-    if own is not None and own not in PARTS:
-        return f"{own} has no place in the order of parts"
+    part = part_of(path)
+    if part is not None and part not in PARTS:
+        return f"{part} has no place in the order of parts"
     wanted = rest[0] if rest else None
     if wanted not in PARTS:
         return None
     # The package's own __init__ runs before any part, so it may import none of them.
-    if own is None or PARTS.index(wanted) > PARTS.index(own):
-        return f"{own or PACKAGE} may not import {wanted}"
+    if part is None or PARTS.index(wanted) > PARTS.index(part):
+        return f"{part or PACKAGE} may not import {wanted}"
     return None
 
 
-def level(root_module: str) -> int:
-    return next((i for i, names in enumerate(ROOT_LEVELS) if root_module in names), len(ROOT_LEVELS))
+def module_of(path: Path) -> str:
+    """The dotted name of a root file, or of one of run/."""
+    return ".".join(path.with_suffix("").parts)
+
+
+def level(module: str) -> int:
+    return next((i for i, names in enumerate(LEVELS) if module in names), len(LEVELS))
 
 
 def part_of(path: Path) -> str | None:
@@ -115,6 +124,8 @@ def test_imports_go_one_way() -> None:
 
 
 def test_every_part_is_in_the_order() -> None:
+    run = {module_of(path.relative_to(REPOSITORY)) for path in (REPOSITORY / RUN).glob("*.py")}
+    assert run - {"run.__init__"} <= {name for names in LEVELS for name in names}
     parts = {part_of(path.relative_to(REPOSITORY)) for path in (REPOSITORY / PACKAGE).rglob("*.py")}
     assert parts - {None} <= set(PARTS)
     assert len(parts) > 1
@@ -124,7 +135,10 @@ ALLOWED = {
     "data_processing.py": "import numpy\nfrom colonnade.data.shards import read\n",
     "model.py": "import colonnade.parallel.mesh\n",
     "training_utils.py": "import model\nfrom data_processing import load\n",
-    "training.py": "import training_utils, model\n",
+    "training.py": "import training_utils, model\nfrom run.start import start\n",
+    "run/__init__.py": "",
+    "run/state.py": "import model\n",
+    "run/start.py": "from run.state import Run\nimport training_utils\n",
     "resume.py": "def main():\n    from training_utils import run\n    import data_processing\n",
     "colonnade/__init__.py": "__version__ = '1'\n",
     "colonnade/errors.py": "import sys\n",
@@ -154,7 +168,11 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
         ("model.py", "import data_processing\n", "model.py:1: model may not import data_processing"),
         ("model.py", "import training_utils as t\n", "model.py:1: model may not import training_utils"),
         ("training_utils.py", "import generate\n", "training_utils.py:1: training_utils may not import generate"),
-        ("colonnade/data/a.py", "from model import M\n", "a.py:1: the package may not import the root file model"),
+        ("colonnade/data/a.py", "from model import M\n", "a.py:1: the package may not import model"),
+        ("colonnade/data/a.py", "from run.state import Run\n", "a.py:1: the package may not import run.state"),
+        ("run/state.py", "from run.start import start\n", "state.py:1: run.state may not import run.start"),
+        ("run/state.py", "from run import start\n", "state.py:1: run.state may not import run.start"),
+        ("model.py", "import run.state\n", "model.py:1: model may not import run.state"),
         ("colonnade/data/a.py", "import colonnade.optim.factory\n", "a.py:1: data may not import optim"),
         ("colonnade/data/a.py", "from colonnade import telemetry\n", "a.py:1: data may not import telemetry"),
         ("colonnade/data/a.py", "from ..optim import factory\n", "a.py:1: data may not import optim"),

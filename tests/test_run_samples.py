@@ -10,7 +10,7 @@ import pytest
 
 from distributed.launching import losses, make_inputs
 from forked_commands import start
-from run_samples import samples_are_due
+from run.samples import samples_are_due
 
 PROMPTS = ["def ", "import os"]
 

@@ -12,7 +12,7 @@ from colonnade.errors import UsageError
 from colonnade.parallel.mesh import init_parallel
 from distributed.workers import generated
 from foreign_models import save_foreign_model
-from text_generation import Sampling, check_length, generate_tokens
+from run.text_generation import Sampling, check_length, generate_tokens
 
 PROMPTS = [[5, 9, 77], [3, 1, 4, 1, 5, 9, 2, 6, 5], [120]]
 COUNT = 20

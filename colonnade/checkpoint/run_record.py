@@ -41,7 +41,7 @@ _SCHEDULE = ("rewarmup_start", "rewarmup_steps")
 
 
 def run_record(info: CheckpointInfo) -> dict[str, Any]:
-    """The run a checkpoint belongs to, as `run_state.manifest_of` wrote it; empty for a single file.
+    """The run a checkpoint belongs to, as `run.state.manifest_of` wrote it; empty for a single file.
 
     Raises:
         UsageError: a part is missing, of another type or out of range: damaged, or written by another version.

@@ -14,7 +14,7 @@ from colonnade.optim.step import StepOutcome, optimizer_step
 from colonnade.parallel import data_parallel
 from distributed.workers import build, make_optimizer, whole
 from model import ModelConfig, TensorParallelModel
-from run_batch import _probe_seconds
+from run.batch import _probe_seconds
 
 
 def every_token(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:

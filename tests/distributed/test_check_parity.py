@@ -12,7 +12,7 @@ from colonnade.flags import parse_parity
 from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
 from distributed.launching import MODEL, losses, make_inputs
 from forked_commands import start
-from run_parity import PrecisionParity, StepParity
+from run.parity import PrecisionParity, StepParity
 
 
 @pytest.fixture(scope="module")

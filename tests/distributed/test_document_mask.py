@@ -18,9 +18,9 @@ from distributed.test_bits import STEPS, differing
 from distributed.test_parity import CONFIG, is_vocabulary
 from distributed.workers import captured_graphs, deterministic_steps, packed_step
 from model import TensorParallelModel
-from run_batch import _probe_seconds
-from run_measurements import validate
-from run_state import Validation
+from run.batch import _probe_seconds
+from run.measurements import validate
+from run.state import Validation
 
 BLOCK = 48
 # Lengths of the documents of each row of BLOCK + 1 tokens; what they do not fill is padding.

@@ -21,9 +21,9 @@ from colonnade.parallel.mesh import init_parallel
 from data_helpers import stdlib_texts, tiny_tokenizer
 from distributed.launching import make_inputs
 from forked_commands import start
-from run_evaluation import corpora_of
-from run_tasks import puts_before
-from trained_model import open_trained
+from run.evaluation import corpora_of
+from run.tasks import puts_before
+from run.trained_model import open_trained
 
 ROWS = ["def f(x):\n    return x\n", "", "12345 67890", None, "naïve café ☕ " * 30, "x", *stdlib_texts(6)]
 

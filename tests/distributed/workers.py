@@ -26,7 +26,7 @@ from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.telemetry.fingerprint import fingerprint_of, float32_bits
 from model import ModelConfig, TensorParallelModel
-from text_generation import Sampling, generate_tokens, tokens_of_rows
+from run.text_generation import Sampling, generate_tokens, tokens_of_rows
 
 
 def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Putting a run together: the stream opened, the model and its optimizer built, the batch settled, the origin restored.
 
-What the three ways in (`run_setup.py`) have in common.
+What the three ways in (`run/start.py`) have in common.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from colonnade.telemetry.code_version import code_version
 from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import Backend, TokenChunk, TokenStream
 from model import ModelConfig, TensorParallelModel
-from run_batch import tune_batch
-from run_data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
-from run_end import record_launch
-from run_inputs import (
+from run.batch import tune_batch
+from run.data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
+from run.end import record_launch
+from run.inputs import (
     arithmetic_of_run,
     check_shares,
     check_step_size,
@@ -40,11 +40,11 @@ from run_inputs import (
     requested_global_batch,
     require_steps_left,
 )
-from run_measurements import device_peak_flops
-from run_model import Origin, State, build_state
-from run_report import resume_report
-from run_samples import SamplePrompts, read_sample_prompts
-from run_state import Run, Validation
+from run.measurements import device_peak_flops
+from run.model import Origin, State, build_state
+from run.report import resume_report
+from run.samples import SamplePrompts, read_sample_prompts
+from run.state import Run, Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

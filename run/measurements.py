@@ -17,7 +17,7 @@ from colonnade.telemetry.data_ledger import data_metrics
 from colonnade.telemetry.fingerprint import float32_bits
 from colonnade.tuning.flops import peak_flops, training_flops_per_token
 from colonnade.tuning.memory import GIB
-from run_state import Run, Validation, whole_position
+from run.state import Run, Validation, whole_position
 
 
 def start_row(run: Run) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from colonnade.data.position import DataPosition
 from colonnade.optim.schedule import schedule_of
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.code_version import describe_code
-from run_data import weight_changes
-from run_inputs import arithmetic_changes
-from run_state import Run
+from run.data import weight_changes
+from run.inputs import arithmetic_changes
+from run.state import Run
 
 # What says where a run is, not what it is; ranks are told as such.
 _QUIET = {"tensor_parallel_size", "checkpoint_dir"}

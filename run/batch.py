@@ -14,7 +14,7 @@ from colonnade.run_settings import RunSettings
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
 from model import TensorParallelModel
-from run_inputs import is_compiled
+from run.inputs import is_compiled
 
 
 def tune_batch(

@@ -14,7 +14,7 @@ from typing import Any
 from colonnade.errors import UsageError
 from colonnade.parallel.vote import one_line
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def require_harness() -> None:

@@ -22,8 +22,8 @@ from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
 from data_processing import boundary_tokens, vocabulary_size
 from model import ModelConfig, TensorParallelModel
-from run_data import require_vocabulary, run_tokenizer
-from run_inputs import model_of_record, resolve_model
+from run.data import require_vocabulary, run_tokenizer
+from run.inputs import model_of_record, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,10 +9,10 @@ from colonnade.data.mixture import parse_data_glob
 from colonnade.errors import UsageError
 from colonnade.telemetry.code_version import describe_code
 from colonnade.telemetry.metrics import read_metrics
-from run_end import METRICS_NAME
+from run.end import METRICS_NAME
 
 if TYPE_CHECKING:
-    from trained_model import TrainedModel
+    from run.trained_model import TrainedModel
 
 # Settings that say where things were, or how the run was watched, rather than what the model is.
 _TRAINING_SETTINGS = (

@@ -26,12 +26,12 @@ from colonnade.checkpoint.hugging_face_export import (
 from colonnade.errors import RunError, UsageError
 from colonnade.files import write_text
 from colonnade.parallel.vote import on_first_rank, vote
-from run_card import model_card
-from run_data import first_texts
+from run.data import first_texts
+from run.model_card import model_card
 
 if TYPE_CHECKING:
     from colonnade.parallel.mesh import ParallelLayout
-    from trained_model import TrainedModel
+    from run.trained_model import TrainedModel
 
 TOLERANCE = 1e-4
 """Of logits in float32, relative to the norm of those expected: what other kernels round otherwise, and no more."""

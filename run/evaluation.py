@@ -24,7 +24,7 @@ from colonnade.errors import RunError, UsageError
 from colonnade.parallel.head_loss import IGNORE_INDEX
 from colonnade.parallel.vote import on_first_rank
 from model import TensorParallelModel
-from trained_model import TrainedModel
+from run.trained_model import TrainedModel
 
 # A name and a pattern without a weight: what follows its last colon is no number.
 _NAME_ONLY = re.compile(r"[A-Za-z0-9_.-]+=(?!.+:[0-9.eE+-]+$).+")

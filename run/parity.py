@@ -32,7 +32,7 @@ from colonnade.parallel.vote import vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
 from colonnade.tuning.memory import is_out_of_memory
-from run_model import build_model, build_optimizer
+from run.model import build_model, build_optimizer
 
 
 @dataclass(frozen=True)

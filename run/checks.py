@@ -16,7 +16,7 @@ from colonnade.optim.step import StepOutcome
 from colonnade.parallel.vote import vote
 from colonnade.telemetry.continuity import FIRST_STEPS, loss_continuity
 from colonnade.telemetry.fingerprint import require_equal_parameters
-from run_state import Run, merged_position
+from run.state import Run, merged_position
 
 
 def check_before_save(run: Run) -> None:

@@ -31,7 +31,7 @@ from data_processing import (
     vocabulary_size,
 )
 from model import ModelConfig
-from run_state import Validation
+from run.state import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

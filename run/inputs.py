@@ -35,8 +35,8 @@ from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.cost_model import Placement, state_memory
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
-from run_data import require_vocabulary, run_tokenizer, weight_changes
-from run_end import step_of_launch
+from run.data import require_vocabulary, run_tokenizer, weight_changes
+from run.end import step_of_launch
 
 FINGERPRINT_INTERVAL = 100
 

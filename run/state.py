@@ -30,7 +30,7 @@ from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, Fingerprint
 from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import TokenStream
 from model import ModelConfig, TensorParallelModel
-from run_samples import SamplePrompts
+from run.samples import SamplePrompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

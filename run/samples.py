@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from colonnade.data.prompts import prompts_in
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
-from text_generation import PromptEncoder, Sampling, check_length, generate_tokens, tokens_of_rows
+from run.text_generation import PromptEncoder, Sampling, check_length, generate_tokens, tokens_of_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from colonnade.telemetry.data_ledger import data_summary
 from colonnade.telemetry.pictures import PLOT_NAME
 from colonnade.telemetry.report import METRICS_NAME, REPORT_NAME
 from colonnade.telemetry.sinks import Tracker
-from run_state import LEDGER_NAME, Run, prune, whole_position
+from run.state import LEDGER_NAME, Run, prune, whole_position
 
 LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMPLETE.json"
 # How long the end of a run waits for its sinks, and for checkpoints that are being uploaded; where it was asked to

@@ -2,9 +2,9 @@
 
 `start_run` serves `training.py`: a fresh run, or exactly where its newest checkpoint stands. `resume_run` serves
 `resume_pretrain_tensor.py`: a checkpoint, with settings changed. `replay_run` serves `audit_run.py`: a deterministic
-run as it once stood. All end in a `run_state.Run`.
+run as it once stood. All end in a `run.state.Run`.
 
-Bad input is found before the first step, and where it can be before anything is built (`run_inputs.py`). Each check
+Bad input is found before the first step, and where it can be before anything is built (`run/inputs.py`). Each check
 runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`), so that all ranks leave together.
 """
 
@@ -31,9 +31,9 @@ from colonnade.parallel.stopping import launchers
 from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.tracking import require_sinks
-from run_assembly import assemble
-from run_data import resolve_data, weight_changes
-from run_inputs import (
+from run.assembly import assemble
+from run.data import resolve_data, weight_changes
+from run.inputs import (
     arithmetic_changes,
     attempt_of_launch,
     batch_of_resumed,
@@ -52,8 +52,8 @@ from run_inputs import (
     resolve_model_settings,
     with_preset,
 )
-from run_model import Origin
-from run_state import HANGS_NAME, Run
+from run.model import Origin
+from run.state import HANGS_NAME, Run
 
 # ------------------------------------------------------------------------------------------------ the two ways in
 

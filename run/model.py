@@ -20,8 +20,8 @@ from colonnade.parallel.vote import one_line, vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from model import ModelConfig, TensorParallelModel
-from run_inputs import is_compiled
-from run_state import restore_rng
+from run.inputs import is_compiled
+from run.state import restore_rng
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
