@@ -68,7 +68,7 @@ def main() -> None:
     given = parsed()
     chosen = names(given.only, (*RATIOS, MODES), "--only")
     vocabularies = names(given.vocabularies, ("32k", "152k"), "--vocabularies")
-    precisions = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
+    asked = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
     for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
         if value < 1:
             raise UsageError(f"{flag} is {value}; it must be at least 1")
@@ -79,18 +79,19 @@ def main() -> None:
     wanted = [table[name] for name in chosen if name in table]
     if not wanted and MODES not in chosen:
         raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
+    precisions = asked or default_precisions(device_type)
     report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(device_type, ranks)}
     if wanted:
-        for precision in precisions or default_precisions(device_type):
+        for precision in precisions:
             for vocabulary in vocabularies:
                 case = measured_case(precision, vocabulary, wanted, given.rounds, device_type, ranks)
                 report["cases"][f"{precision}/{vocabulary}"] = case
                 report["ratios"] |= case.pop("ratios")
                 write(report, given.json)
     if MODES in chosen:
-        report["ratios"] |= deterministic_over_default(given.mode_rounds)
-    for name, ratio in report["ratios"].items():
-        print(f"{name:44s}{ratio:8.3f}")
+        modes = deterministic_over_default(precisions, given.mode_rounds)
+        report["ratios"] |= modes
+        print_ratios(modes)
     write(report, given.json)
 
 
@@ -167,15 +168,15 @@ def processor() -> str:
     return f"{len(found)} x {found[0]}" if found else platform.processor()
 
 
-def deterministic_over_default(rounds: int) -> dict[str, float]:
-    """Speed of the deterministic mode over the default one, by precision, and the lower of the two."""
+def deterministic_over_default(precisions: list[str], rounds: int) -> dict[str, float]:
+    """Speed of the deterministic mode over the default one, by precision, and the lowest."""
     from benchmarks.training_step.ours import compare_modes
     from benchmarks.training_step.ranks import on_ranks
 
     print("deterministic mode and default one", file=sys.stderr)
     ratios = {
         f"deterministic_over_default_{precision}": on_ranks(RANKS, compare_modes, precision, rounds)
-        for precision in PRECISIONS
+        for precision in precisions
     }
     return {"deterministic_over_default": min(ratios.values()), **ratios}
 
@@ -272,9 +273,13 @@ def print_case(title: str, case: dict[str, Any]) -> None:
         print(f"{name:20s}{speed:12.0f}{case['peak_mib'][name]:12.0f}{share}")
     for name, rate in case.get("matmul_gflops", {}).items():
         print(f"{name:32s}{rate:8.1f} GFLOP/s")
-    for name, ratio in case["ratios"].items():
-        print(f"{name:44s}{ratio:8.3f}")
+    print_ratios(case["ratios"])
     print(flush=True)
+
+
+def print_ratios(ratios: dict[str, float]) -> None:
+    for name, ratio in ratios.items():
+        print(f"{name:44s}{ratio:8.3f}")
 
 
 def write(report: dict[str, Any], path: str | None) -> None:

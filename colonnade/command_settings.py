@@ -138,6 +138,17 @@ class PlanSettings:
         "device, as H100 or A100 80GB: its memory and peak are known (default neither is)",
         unit="NAME",
     )
+    gpu_memory_gib: float | None = setting(
+        None, "planning", "memory of a device named by --gpu (default as known)", above=0.0, maximum=2**20, unit="GIB"
+    )
+    gpu_tflops: float | None = setting(
+        None,
+        "planning",
+        "peak of a device named by --gpu, dense, in the run's precision (default as known)",
+        above=0.0,
+        maximum=2**30,
+        unit="TFLOPS",
+    )
     tokens: int | None = setting(
         None, "planning", "tokens to train on", minimum=1, maximum=MAX_STEPS * MAX_TOKENS_PER_STEP, unit="TOKENS"
     )

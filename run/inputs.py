@@ -167,6 +167,8 @@ def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes
         raise UsageError(f"--cuda-graphs replays compiled segments on a GPU, and {missing}: leave it out")
     if settings.float8:
         require_float8(settings.precision, layout.device)
+        if on_cpu:
+            notes.append("--float8 is emulated on the CPU: the rounding of float8, and slower than without it")
     if settings.deterministic:
         fix_arithmetic(compiled=is_compiled(settings, layout))
     return settings

@@ -93,6 +93,16 @@ def test_no_label_counts() -> None:
         assert not value.any()
 
 
+@pytest.mark.parametrize("label", [VOCABULARY, -1, -101])
+def test_a_label_outside_of_the_vocabulary_is_refused_as_by_cross_entropy(label: int) -> None:
+    hidden, weight, labels = inputs(40, torch.float64)
+    labels[7] = label
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+        by_torch(hidden, weight, labels)
+    with pytest.raises(ValueError, match=f"label {label} is not in the vocabulary of {VOCABULARY}"):
+        fused(hidden, weight, labels)
+
+
 def relative_error(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
 

@@ -150,6 +150,16 @@ def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> 
     assert not Path("run.yaml").exists()
 
 
+def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    told = ("--gpu-memory-gib", "141", "--gpu-tflops", "989.4", "--interconnect", "nvlink4")
+    for device in (("--gpu", "H200"), ("--gpu", "H1000", *told)):
+        plan = planned(capsys, *LARGE, "--gpus", "8", *device, "--no-write")
+        plans.append({name: value for name, value in plan.items() if name not in ("gpu", "assumptions")})
+    assert plans[0]["step_time"] is not None
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -160,7 +170,15 @@ def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> 
             (*LARGE, "--tokens", "5", "--tokens-per-parameter", "3"),
             "--tokens 5 and --tokens-per-parameter 3.0: give",
         ),
-        ((*LARGE, "--gpu", "H1000"), "--gpu 'H1000': its memory is not known; give a name such as H200"),
+        (
+            (*LARGE, "--gpu", "H1000"),
+            "--gpu 'H1000': its memory is not known; give --gpu-memory-gib, or a name such as H200",
+        ),
+        ((*LARGE, "--gpu-tflops", "100"), "--gpu-tflops 100 is of no device: name it with --gpu, or leave it out"),
+        (
+            (*LARGE, "--gpu", "H1000", "--gpu-memory-gib", "8"),
+            "a rank would need .* and may use 7.6 of H1000; give more --gpus",
+        ),
         ((*LARGE, "--gpu", "L4"), "a rank would need .* and may use 22.8 of L4; give more --gpus"),
         ((*LARGE, "--tokens-per-step", "4097"), "4097 is no multiple of --block-size 4096"),
         ((*LARGE, "--tokens-per-step", "4096", "--gpus", "2"), None),  # at tp 2

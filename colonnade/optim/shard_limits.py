@@ -30,6 +30,11 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
     flag, replicas = f"--data-parallel-shard {settings.data_parallel_shard}", settings.data_parallel_replicate_size
     if layout.dp % replicas:
         sizes = [size for size in range(1, layout.dp + 1) if layout.dp % size == 0]
+        if len(sizes) == 1:
+            raise UsageError(
+                f"--data-parallel-replicate-size {replicas} groups data-parallel ranks, and there is one: leave it "
+                "out, or start more ranks than --tensor-parallel-size"
+            )
         raise UsageError(
             f"--data-parallel-replicate-size {replicas} does not divide the {layout.dp} data-parallel ranks; sizes "
             f"that do: {', '.join(map(str, sizes))}"

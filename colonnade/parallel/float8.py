@@ -23,7 +23,10 @@ MULTIPLE = 16  # of both sizes of a product, which the kernels ask for
 
 
 def require_float8(precision: str, device: torch.device) -> None:
-    """Raises UsageError where --float8 cannot work: no torchao, another precision than bf16, or too old a GPU."""
+    """Raises UsageError where --float8 cannot work: no torchao; on a GPU another precision than bf16, or one too old.
+
+    On the CPU the products are emulated, in any precision.
+    """
     if importlib.util.find_spec("torchao") is None:
         raise UsageError("--float8 needs the package torchao: pip install 'colonnade[float8]', or leave it out")
     if device.type == "cpu":

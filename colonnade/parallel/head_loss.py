@@ -94,13 +94,25 @@ def head_loss(
 
     Returns:
         A scalar in float32 (float64 for float64 tokens), equal on every rank. It can be differentiated once.
+
+    Raises:
+        ValueError: a label is not an id of the vocabulary. Only where the labels are on the CPU: a look at those of a
+            GPU would wait for it.
     """
+    if labels.device.type == "cpu":
+        _check_labels(labels, options.vocab_size)
     real = [
         product[: max(0, min(len(product), options.vocab_size - start))].detach()
         for product, start in zip(products, starts, strict=True)
     ]
     slices = _Slices(real, tuple(starts), group)
     return _HeadLoss.apply(slices, labels, options, softmax or softmax_of_slice_, *views, *weights)
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    strange = labels[((labels < 0) | (labels >= vocab_size)) & (labels != IGNORE_INDEX)]
+    if len(strange):
+        raise ValueError(f"label {int(strange[0])} is not in the vocabulary of {vocab_size}, nor {IGNORE_INDEX}")
 
 
 def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:

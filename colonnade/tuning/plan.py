@@ -13,9 +13,8 @@ from colonnade.model_config import ModelConfig
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.communication import Traffic
 from colonnade.tuning.cost_model import Memory, Placement, run_flops
-from colonnade.tuning.flops import device_memory
 from colonnade.tuning.memory import SAFETY_MARGIN
-from colonnade.tuning.recommendation import Candidate, Choice, recommend
+from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
 from colonnade.tuning.step_time import LATENCY_ACROSS, LATENCY_IN_NODE, Machine, StepTime
 
 LONGEST_WARMUP, SHORTEST_WARMUP = 2000, 10
@@ -139,10 +138,13 @@ def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, gi
 
 
 def _require_known(asked: PlanSettings) -> None:
-    if asked.gpu is not None and device_memory(asked.gpu) is None:
+    for flag, value in (("--gpu-memory-gib", asked.gpu_memory_gib), ("--gpu-tflops", asked.gpu_tflops)):
+        if asked.gpu is None and value is not None:
+            raise UsageError(f"{flag} {value:g} is of no device: name it with --gpu, or leave it out")
+    if asked.gpu is not None and memory_of_device(asked) is None:
         raise UsageError(
-            f"--gpu {asked.gpu!r:.80}: its memory is not known; give a name such as H200, H100, A100 80GB, L40S or "
-            "MI300X, or leave it out"
+            f"--gpu {asked.gpu!r:.80}: its memory is not known; give --gpu-memory-gib, or a name such as H200, H100, "
+            "A100 80GB, L40S or MI300X, or leave it out"
         )
 
 
@@ -178,8 +180,9 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "full": "one layer at a time computed again",
     }[placement.activation_checkpointing]
     yield f"memory: tensors of eager {placement.precision} steps, {kept}; without caches of allocator and libraries"
-    if asked.gpu is not None:
-        size = (device_memory(asked.gpu) or 0) / 2**30
+    memory = memory_of_device(asked)
+    if memory is not None:
+        size = memory / 2**30
         yield (
             f"memory: {asked.gpu} has {size:g} GiB, of which {SAFETY_MARGIN:.0%} are left free; compiled segments may "
             "need less"
@@ -188,7 +191,7 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
     if choice.machine is not None:
         yield from _assumptions_of_time(asked, placement, choice.machine)
     elif asked.gpu is not None:
-        yield f"time: the peak of {asked.gpu} in {placement.precision} is not known"
+        yield f"time: the peak of {asked.gpu} in {placement.precision} is not known; give --gpu-tflops"
     else:
         yield "time: not told without --gpu"
 

@@ -82,6 +82,18 @@ class Choice:
     machine: Machine | None
 
 
+def memory_of_device(asked: PlanSettings) -> int | None:
+    """Bytes of the device that is planned for, as told or as known; None where neither is."""
+    if asked.gpu_memory_gib is not None:
+        return int(asked.gpu_memory_gib * GIB)
+    return None if asked.gpu is None else device_memory(asked.gpu)
+
+
+def _has_bf16(gpu: str | None) -> bool:
+    """Whether a device multiplies in bf16; one that is not known is taken for a newer one."""
+    return gpu is not None and (device_memory(gpu) is None or peak_flops(gpu, "bf16") is not None)
+
+
 def recommend(
     asked: PlanSettings,
     settings: RunSettings,
@@ -99,9 +111,8 @@ def recommend(
     Raises:
         UsageError: nothing fits, or the ranks cannot be split as was asked.
     """
-    limit = None
-    if asked.gpu is not None:
-        limit = accelerator_memory_limit(device_memory(asked.gpu) or 0, settings.memory_limit_gib)
+    memory = memory_of_device(asked)
+    limit = None if memory is None else accelerator_memory_limit(memory, settings.memory_limit_gib)
     start = _start(asked, settings)
     machine = _machine(asked, start.precision)
     chunks = per_step // block
@@ -162,7 +173,7 @@ def _candidate(
 def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
     precision = settings.precision
     if precision == "auto":  # as `training.py` decides, once it sees the device
-        precision = "bf16" if asked.gpu is not None and peak_flops(asked.gpu, "bf16") else "fp32"
+        precision = "bf16" if _has_bf16(asked.gpu) else "fp32"
     return Placement(
         precision=precision,
         optimizer=settings.optimizer,
@@ -186,6 +197,8 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
             "--gpus-per-node"
         )
     peak = None if asked.gpu is None else peak_flops(asked.gpu, precision)
+    if asked.gpu_tflops is not None:
+        peak = asked.gpu_tflops * 1e12
     return None if peak is None else Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network)
 
 

@@ -225,6 +225,7 @@ class Ranks:
     ("changes", "config", "ranks", "message"),
     [
         ({"data_parallel_replicate_size": 3}, {}, Ranks(4), "size 3 does not divide the 4 .* that do: 1, 2, 4$"),
+        ({"data_parallel_replicate_size": 2}, {}, Ranks(1, 2), "groups data-parallel ranks, and there is one: leave"),
         ({"optimizer": "muon"}, {}, Ranks(4), "zero3: muon takes whole matrices; use --optimizer adamw"),
         ({}, {}, Ranks(4, 3), "padded vocabulary of 512 is cut unevenly over 3"),
         ({"deterministic": True}, {}, Ranks(8), "in 8 parts model.norm.weight has other bits .*--data-parallel-repl"),
