@@ -72,7 +72,7 @@ def main() -> None:
     print(f"{'':<36} {'predicted':>12} {'allocated':>12} {'ratio':>6}   MiB a rank")
     for precision in given.precisions.split(","):
         for name, options in PLACEMENTS.items():
-            placement = replace(Placement(**options), precision=precision, repeats_heads=device == "cpu")
+            placement = replace(Placement(**options), precision=precision, on_cpu=device == "cpu")
             measured = on_ranks(1, allocated, config, placement, given.micro_batch, given.block, 2, device)
             memory = step_memory(config, placement, given.micro_batch, given.block)
             key = f"predicted_over_allocated/{precision}/{name}"

@@ -80,7 +80,7 @@ def compare(
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precision: str) -> None:
     """With a small vocabulary a layer decides, or the end of the step."""
-    compare(rank_pool, CONFIG, Placement(precision=precision, repeats_heads=True, **PLACEMENTS[name]))
+    compare(rank_pool, CONFIG, Placement(precision=precision, on_cpu=True, **PLACEMENTS[name]))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precisio
 )
 def test_memory_of_other_sizes(rank_pool: RankPool, sizes: dict[str, Any], accumulation: int, micro_batch: int) -> None:
     config = dataclasses.replace(CONFIG, **sizes)
-    placement = Placement(precision="bf16", repeats_heads=True, activation_checkpointing="none")
+    placement = Placement(precision="bf16", on_cpu=True, activation_checkpointing="none")
     compare(rank_pool, config, placement, accumulation, micro_batch)
 
 

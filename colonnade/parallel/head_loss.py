@@ -40,8 +40,10 @@ SOFTMAX_IN_CACHE = 1 << 20
 SOFTMAX_ELSEWHERE = 1 << 26
 # Nor are they more than this part of a stretch: in half precision they are copies in float32.
 SOFTMAX_PART = 8
-# Rows of a weight's gradient that are made in half precision before they are added in float32: they stay in the cache.
+# Rows of a weight's gradient that are made in half precision before they are added in float32. On the CPU they stay in
+# the cache; elsewhere a product needs more of them to fill the device, and they take up to this part of the stretch.
 STRIPE = 1024
+STRIPE_PART = 8
 
 SliceSoftmax = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -169,6 +171,11 @@ def stretch_of(tokens: int, dtype: torch.dtype) -> int:
     """Tokens whose logits exist at a time."""
     rows = -(-tokens // STRETCHES.get(dtype, STRETCHES_OF_HALF))
     return max(SMALLEST_STRETCH, rows + -rows % 8)
+
+
+def stripe_of(stretch: int, entries: int, hidden: int, *, on_cpu: bool) -> int:
+    """Rows of a slice's weight [entries, hidden] whose gradient is made in half precision at a time."""
+    return min(entries, STRIPE if on_cpu else max(STRIPE, stretch * entries // (STRIPE_PART * hidden)))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -337,7 +344,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, begins: bool) ->
     if total.dtype == left.dtype:
         torch.mm(left.T, right, out=total) if begins else total.addmm_(left.T, right)
         return
-    product = right.new_empty((min(STRIPE, len(total)), right.shape[1]))
-    for stripe, columns in zip(total.split(STRIPE), left.split(STRIPE, dim=1), strict=True):
+    rows = stripe_of(len(left), len(total), right.shape[1], on_cpu=left.device.type == "cpu")
+    product = right.new_empty((rows, right.shape[1]))
+    for stripe, columns in zip(total.split(rows), left.split(rows, dim=1), strict=True):
         own = torch.mm(columns.T, right, out=product[: len(stripe)])
         stripe.copy_(own) if begins else stripe.add_(own)

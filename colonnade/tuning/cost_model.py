@@ -36,7 +36,7 @@ class Placement:
         activation_checkpointing: none, selective or full, as in `TensorParallelModel`.
         data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
         replicas: groups of data-parallel ranks that each share out the model by themselves.
-        repeats_heads: whether attention copies each key/value head for its queries, as it does on the CPU.
+        on_cpu: ranks are on a CPU, where attention copies each key/value head for its queries.
     """
 
     tp: int = 1
@@ -49,7 +49,7 @@ class Placement:
     data_parallel_shard: str = "none"
     replicas: int = 1
     replicate_embeddings: bool = False
-    repeats_heads: bool = False
+    on_cpu: bool = False
 
     @property
     def shards(self) -> int:
@@ -202,7 +202,7 @@ class _Step:
         config, tp = self.config, self.placement.tp
         heads, shared = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
         rotated, projected = heads + shared, heads + 2 * shared
-        if self.placement.repeats_heads and shared < heads:
+        if self.placement.on_cpu and shared < heads:
             kept = rotated + 2 * heads  # the projection itself is kept by norms of heads alone
             kept += projected if config.qk_norm else 0
         else:
@@ -252,14 +252,15 @@ class _Step:
         # Here, since the settings' flags are parsed without torch.
         import torch
 
-        from colonnade.parallel.head_loss import SOFTMAX_PART, STRIPE, stretch_of
+        from colonnade.parallel.head_loss import SOFTMAX_PART, stretch_of, stripe_of
 
         hidden, table = self.config.hidden_size, self.elements.table
         entries = table // hidden
         stretch = min(stretch_of(self.tokens, torch.bfloat16 if self.is_half else torch.float32), self.tokens)
         of_rows = 3 * FLOAT32 * stretch * hidden
         wide = FLOAT32 * (stretch // SOFTMAX_PART) * entries if self.is_half else 0
-        stripe = (self.e + FLOAT32) * min(entries, STRIPE) * hidden if self.is_half else 0
+        rows = stripe_of(stretch, entries, hidden, on_cpu=self.placement.on_cpu)
+        stripe = (self.e + FLOAT32) * rows * hidden if self.is_half else 0
         views = self.stream + self.whole + (self.whole if self.placement.sequence_parallel else 0)
         return self.whole + FLOAT32 * table + views + self.e * stretch * entries + max(of_rows, wide, stripe)
 

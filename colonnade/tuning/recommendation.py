@@ -183,7 +183,7 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
         data_parallel_shard=settings.data_parallel_shard,
         replicas=settings.data_parallel_replicate_size,
         replicate_embeddings=settings.replicate_embeddings,
-        repeats_heads=asked.gpu is None,
+        on_cpu=asked.gpu is None,
     )
 
 
