@@ -97,7 +97,8 @@ def test_the_manifest_says_what_is_there(saved: Path) -> None:
     assert manifest.step == 3
     assert manifest.optimizer == "AdamW"
     assert manifest.run == {"loss": 2.5, "rng": [1, 2]}
-    assert manifest.libraries["torch"] == torch.__version__
+    # A build for CUDA tells its "+cu130" only when it is asked itself.
+    assert manifest.libraries["torch"].split("+")[0] == torch.__version__.split("+")[0]
     written = {path.name: path.read_bytes() for path in saved.iterdir() if path.name != "MANIFEST.json"}
     assert manifest.files == {name: len(content) for name, content in written.items()}
     assert manifest.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,10 @@ def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | Non
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            # torch 2.11 says it of every sparse tensor; here they are refused, in one line.
+            warnings.filterwarnings("ignore", message="Sparse invariant checks")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{named.group(1)}, which could run code" if named else "objects that are not tensors or plain values"

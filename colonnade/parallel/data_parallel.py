@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from colonnade.errors import LocalRunError
 from colonnade.parallel.batch_tree import leaf_order
 from colonnade.parallel.collectives import TensorGroup, all_gather, reduce_scatter, tree_all_reduce, tree_sum
 from colonnade.parallel.mesh import ParallelLayout
@@ -76,18 +76,12 @@ class DataParallelShards:
             module.reshard()
 
     def forget_failure(self) -> None:
-        """Make the model usable again after a forward or backward pass that an error ended.
-
-        Raises:
-            LocalRunError: this version of torch cannot.
-        """
+        """Make the model usable again after a forward or backward pass that an error ended."""
         self.begin_micro_batch(is_last=True)
-        if not hasattr(self._root, "reset_iter_state"):
-            raise LocalRunError(
-                f"a micro-batch did not fit, and torch {torch.__version__} cannot try another with --data-parallel-"
-                "shard: give a smaller --initial-batch-size, or use torch 2.13"
-            )
-        self._root.reset_iter_state()
+        if hasattr(self._root, "reset_iter_state"):
+            self._root.reset_iter_state()
+        else:
+            _reset_iteration(self._root)
         self.reshard()
 
     def gathered(self, part: DTensor) -> Tensor:
@@ -156,6 +150,33 @@ def shard_over_data_parallel(
 def _units(root: FSDPModule) -> list[FSDPModule]:
     assert isinstance(root, nn.Module)
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _reset_iteration(root: FSDPModule) -> None:
+    """What `FSDPModule.reset_iter_state` of torch 2.13 does, for torch 2.11 and 2.12, which do not have it."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    common: Any = root._get_fsdp_state()
+    for state in common._state_ctx.all_states:
+        state._modules_to_run_forward.clear()
+        state._training_state = TrainingState.IDLE
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        for group in groups:
+            if group is None:
+                continue
+            group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+            group._reshard_after_forward_event = group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
+            group.comm_ctx.all_gather_state = None
+            group.comm_ctx.post_forward_order.clear()
+            if hasattr(group.comm_ctx, "reduce_scatter_states"):
+                group.comm_ctx.reduce_scatter_states.clear()
+            else:
+                group.comm_ctx.reduce_scatter_state = None
+    common._state_ctx.iter_forward_root = None
+    common._state_ctx.post_backward_final_callback_queued = False
 
 
 def _evaluating(
