@@ -16,6 +16,8 @@ A step is all of it: forward and backward of one micro-batch, norm, clip and fus
     ours_over_transformers    ours on one process over `LlamaForCausalLM` on one process
     fraction_of_matmul_rate   the rate of matrix products and attention in our step (`step_flops`) over that of bare
                               products on the same ranks: of the shape that the machine is fastest at
+    compiled_over_ours        ours with its segments compiled over ours; only when --only names it, since it needs a
+                              compiler and a minute
     deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one: smaller sizes, CPU
 
 Keys end in precision and vocabulary, as in `ours_over_torch_tp/fp32/32k`. With one GPU there is one rank, and only the
@@ -38,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from colonnade.errors import UsageError
+from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 
 RANKS = 2
 PRECISIONS = ("fp32", "bf16")
-MODES = "deterministic"
+MODES, COMPILED = "deterministic", "compiled"
 # What --only may name, and the ratio it asks for: (name, numerator, denominator).
 RATIOS = {
     "torch_tp": ("ours_over_torch_tp", "ours", "torch_tp"),
@@ -54,8 +57,9 @@ RATIOS = {
     "matmul": ("fraction_of_matmul_rate", "ours", "matmul"),
     "ours_tp1": ("tp2_over_tp1", "ours", "ours_tp1"),
     "transformers": ("ours_over_transformers", "ours_tp1", "transformers"),
+    COMPILED: ("compiled_over_ours", COMPILED, "ours"),
 }
-GROUPS = (("ours", "torch_tp", "predecessor", "matmul"), ("ours", "ours_tp1", "transformers"))
+GROUPS = (("ours", "torch_tp", "predecessor", "matmul"), ("ours", "ours_tp1", "transformers", COMPILED))
 # With one rank: what needs no second.
 ONE_RANK_RATIOS = {
     "matmul": ("fraction_of_matmul_rate", "ours_tp1", "matmul"),
@@ -75,6 +79,8 @@ def main() -> None:
     if given.json and not Path(given.json).parent.is_dir():
         raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
     device_type, ranks = device_and_ranks(given.device)
+    if COMPILED in chosen and device_type == "cpu":
+        require_compiler()
     table = RATIOS if ranks > 1 else ONE_RANK_RATIOS
     wanted = [table[name] for name in chosen if name in table]
     if not wanted and MODES not in chosen:
@@ -96,7 +102,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    everything = ",".join((*RATIOS, MODES))
+    usual = ",".join(name for name in (*RATIOS, MODES) if name != COMPILED)
     parser = argparse.ArgumentParser(description="Speed of a training step; the higher a ratio, the better.")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each contender (5)")
@@ -104,7 +110,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--precisions", metavar="NAMES", help="fp32,bf16; without bf16 where its products are slower than those of fp32"
     )
-    parser.add_argument("--only", default=everything, metavar="NAMES", help=f"compare with: {everything}")
+    parser.add_argument("--only", default=usual, metavar="NAMES", help=f"compare with: {usual}; or {COMPILED}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     parser.add_argument("--mode-rounds", type=int, default=11, metavar="N", help="of deterministic_over_default (11)")
     return parser.parse_args()

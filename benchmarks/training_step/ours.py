@@ -20,7 +20,7 @@ from model import ModelConfig, TensorParallelModel
 
 
 def ours(work: Work, layout: ParallelLayout, *, alone: bool = False, **options: Any) -> Contender:
-    """A run's own step with its defaults, no activations recomputed. `options` go to the model."""
+    """A run's own step with its defaults, eager, no activations recomputed. `options` go to the model."""
     model = TensorParallelModel(work.config, layout, compute_dtype=work.dtype, **options)
     return our_contender(model, our_optimizer(model), work, alone=alone)
 

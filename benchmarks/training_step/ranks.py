@@ -98,6 +98,7 @@ def measure_case(
     layout = init_parallel(ranks, device)
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: ours(work, layout),
+        "compiled": lambda: ours(work, layout, compiled=True),
         "torch_tp": lambda: torch_plan(work, layout.tp_mesh, device),
         "predecessor": lambda: predecessor(work, ranks, device),
     }
