@@ -15,8 +15,9 @@ by its own casts, `transformers` with scaled dot-product attention under torch.a
 are kept, unless a variant says otherwise. Operations are counted as in `benchmarks/step.py` (`step_flops`): what is
 computed again counts nothing, and a shard's are those of the whole model over the shards.
 
-A variant is a name and keyword arguments of `TensorParallelModel`. The first is compared with `transformers`, the
-others with the first, so that what each option gains can be read off one run.
+A variant is a name and keyword arguments of `TensorParallelModel`, and may name the kernel of its attention:
+`cudnn:compiled=true,attention=cudnn` (flash, cudnn, efficient or math; torch chooses otherwise). The first is compared
+with `transformers`, the others with the first, so that what each option gains can be read off one run.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from benchmarks.training_step.gpu import Plan
 
 TRANSFORMERS = "transformers"
+ATTENTION = ("flash", "cudnn", "efficient", "math")
 # Sizes that a CPU takes in seconds, to try the command itself.
 SMOKE: dict[str, Any] = {
     "preset": "tiny",
@@ -173,13 +175,15 @@ def parsed_variant(text: str) -> tuple[str, dict[str, Any]]:
         key
         for key, parameter in inspect.signature(TensorParallelModel).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not key.endswith("dtype")
-    ]
+    ] + ["attention"]
     options = {}
     for pair in filter(None, pairs.split(",")):
         key, equals, value = pair.partition("=")
         if key not in known or not equals:
             raise UsageError(f"--variant {text!r}: {pair!r} is not KEY=VALUE with a KEY of {', '.join(known)}")
         options[key] = yaml.safe_load(value)
+    if options.get("attention", ATTENTION[0]) not in ATTENTION:
+        raise UsageError(f"--variant {text!r}: attention is one of {', '.join(ATTENTION)}")
     return name, options
 
 

@@ -31,7 +31,14 @@ def test_a_shard_without_its_peers_computes_its_share() -> None:
 def test_a_variant_is_a_name_and_arguments_of_the_model() -> None:
     assert parsed_variant("eager:compiled=false,slices=4") == ("eager", {"compiled": False, "slices": 4})
     assert parsed_variant("plain") == ("plain", {})
-    for text in ("eager:compile=true", ":compiled=true", "transformers:compiled=true", "eager:compiled"):
+    assert parsed_variant("c:attention=cudnn") == ("c", {"attention": "cudnn"})
+    for text in (
+        "eager:compile=true",
+        ":compiled=true",
+        "transformers:compiled=true",
+        "eager:compiled",
+        "c:attention=best",
+    ):
         with pytest.raises(UsageError, match="--variant"):
             parsed_variant(text)
 

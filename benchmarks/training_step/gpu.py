@@ -6,12 +6,14 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training_step.ours import our_contender, our_optimizer
@@ -27,6 +29,12 @@ PRODUCTS = {"cuda": ((8192, 8192, 8192), (16_384, 3072, 8192), (16_384, 8192, 30
 # Operations of all turns of a product. Long enough for a GPU to slow down as it does under load: half a second.
 PRODUCT_FLOPS = {"cuda": 4e14, "cpu": 1e9}
 DTYPE = torch.bfloat16
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 PROFILED_STEPS, PROFILED_ROWS = 2, 60
 
 
@@ -64,9 +72,11 @@ class Plan:
 
 def measure_ours(plan: Plan, name: str, options: dict[str, Any], shards: int) -> dict[str, Any]:
     """Our step, of the whole model or of the first of so many shards."""
-    model = our_shard(plan, options, shards)
+    arguments = {key: value for key, value in options.items() if key != "attention"}
+    model = our_shard(plan, arguments, shards)
     optimizer = our_optimizer(model)
-    return _measure(plan, name, shards, lambda work: our_contender(model, optimizer, work))
+    with sdpa_kernel(KERNELS[options["attention"]]) if "attention" in options else nullcontext():
+        return _measure(plan, name, shards, lambda work: our_contender(model, optimizer, work))
 
 
 def our_shard(plan: Plan, options: dict[str, Any], shards: int) -> TensorParallelModel:
