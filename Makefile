@@ -39,7 +39,8 @@ test: install ## run the tests
 
 faults: install ## run every fault of docs/reliability.md, those that take minutes too
 	$(BIN)/python -m pytest -q tests/faults tests/test_checkpoint_safety.py tests/distributed/test_elastic.py \
-	  tests/distributed/test_one_run.py tests/distributed/test_run.py
+	  tests/distributed/test_one_run.py tests/distributed/test_run.py tests/distributed/test_tracked_run.py \
+	  tests/distributed/test_evaluate.py
 
 check: install ## lint, formatting and types
 	$(BIN)/ruff check

@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _logged_rows(directory: Path) -> dict[int, dict[str, Any]]:
     from colonnade.telemetry.metrics import read_metrics
-    from run.end import METRICS_NAME
+    from colonnade.telemetry.report import METRICS_NAME
 
     path = directory / METRICS_NAME
     if not path.exists():
@@ -171,7 +171,7 @@ def read_recorded(directory: Path, begin: int, end: int) -> Recorded:
         UsageError: something that the run has logged of them is missing.
     """
     from colonnade.telemetry.metrics import read_metrics
-    from run.end import METRICS_NAME
+    from colonnade.telemetry.report import METRICS_NAME
     from training_utils import FINGERPRINTS_NAME
 
     rows = {step: row for step, row in sorted(_logged_rows(directory).items()) if begin < step <= end}

@@ -8,7 +8,6 @@ prints what the code before it printed, on the same machine with the same librar
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import sys
 from pathlib import Path
 
 from colonnade.errors import RunError
+from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 ROOT = Path(__file__).resolve().parent
@@ -29,20 +29,21 @@ REFERENCE = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="check_bits.py", description=__doc__.partition("\n")[0])
+    parser = OneLineParser(prog="check_bits.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--data", default="data/sample", metavar="DIR", help="sample corpus, made where it is missing")
-    parser.add_argument("--output", default="runs/bits", metavar="DIR", help="folder of the runs; replaced")
-    given = parser.parse_args(arguments)
+    text = "folder of the runs, one of its own for each number of ranks; these are replaced"
+    parser.add_argument("--output", default="runs/bits", metavar="DIR", help=text)
+    given = parser.parse(arguments)
 
     from colonnade.data.sample_corpus import build_sample_corpus
 
-    corpus = build_sample_corpus(Path(given.data))
+    corpus = build_sample_corpus(Path(given["data"]))
     data = ("--data-glob", corpus.train_glob, "--tokenizer-path", corpus.tokenizer_path)
-    shutil.rmtree(given.output, ignore_errors=True)
     seen = {}
     for ranks, tp in LAYOUTS:
         name = f"tp {tp} dp {ranks // tp}"
-        directory = Path(given.output) / name.replace(" ", "")
+        directory = Path(given["output"]) / name.replace(" ", "")
+        shutil.rmtree(directory, ignore_errors=True)
         seen[name] = reference_run(directory, ranks, tp, data)
         print(f"{name}  fingerprint {seen[name][0]}  loss {seen[name][1]}  gradient norm {seen[name][2]}", flush=True)
     if len(set(seen.values())) > 1:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from colonnade.command_settings import ParitySettings
 from colonnade.errors import RunError, UsageError
-from colonnade.files import write_text
+from colonnade.files import require_place, write_text
 from colonnade.flags import parse_parity
 from colonnade.parallel.launch import launch
 
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     if world_size_from_environment() == 1:
         raise UsageError("one rank has nothing to be compared with: start it as torchrun --nproc_per_node=2, or more")
     layout = init_parallel(given.get("tensor_parallel_size"), timeout=RunSettings(**given).startup_timeout)
+    on_first_rank(lambda: require_place("--json", parity.json))
     alone = first_rank_alone(layout.device)
     subject = settle(parity, given, layout, alone)
     precisions = list(dict.fromkeys(["fp32", subject.settings.precision]))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from colonnade.command_settings import EvaluationSettings
 from colonnade.errors import UsageError
-from colonnade.files import write_text
+from colonnade.files import require_place, write_text
 from colonnade.flags import parse_evaluation
 from colonnade.parallel.launch import launch
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UsageError("--tasks: lm-eval runs the exported model in one process; start it without torchrun")
         manager = prepare_tasks(settings)
     layout = init_parallel(settings.tensor_parallel_size)
-    on_first_rank(lambda: require_writable_report(settings.json))
+    on_first_rank(lambda: require_place("--json", settings.json))
     trained = open_trained(settings)
     with vote():
         plan = plan_of(settings, trained)
@@ -139,12 +139,6 @@ def line(score: Score) -> str:
     if score.left_out:
         row += "\n  rows left out: " + ", ".join(f"{count:,} {reason}" for reason, count in score.left_out.items())
     return row
-
-
-def require_writable_report(path: str | None) -> None:
-    """Refuse a --json that could not be written when all is scored. Raises UsageError."""
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise UsageError(f"--json {path} cannot be a file: give one in a folder that exists")
 
 
 def write_report(

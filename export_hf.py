@@ -70,10 +70,15 @@ def _parse(arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argpa
     add("--output", required=True, metavar="PATH", help="the folder to make, or a file whose name ends in .pth")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32: exact)")
     text = "largest file of weights (default 5GB); so much is held beside the model"
-    add("--max-shard-size", default="5GB", metavar="SIZE", help=text)
+    add("--max-shard-size", metavar="SIZE", help=text)
     text = "text to compare logits on (default the first of the run's data)"
     add("--text-file", metavar="FILE", help=text)
     checkpoint, options = parser.parse_with_model(arguments)
+    if options.output.endswith(".pth"):
+        for flag, value in (("--max-shard-size", options.max_shard_size), ("--text-file", options.text_file)):
+            if value is not None:
+                raise UsageError(f"{flag} {value:.100} is for a folder, and --output {options.output} is one file")
+    options.max_shard_size = options.max_shard_size or "5GB"
     if not re.fullmatch(r"[1-9][0-9]{0,5}(KB|MB|GB)", options.max_shard_size):
         raise UsageError(f"--max-shard-size {options.max_shard_size!r:.50} must be a whole number of KB, MB or GB: 5GB")
     return checkpoint, options

@@ -72,6 +72,7 @@ def _stream(
     encoder: PromptEncoder,
 ) -> None:
     """Print the continuation of one prompt as it is sampled."""
+    from colonnade.parallel.vote import on_first_rank
     from run.text_generation import generate_tokens
 
     terminal = _Terminal(text) if model.layout.is_main else None
@@ -83,7 +84,7 @@ def _stream(
             terminal.show(text + decoded(trained, tokens))
     if terminal is not None:
         terminal.end(text + decoded(trained, tokens))
-        _write(options, [Continuation(text, decoded(trained, tokens), len(tokens))])
+    on_first_rank(lambda: _write(options, [Continuation(text, decoded(trained, tokens), len(tokens))]))
 
 
 def decoded(trained: TrainedModel, tokens: list[int]) -> str:
@@ -126,6 +127,7 @@ def _in_batches(
     encoder: PromptEncoder,
 ) -> None:
     """Continue a list of prompts, and print each with its continuation."""
+    from colonnade.parallel.vote import on_first_rank
     from run.text_generation import generate_tokens, tokens_of_rows
 
     done: list[Continuation] = []
@@ -136,8 +138,7 @@ def _in_batches(
             done.append(Continuation(text, decoded(trained, row), len(row)))
             if model.layout.is_main:
                 print(f"{text}{done[-1].text}\n", flush=True)
-    if model.layout.is_main:
-        _write(options, done)
+    on_first_rank(lambda: _write(options, done))
 
 
 def _write(options: argparse.Namespace, continuations: Sequence[Continuation]) -> None:
@@ -186,7 +187,7 @@ def _parse(arguments: list[str] | None) -> tuple[TrainedModelSettings, argparse.
     add("--top-p", type=float, default=1.0, metavar="P", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     text = "prompts of a file that are continued together (default 8)"
-    add("--batch-size", type=int, default=8, metavar="ROWS", help=text)
+    add("--batch-size", type=int, metavar="ROWS", help=text)
     text = "of matrix products (default auto: bf16 on accelerators, else fp32)"
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
     text = "the same tokens at every number of ranks; one CPU thread a rank (default on)"
@@ -194,6 +195,9 @@ def _parse(arguments: list[str] | None) -> tuple[TrainedModelSettings, argparse.
     checkpoint, options = parser.parse_with_model(arguments)
     if (options.prompt is None) == (options.prompts_file is None):
         raise UsageError("--prompt or --prompts-file: give one of them")
+    if options.prompt is not None and options.batch_size is not None:
+        raise UsageError(f"--batch-size {options.batch_size} is for the prompts of --prompts-file: leave it out")
+    options.batch_size = 8 if options.batch_size is None else options.batch_size
     for name, least, most in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("batch_size", 1, MAX_BATCH)):
         value = getattr(options, name)
         if not least <= value <= most:

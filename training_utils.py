@@ -1,4 +1,4 @@
-"""What both entry points share: the loop, one optimizer step, validation, and what is logged of a step.
+"""What the entry points share: the loop, one step of it, and how it ends.
 
 A `Run` is made by `run.start`; `train` takes it to its last step. The order of a step: batch, learning rate, forward
 and backward of each micro-batch, next batch staged, gradients summed and clipped, optimizer, position committed.

@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from colonnade.errors import RunError
+from colonnade.errors import RunError, UsageError
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -28,6 +28,12 @@ def replace_file(path: Path, content: str | bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def require_place(flag: str, path: str | None) -> None:
+    """Refuse a file that could not be written when all is done; None is no file. Raises UsageError."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise UsageError(f"{flag} {path} cannot be a file: give one in a folder that exists")
 
 
 def write_text(file: str | Path, text: str, shown: str | None = None) -> None:

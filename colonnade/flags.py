@@ -138,6 +138,13 @@ def parse_parity(arguments: Sequence[str] | None = None) -> tuple[ParitySettings
     return ParitySettings(**_checked(ParitySettings, values)), given
 
 
+# Of the settings of `evaluate.py` those that say nothing without another one.
+_ONLY_WITH = {
+    "data_glob": ("text_column", "concatenate", "stride", "max_documents", "max_tokens"),
+    "tasks": ("tasks_path", "few_shot", "task_limit"),
+}
+
+
 def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettings:
     """What `evaluate.py` is to score.
 
@@ -147,11 +154,16 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettin
     """
     parser = OneLineParser(prog="evaluate.py", description=_EVALUATION)
     parser.add_table(EvaluationSettings)
-    settings = EvaluationSettings(**_checked(EvaluationSettings, parser.parse(arguments)))
+    values = _checked(EvaluationSettings, parser.parse(arguments))
+    settings = EvaluationSettings(**values)
     if not settings.checkpoint_path:
         raise UsageError("--checkpoint-path is missing: give a run's folder, one of its checkpoints, or a .pth file")
     if settings.data_glob is None and settings.tasks is None:
         raise UsageError("--data-glob is missing: give the files whose text is to be scored, or --tasks")
+    for needed, names in _ONLY_WITH.items():
+        for name in names:
+            if name in values and needed not in values:
+                raise UsageError(f"{_flag(name)} does nothing without {_flag(needed)}: give both, or neither")
     return settings
 
 

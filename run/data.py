@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SAMPLE_FOLDER = Path("data/sample")
 # The first rows of this many usable shards decide on the tokenizer backend: opening all twice would take long.
 _SAMPLED_SHARDS = 4
+_SAMPLED_TEXTS = 64
 
 
 # ------------------------------------------------------------------------------------------------------- the inputs
@@ -62,6 +63,9 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
         print(f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}: using the sample corpus", flush=True)
         try:
             corpus = build_sample_corpus(SAMPLE_FOLDER)
+        except UsageError as error:
+            problem = one_line(error).rpartition(": ")[0]
+            raise UsageError(f"{problem}; move it away, or give --data-glob and --tokenizer-path") from error
         except (OSError, RunError) as error:
             raise UsageError(
                 f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
@@ -128,12 +132,14 @@ def settle_backend(
     return backend
 
 
-def first_texts(settings: RunSettings, count: int = 64) -> list[str]:
+def first_texts(settings: RunSettings) -> list[str]:
     """The first documents of the run's data; none where they cannot be read any more."""
     if settings.data_glob is None:
         return []
     try:
-        return list(islice(read_first_rows(Units(_first_usable_shards(settings)), settings.text_column), count))
+        return list(
+            islice(read_first_rows(Units(_first_usable_shards(settings)), settings.text_column), _SAMPLED_TEXTS)
+        )
     except (UsageError, RunError):
         return []
 

@@ -16,6 +16,7 @@ from colonnade.checkpoint.manifest import checkpoint_name
 from colonnade.errors import LocalRunError
 from colonnade.files import replace_file
 from colonnade.telemetry.data_ledger import data_summary
+from colonnade.telemetry.metrics import perplexity_of
 from colonnade.telemetry.pictures import PLOT_NAME
 from colonnade.telemetry.report import METRICS_NAME, REPORT_NAME
 from colonnade.telemetry.sinks import Tracker
@@ -48,7 +49,7 @@ def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None)
             f"knowing the token frequencies alone: {_with_perplexity(run.validation.unigram_entropy)}"
         )
     if saved_step >= 0:
-        lines.append(f"  checkpoint  {run.directory / f'streaming_checkpoint_step_{saved_step}'}")
+        lines.append(f"  checkpoint  {run.directory / checkpoint_name(saved_step)}")
     if run.settings.jsonl:
         lines.append(f"  metrics     {run.directory / METRICS_NAME}")
     if saved_step >= 0:
@@ -72,7 +73,7 @@ def _close_tracking(run: Run, saved_step: int, tracker: Tracker, stop_reason: st
 
 
 def _with_perplexity(loss: float) -> str:
-    return f"loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.1f})"
+    return f"loss {loss:.4f} (perplexity {perplexity_of(loss):.1f})"
 
 
 def record_end(run: Run, reason: str | None, saved_step: int) -> None:

@@ -23,6 +23,7 @@ from colonnade.data.tokenization import Encoder, boundary_tokens
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.head_loss import IGNORE_INDEX
 from colonnade.parallel.vote import on_first_rank
+from colonnade.telemetry.metrics import perplexity_of
 from model import TensorParallelModel
 from run.trained_model import TrainedModel
 
@@ -71,7 +72,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import secrets
 import shutil
 from functools import partial
@@ -25,7 +26,7 @@ from colonnade.checkpoint.hugging_face_export import (
 )
 from colonnade.errors import RunError, UsageError
 from colonnade.files import write_text
-from colonnade.parallel.vote import on_first_rank, vote
+from colonnade.parallel.vote import on_first_rank, one_line, vote
 from run.data import first_texts
 from run.model_card import model_card
 
@@ -188,10 +189,11 @@ def export_single_file(trained: TrainedModel, layout: ParallelLayout, output: Pa
     stored = getattr(torch, dtype)
     try:
         write_single_file(aside, model.whole_shapes(), model.whole_parameter, stored, plain)
-        written = torch.load(aside, weights_only=True, mmap=True)["model_state_dict"] if layout.is_main else {}
+        with vote():
+            written = _read_back(aside) if layout.is_main else {}
         for name in model.whole_shapes():
             value = model.whole_parameter(name).cpu().to(stored)
-            is_same = not layout.is_main or torch.equal(written[name], value)
+            is_same = not layout.is_main or (name in written and torch.equal(written[name], value))
             on_first_rank(partial(_require_same, name, is_same))
         on_first_rank(lambda: _finish(aside, output))
     except BaseException:
@@ -199,6 +201,14 @@ def export_single_file(trained: TrainedModel, layout: ParallelLayout, output: Pa
             aside.unlink(missing_ok=True)
         raise
     return f"{output}: {model.num_parameters():,} parameters in {dtype}, read back to the bit"
+
+
+def _read_back(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True, mmap=True)["model_state_dict"]
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise RunError(f"{path} cannot be read back ({one_line(error)}); nothing was exported") from error
+    return weights
 
 
 def _require_same(name: str, is_same: bool) -> None:

@@ -15,6 +15,7 @@ from colonnade.optim.step import StepOutcome
 from colonnade.telemetry.code_version import describe_code
 from colonnade.telemetry.data_ledger import data_metrics
 from colonnade.telemetry.fingerprint import float32_bits
+from colonnade.telemetry.metrics import perplexity_of
 from colonnade.tuning.flops import peak_flops, training_flops_per_token
 from colonnade.tuning.memory import GIB
 from run.state import Run, Validation, whole_position
@@ -71,7 +72,7 @@ class Meter:
         row = {
             "step": run.step,
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else None,
+            "perplexity": perplexity_of(loss) if math.isfinite(loss) else None,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_seen": run.tokens_seen,
@@ -135,4 +136,4 @@ def validate(run: Run, validation: Validation) -> dict[str, float]:
     # One rank tells a batch's loss and the others add zeros, which is exact in any order.
     dist.all_reduce(totals, group=layout.dp_group)
     mean = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
-    return {"validation_loss": mean, "validation_perplexity": math.exp(min(mean, 700.0))}
+    return {"validation_loss": mean, "validation_perplexity": perplexity_of(mean)}

@@ -9,29 +9,10 @@ from colonnade.data.mixture import parse_data_glob
 from colonnade.errors import UsageError
 from colonnade.telemetry.code_version import describe_code
 from colonnade.telemetry.metrics import read_metrics
-from run.end import METRICS_NAME
+from colonnade.telemetry.report import METRICS_NAME
 
 if TYPE_CHECKING:
     from run.trained_model import TrainedModel
-
-# Settings that say where things were, or how the run was watched, rather than what the model is.
-_TRAINING_SETTINGS = (
-    "block_size",
-    "learning_rate",
-    "min_learning_rate",
-    "warmup_steps",
-    "total_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "precision",
-    "packing",
-    "document_mask",
-    "add_document_boundary_tokens",
-    "seed",
-    "deterministic",
-)
 
 
 def model_card(trained: TrainedModel, parameters: int, dtype: str, name: str) -> str:
@@ -85,14 +66,14 @@ def _results(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _training(trained: TrainedModel) -> dict[str, Any]:
-    record, settings = trained.record, trained.settings.to_dict()
+    record = trained.record
     facts: dict[str, Any] = {
         "steps": trained.step,
         "sequences a step": record["global_batch"],
         "ranks of the last start": f"tp {record['tp']} x dp {record['dp']}",
         "code": describe_code(record["code"]) if record["code"] is not None else None,
     }
-    return facts | {key: settings[key] for key in _TRAINING_SETTINGS}
+    return facts | trained.settings.identity()
 
 
 def _table(values: Mapping[str, Any]) -> str:

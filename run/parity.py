@@ -158,6 +158,8 @@ class Side:
 
     def __init__(self, subject: Subject, layout: ParallelLayout, precision: str) -> None:
         settings = subject.settings
+        if layout.dp == 1:  # there is nobody to share out parameters with
+            settings = settings.replace(data_parallel_shard="none", data_parallel_replicate_size=1)
         self.subject, self.layout = subject, layout
         self.model = build_model(settings, subject.config, layout, precision)
         self.optimizer = build_optimizer(self.model, settings, layout)
@@ -179,7 +181,7 @@ class Side:
                 load_single_file(path, model=self.model, vocabulary_size=self.subject.config.vocab_size)
 
     def take_step(self, index: int, look: Callable[[], None]) -> StepOutcome:
-        """Step `index` (from 0). `look` is called when the gradients are as AdamW gets them, if it is asked at all."""
+        """Step `index` (from 0). `look` is called when the gradients are as the optimizer gets them, if it is asked."""
         subject, settings = self.subject, self.subject.settings
         blocks = subject.blocks[index]
         share = blocks[self.layout.dp_rank :: self.layout.dp]
@@ -281,7 +283,7 @@ def _compare_parameters(
 
 
 def _whole_step(whole: Side, index: int) -> tuple[StepOutcome, dict[str, Tensor]]:
-    """A step and its gradients, as AdamW got them; none where it was not asked to take it."""
+    """A step and its gradients, as the optimizer got them; none where it was not asked to take it."""
     gradients: dict[str, Tensor] = {}
     # The tensors themselves, which the step lets go of: on a mesh of one nothing is gathered or copied.
     outcome = whole.take_step(index, lambda: gradients.update(whole.tensors(gradients=True)))

@@ -55,7 +55,7 @@ from run.inputs import (
 from run.model import Origin
 from run.state import HANGS_NAME, Run
 
-# ------------------------------------------------------------------------------------------------ the two ways in
+# ------------------------------------------------------------------------------------------------ the ways in
 
 
 def start_run(given: Mapping[str, Any]) -> Run | None:
@@ -73,12 +73,12 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     layout = _join_ranks(given)
     notes: list[str] = []
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
-    with _folder_of(settings, layout) as lock:
+    with _folder_of(settings) as lock:
         return _start(settings, layout, notes, lock)
 
 
 @contextmanager
-def _folder_of(settings: RunSettings, layout: ParallelLayout) -> Iterator[RunLock]:
+def _folder_of(settings: RunSettings) -> Iterator[RunLock]:
     """The run's folder, locked for the block where it exists, and given back where the block fails. Collective."""
     directory = Path(settings.checkpoint_dir)
     lock = RunLock(directory)
@@ -173,7 +173,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         return None
     with vote():
         require_steps_left(found.path, found.step or 0, settings)
-    with _folder_of(settings, layout) as lock:
+    with _folder_of(settings) as lock:
         return _resume(resume, given, settings, layout, notes, _Chosen(found, record, damaged), lock)
 
 
@@ -327,12 +327,12 @@ def _require_workable_ranks(record: Mapping[str, Any], settings: RunSettings, la
         )
 
 
-def _checkpoint_from(directory: Path, last: int | None) -> CheckpointInfo:
+def _checkpoint_from(directory: Path, last: int) -> CheckpointInfo:
     """The first checkpoint of a run from step `last` on, else the newest."""
     found = [info for info in find_checkpoints(directory) if info.manifest is not None]
     if not found:
         raise UsageError(f"--run {directory} holds no complete checkpoint; give a run's folder")
-    later = [info for info in found if last is not None and (info.step or 0) >= last]
+    later = [info for info in found if (info.step or 0) >= last]
     return later[-1] if later else found[0]
 
 

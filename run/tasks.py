@@ -110,7 +110,7 @@ def run_tasks(
             log_samples=False,
             bootstrap_iters=1000,
         )
-    except (OSError, FileNotFoundError) as error:
+    except OSError as error:
         raise UsageError(f"--tasks {','.join(tasks)}: data of a task cannot be had ({one_line(error)})") from error
     assert found is not None
     results: dict[str, Mapping[str, Any]] = found["results"]

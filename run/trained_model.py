@@ -51,7 +51,6 @@ class TrainedModel:
         self,
         layout: ParallelLayout,
         *,
-        param_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
         fixed_order: bool = False,
     ) -> TensorParallelModel:
@@ -70,7 +69,6 @@ class TrainedModel:
                 self.config,
                 layout,
                 slices=slices if fixed_order and slices % layout.tp == 0 else None,
-                param_dtype=param_dtype,
                 compute_dtype=compute_dtype,
             )
             if not self.record:

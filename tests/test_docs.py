@@ -183,6 +183,12 @@ def test_every_test_of_the_fault_table_exists_and_no_fault_is_left_out() -> None
     for file, test in named:
         path = ROOT / "tests" / file if "/" in file else ROOT / "tests" / "faults" / file
         assert re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE), f"{file}::{test}"
+    # `make faults` runs them all, and what `make test` leaves out.
+    listed = (ROOT / "Makefile").read_text().partition("\nfaults:")[2].partition("\n\n")[0].split()
+    slow = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.slow" in path.read_text()]
+    wanted = {f"tests/{file}" for file, _ in named if "/" in file}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in slow if path != Path(__file__)}
+    assert {path for path in wanted if not path.startswith("tests/faults/")} <= set(listed)
     files = {path.name for path in (ROOT / "tests" / "faults").glob("test_*.py")}
     assert files <= {file for file, _ in named}
 

@@ -150,6 +150,12 @@ def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> 
     assert not Path("run.yaml").exists()
 
 
+def test_tensor_sizes_that_leave_no_replicas_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--gpus", "8", "--gpu", "H200", "--data-parallel-shard", "zero2", "--data-parallel-replicate-size", "4")
+    plan = planned(capsys, *LARGE, *asked, "--no-write")
+    assert {candidate["placement"]["dp"] for candidate in plan["candidates"]} == {4, 8}
+
+
 def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str]) -> None:
     plans = []
     told = ("--gpu-memory-gib", "141", "--gpu-tflops", "989.4", "--interconnect", "nvlink4")
@@ -188,6 +194,14 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         ),
         ((*LARGE, "--tensor-parallel-size", "3", "--gpus", "8"), "--tensor-parallel-size 3 does not divide --gpus 8"),
         ((*LARGE, "--tensor-parallel-size", "16", "--gpus", "16"), "24 attention heads cannot be cut into 16"),
+        (
+            (*LARGE, "--optimizer", "muon", "--data-parallel-shard", "zero2", "--gpus", "2"),
+            "--data-parallel-shard zero2: muon takes whole matrices",
+        ),
+        (
+            (*LARGE, "--gpus", "4", "--data-parallel-shard", "zero2", "--data-parallel-replicate-size", "3"),
+            "--data-parallel-replicate-size 3 does not divide|groups data-parallel ranks",
+        ),
         ((*LARGE, "--micro-batch-size", "3"), "--micro-batch-size 3 does not divide the .* near it do: 2, 4, 1"),
         ((*LARGE, "--block-size", "8192"), "--block-size 8192 is above the model's context of 4096"),
         ((*LARGE, "--network", "slow"), "--network 'slow' is no link that is known; give one of nvlink3, "),

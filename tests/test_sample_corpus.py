@@ -240,6 +240,14 @@ def test_a_folder_with_other_contents_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "sample_corpus.json").write_text("{")
+    with pytest.raises(UsageError, match=r"sample_corpus.json is damaged .*: remove .*sample, or give another"):
+        build_sample_corpus(tmp_path / "sample")
+    assert [path.name for path in (tmp_path / "sample").iterdir()] == ["sample_corpus.json"]
+
+
 def test_building_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     code = (
         "import json, sys; from colonnade.data.sample_corpus import build_sample_corpus;"

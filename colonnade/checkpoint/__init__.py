@@ -12,6 +12,9 @@
     safe_reader   stored metadata without running what it says
     load          load_model_and_optimizer, at any number of ranks
     single_file   load_single_file: weights from one `.pth`
+    run_record    what a manifest says of the run
+    hugging_face, hugging_face_export   weights from and to `transformers`' folders
+    remote_artifacts, uploads           Weights & Biases: fetched, and sent in the background
 
 Nothing is imported here: `manifest`, `discover` and `prune` need no torch, and whoever only looks at checkpoints should
 not wait for it.

@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.manifest import checkpoint_name, read_manifest
 from colonnade.errors import UsageError
@@ -71,7 +69,7 @@ def require_client(flag: str) -> None:
         raise UsageError(f"{flag} needs the package wandb, which is not installed: pip install 'colonnade[wandb]'")
 
 
-def fetch_checkpoint(reference: str, folder: Path, group: dist.ProcessGroup | None = None) -> Path:
+def fetch_checkpoint(reference: str, folder: Path) -> Path:
     """The checkpoint folder of an artifact, downloaded below `folder` where it is not there yet. Collective.
 
     The first rank downloads, and on each other node, where it does not see what that has fetched, its first one. What
@@ -80,8 +78,8 @@ def fetch_checkpoint(reference: str, folder: Path, group: dist.ProcessGroup | No
     Raises:
         UsageError: `reference` names no artifact, it cannot be fetched, or it holds no checkpoint.
     """
-    fetched = on_first_rank(lambda: _fetch(reference, folder), group)
-    with vote(group):
+    fetched = on_first_rank(lambda: _fetch(reference, folder))
+    with vote():
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         if is_first_of_node and not fetched.is_dir():
             _fetch(reference, folder)

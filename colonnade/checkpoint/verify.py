@@ -29,9 +29,7 @@ T = TypeVar("T")
 _Found = tuple[CheckpointInfo | None, list[IncompleteCheckpoint]]
 
 
-def newest_verified(
-    directory: Path, *, compare_hashes: bool = True, up_to: int | None = None, group: dist.ProcessGroup | None = None
-) -> _Found:
+def newest_verified(directory: Path, *, compare_hashes: bool = True, up_to: int | None = None) -> _Found:
     """The newest usable checkpoint of a run folder, and the damaged ones that were passed over. Collective.
 
     Of each one passed over a line of warning names the file, the reason and the steps lost.
@@ -56,17 +54,17 @@ def newest_verified(
         complete.extend(info for info in found if up_to is None or (info.step or 0) <= up_to)
         damaged.extend(item for item in unusable if up_to is None or item.step <= up_to)
 
-    on_first_rank(look, group)
+    on_first_rank(look)
     chosen = None
-    for info in _one_by_one(complete, group):
-        reason = damage_of(info, compare_hashes=compare_hashes, group=group)
+    for info in _one_by_one(complete):
+        reason = damage_of(info, compare_hashes=compare_hashes)
         if reason is None:
             chosen = info
             break
         damaged.append(IncompleteCheckpoint(info.path, info.step or 0, reason))
     if chosen is not None:
-        return chosen, on_first_rank(lambda: warn_of_damaged(chosen, damaged), group)
-    refusal = on_first_rank(lambda: none_usable(directory, damaged), group)
+        return chosen, on_first_rank(lambda: warn_of_damaged(chosen, damaged))
+    refusal = on_first_rank(lambda: none_usable(directory, damaged))
     if refusal is not None:
         raise UsageError(refusal)
     return None, []
@@ -79,16 +77,14 @@ def _readable(look: Callable[[], T], path: Path) -> T:
         raise UsageError(f"{path} cannot be read ({error.strerror}); check the path") from error
 
 
-def _one_by_one(infos: Sequence[CheckpointInfo], group: dist.ProcessGroup | None) -> Iterator[CheckpointInfo]:
+def _one_by_one(infos: Sequence[CheckpointInfo]) -> Iterator[CheckpointInfo]:
     """The first rank's checkpoints on all ranks, each sent when it is asked for: manifests may be large."""
     rest = iter(infos)
-    while (info := on_first_rank(lambda: next(rest, None), group)) is not None:
+    while (info := on_first_rank(lambda: next(rest, None))) is not None:
         yield info
 
 
-def verified(
-    path: Path, *, compare_hashes: bool = True, group: dist.ProcessGroup | None = None
-) -> tuple[CheckpointInfo, tuple[Path, ...]]:
+def verified(path: Path, *, compare_hashes: bool = True) -> tuple[CheckpointInfo, tuple[Path, ...]]:
     """The checkpoint meant by `path`, and the damaged ones that were passed over. Collective.
 
     `path` is a run folder (its newest usable one is meant), a checkpoint folder, a `.pth` file, or the name of an
@@ -98,21 +94,19 @@ def verified(
         UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
     """
     if is_artifact(path):
-        path = fetch_checkpoint(str(path), Path(FOLDER_NAME), group)
-    named = on_first_rank(lambda: _readable(lambda: the_one_meant(path), path), group)
+        path = fetch_checkpoint(str(path), Path(FOLDER_NAME))
+    named = on_first_rank(lambda: _readable(lambda: the_one_meant(path), path))
     if named is None:
-        found, damaged = newest_verified(path, compare_hashes=compare_hashes, group=group)
+        found, damaged = newest_verified(path, compare_hashes=compare_hashes)
         assert found is not None  # the_one_meant has seen that something is named like a checkpoint
         return found, tuple(item.path for item in damaged)
-    reason = damage_of(named, compare_hashes=compare_hashes, group=group)
+    reason = damage_of(named, compare_hashes=compare_hashes)
     if reason is not None:
         raise UsageError(reason)
     return named, ()
 
 
-def damage_of(
-    info: CheckpointInfo, *, compare_hashes: bool = True, group: dist.ProcessGroup | None = None
-) -> str | None:
+def damage_of(info: CheckpointInfo, *, compare_hashes: bool = True) -> str | None:
     """Why a checkpoint that looks complete is not what was written, in one line; None where it is. Collective.
 
     The files are shared out over the ranks by size, and each rank reads its own. A single `.pth` file has no record to
@@ -121,11 +115,11 @@ def damage_of(
     if info.manifest is None:
         return None
     try:
-        with vote(group):
-            if dist.get_rank(group) == 0:
+        with vote():
+            if dist.get_rank() == 0:
                 SafeFileSystemReader(info.path, info.manifest.files).read_checked_metadata()
             if compare_hashes and info.manifest.sha256:
-                for name in _share_of(info.manifest, dist.get_rank(group), dist.get_world_size(group)):
+                for name in _share_of(info.manifest, dist.get_rank(), dist.get_world_size()):
                     require_recorded_hash(info.path, info.manifest, name)
     except UsageError as error:
         return str(error)

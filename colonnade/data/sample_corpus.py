@@ -108,7 +108,12 @@ def _is_complete(output: Path, settings: dict[str, int | None]) -> bool:
         if any(output.iterdir()):
             raise UsageError(f"{output} is not empty and holds no sample corpus: give another output folder")
         return False
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{manifest_path} is damaged ({error}): remove {output}, or give another output folder"
+        ) from error
     for name, value in {"format_version": FORMAT_VERSION, **settings}.items():
         if manifest.get(name) != value:
             raise UsageError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import torch
 
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
@@ -14,12 +17,21 @@ from colonnade.run_settings import RunSettings
 FLOAT32_ELEMENTS = 16  # of the widest vector register; parameters are float32
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """As much of a `ParallelLayout` as sharing out depends on."""
+
+    dp: int
+    tp: int
+    device: torch.device
+
+
 def shard_count(settings: RunSettings, dp: int) -> int:
     """Parts that data-parallel ranks cut the parameters into; 1 where each holds them whole."""
     return 1 if settings.data_parallel_shard == "none" else dp // settings.data_parallel_replicate_size
 
 
-def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
+def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLayout | Ranks) -> None:
     """Refuse what cannot be shared out, before anything is built.
 
     Raises:

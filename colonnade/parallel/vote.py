@@ -59,8 +59,8 @@ def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = N
     return box[0]  # type: ignore[return-value]  # T may itself allow None
 
 
-def highest(value: int, group: dist.ProcessGroup | None = None) -> int:
+def highest(value: int) -> int:
     """The highest of the ranks' values. Collective: one all-reduce on the CPU, which waits for no device."""
     shared = torch.tensor(value)
-    dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_HIGHEST_EXPONENT = 700.0  # e to more than that is no float
+
+
+def perplexity_of(loss: float) -> float:
+    """e to the mean cross-entropy of a token in nats."""
+    return math.exp(min(loss, _HIGHEST_EXPONENT))
+
+
 class MetricsLog:
     """Appends rows to a JSON Lines file, one write and one flush a row; a kill costs at most the row being written.
 

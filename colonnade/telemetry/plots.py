@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from colonnade.errors import RunError
 from colonnade.files import replace_file
-from colonnade.telemetry.metrics import read_metrics, restarts, series
+from colonnade.telemetry.metrics import perplexity_of, read_metrics, restarts, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +102,7 @@ def _title(train: tuple[list[int], list[float]], validation: tuple[list[int], li
     parts = []
     for name, (steps, losses) in (("training", train), ("validation", validation)):
         if steps and math.isfinite(losses[-1]):
-            perplexity = f"{math.exp(min(losses[-1], 700)):.4g}"
+            perplexity = f"{perplexity_of(losses[-1]):.4g}"
             parts.append(f"{name} loss {losses[-1]:.3f} (perplexity {perplexity}) at step {steps[-1]}")
     return " · ".join(parts)
 

@@ -8,7 +8,6 @@ Everything is read from `metrics.jsonl`, and whether the run has ended from COMP
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from colonnade.files import replace_file
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 from colonnade.telemetry.charts import CURVE_COLORS, Curve, chart
-from colonnade.telemetry.metrics import read_metrics, restarts, series
+from colonnade.telemetry.metrics import perplexity_of, read_metrics, restarts, series
 from colonnade.telemetry.plots import SMOOTH_FROM_POINTS, smooth
 from colonnade.telemetry.report_page import PAGE
 
@@ -148,7 +147,7 @@ def _state(history: History) -> str:
 
 
 def _loss(value: Any) -> str | None:
-    return None if value is None else f"{value:.4f} (perplexity {math.exp(min(value, 700)):.4g})"
+    return None if value is None else f"{value:.4f} (perplexity {perplexity_of(value):.4g})"
 
 
 # Of the newest start where a run has several.

@@ -10,9 +10,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
+from colonnade.optim.shard_limits import Ranks, check_shards
 from colonnade.parallel.sharding import check_slices, slice_counts
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
@@ -123,9 +126,15 @@ def recommend(
             f"--tokens-per-step {per_step} are {chunks} sequences, which {asked.gpus} devices cannot share "
             f"out at tp {', '.join(map(str, sizes))}; give a multiple of {block * asked.gpus}"
         )
-    best = []
+    device = torch.device("cpu" if asked.gpu is None else "cuda")
+    best, refused = [], None
     for tp in shared:
         dp = asked.gpus // tp
+        try:
+            check_shards(settings, config, Ranks(dp, tp, device))
+        except UsageError as error:
+            refused = error
+            continue
         micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
         for placement in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
             tried = [
@@ -135,6 +144,8 @@ def recommend(
             # Of those that do not fit the one that comes closest.
             fitting = [one for one in tried if one.fits]
             best.append(min(fitting, key=lambda one: one.rank) if fitting else tried[-1])
+    if refused is not None and not best:
+        raise refused
     best.sort(key=lambda one: (one.rank, one.memory.total))
     if not best[0].fits:
         _refuse(min(best, key=lambda one: one.memory.total), asked, limit)
@@ -227,11 +238,6 @@ def _placements(
     elif _shares_nothing(start, settings, config):
         shards = ("none",)
     for shard in shards:
-        if shard != "none" and start.dp % start.replicas:
-            raise UsageError(
-                f"--data-parallel-replicate-size {start.replicas} does not divide the {start.dp} data-parallel ranks "
-                f"at tp {start.tp}"
-            )
         for mode in checkpointing:
             yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
 

@@ -49,6 +49,21 @@ def test_a_right_model_agrees(flags, trained, tmp_path):
         assert 1e-4 < step["gradient"]["value"] <= 2 * step["rounding"]["value"] < 0.1
 
 
+def test_shared_out_parameters_and_replicas_agree_with_one_rank(flags):
+    given = [*flags[:-3], "1", "--precision", "fp32", "--steps", "1", "--tensor-parallel-size", "1"]
+    shared = ["--data-parallel-shard", "zero3", "--data-parallel-replicate-size", "2"]
+    outcomes = start("check_parity", [*given, *shared], ranks=4)
+    assert [outcome.code for outcome in outcomes] == [0] * 4, outcomes[0].errors
+    assert outcomes[0].output.splitlines()[-1] == "parity: tp 1 x dp 4 and one rank agree in fp32"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_step(flags, tmp_path):
+    outcomes = start("check_parity", [*flags, "--json", str(tmp_path / "none" / "x.json")], ranks=2)
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    assert "cannot be a file: give one in a folder that exists" in outcomes[0].errors
+    assert "against one rank" not in outcomes[0].output
+
+
 def test_a_deterministic_checkpoint_agrees_to_the_bit(trained, tmp_path):
     report = tmp_path / "parity.json"
     given = [*("--checkpoint-path", str(trained), "--deterministic", "--steps", "1"), "--json", str(report)]

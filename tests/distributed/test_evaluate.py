@@ -246,6 +246,11 @@ def test_names_need_no_weight():
             "--batch-size is 0; it must be at least",
         ),
         (["--checkpoint-path", "run", "--data-glob", "x", "--config", "y"], "unknown flag --config"),
+        (
+            ["--checkpoint-path", "run", "--data-glob", "x", "--few-shot", "2"],
+            "--few-shot does nothing without --tasks",
+        ),
+        (["--checkpoint-path", "run", "--tasks", "x", "--stride", "2"], "--stride does nothing without --data-glob"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message):
