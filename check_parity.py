@@ -96,10 +96,10 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
     from colonnade.parallel.vote import on_first_rank, vote
     from colonnade.run_settings import RunSettings
     from run.data import resolve_data
+    from run.folder import require_own_model
     from run.inputs import (
         check_sizes,
         model_of_record,
-        require_own_model,
         resolve_device_settings,
         resolve_model,
         resolve_model_settings,
@@ -140,7 +140,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
 def batch_of(settings: RunSettings, layout: ParallelLayout) -> tuple[int, int]:
     """Sequences of a micro-batch and of a step. Where the tuner would choose the micro-batch it is 1."""
     from colonnade.parallel.determinism import check_micro_batches
-    from run.inputs import check_shares, fixed_micro_batch, requested_global_batch
+    from run.batch_sizes import check_shares, fixed_micro_batch, requested_global_batch
 
     fixed_micro_batch(settings, {})
     if settings.initial_batch_size == "auto":

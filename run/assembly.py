@@ -30,16 +30,11 @@ from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import Backend, TokenChunk, TokenStream
 from model import ModelConfig, TensorParallelModel
 from run.batch import tune_batch
+from run.batch_sizes import check_shares, check_step_size, fixed_micro_batch, requested_global_batch
 from run.data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
 from run.end import record_launch
-from run.inputs import (
-    arithmetic_of_run,
-    check_shares,
-    check_step_size,
-    fixed_micro_batch,
-    requested_global_batch,
-    require_steps_left,
-)
+from run.folder import require_steps_left
+from run.inputs import arithmetic_of_run
 from run.measurements import device_peak_flops
 from run.model import Origin, State, build_state
 from run.report import resume_report

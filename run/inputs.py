@@ -1,4 +1,4 @@
-"""What a run is started with, settled and checked before anything is built: folder, model, data, sizes, batch.
+"""What a run is started with, settled and checked before anything is built: device, model, sizes, the run it is.
 
 Everything here either returns what it settled or raises a `UsageError` that names the value, the limit and what to do.
 """
@@ -6,21 +6,15 @@ Everything here either returns what it settled or raises a `UsageError` that nam
 from __future__ import annotations
 
 import difflib
-import tempfile
-from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none_usable, survey
-from colonnade.checkpoint.manifest import step_of_name
-from colonnade.checkpoint.prune import collect_leftovers
-from colonnade.checkpoint.run_lock import RunLock
+from colonnade.checkpoint.discover import CheckpointInfo
 from colonnade.checkpoint.run_record import run_record
-from colonnade.checkpoint.verify import newest_verified
-from colonnade.command_settings import ResumeSettings
 from colonnade.config import complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
@@ -30,116 +24,14 @@ from colonnade.parallel.determinism import arithmetic_of, differences, fix_arith
 from colonnade.parallel.float8 import check_float8_sizes, require_float8
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
-from colonnade.run_settings import MAX_TOKENS_PER_STEP, RunSettings
-from colonnade.tuning.batch_record import micro_batch_candidates
+from colonnade.run_settings import RunSettings
 from colonnade.tuning.cost_model import Placement, state_memory
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
+from run.batch_sizes import requested_global_batch
 from run.data import require_vocabulary, run_tokenizer, weight_changes
-from run.end import step_of_launch
 
 FINGERPRINT_INTERVAL = 100
-
-
-# --------------------------------------------------------------------------------------------------- the run's folder
-
-
-def newest_checkpoint(directory: Path, settings: RunSettings) -> tuple[CheckpointInfo | None, tuple[Path, ...]]:
-    """The checkpoint that a run goes on from exactly, and the damaged ones that were passed over. Collective."""
-    found, damaged = newest_verified(directory, compare_hashes=settings.checkpoint_hash)
-    if found is not None and found.manifest is None:
-        raise UsageError(
-            f"{directory} holds the single file {found.path.name}, which has no run to go on with exactly; "
-            f"use resume_pretrain_tensor.py --checkpoint-path {found.path}, or another --checkpoint-dir"
-        )
-    return found, tuple(item.path for item in damaged)
-
-
-def clear_leftovers(lock: RunLock) -> bool:
-    """Clear away what dead runs left in the lock's folder; whether a checkpoint came to light by it.
-
-    Where the lock is not held a leftover may be a save that is under way, and stays.
-    """
-    if not lock.is_held:
-        return False
-    before = [info.path for info in find_checkpoints(lock.directory)]
-    collect_leftovers(lock.directory)
-    return [info.path for info in find_checkpoints(lock.directory)] != before
-
-
-def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
-    """`resume`, or what a second attempt of the same launch has to do: go on exactly with what the first one saved.
-
-    torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
-    """
-    path = Path(resume.checkpoint_path)
-    try:
-        of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
-        directory = Path(checkpoint_dir or of_run)
-        began = step_of_launch(directory, launched_by)
-        saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
-    except OSError:  # the search for the checkpoint will say what is wrong with the path
-        return resume
-    if began is None or not saved or (saved[0] or 0) <= began:
-        return resume
-    return replace(resume, checkpoint_path=str(directory), keep_optimizer=True)
-
-
-def require_writable(directory: Path) -> None:
-    """Refuse a folder that could not take the first checkpoint, hours from now. Creates nothing."""
-    existing = directory.absolute()
-    try:
-        while not _is_there(existing):
-            existing = existing.parent
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--checkpoint-dir {directory} cannot be written ({error.strerror}); give a folder that can"
-        ) from error
-
-
-def _is_there(path: Path) -> bool:
-    """Whether `path` names something, be it a link to nothing. Raises OSError where it cannot be a name."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """A checkpoint has its architecture and its weights: refuse to be told others, rather than ignore it."""
-    for name in ("preset", "model_config", "init_from", "seed"):
-        value = given.get(name)
-        if value is not None and value != own.get(name):
-            what = "weights" if name == "seed" else "an architecture"
-            raise UsageError(f"{name} {value}: {path} has {what} of its own ({name} {own.get(name)}); leave it out")
-
-
-def require_no_other_run(found: CheckpointInfo, directory: Path, damaged: Collection[Path]) -> None:
-    """Refuse a folder whose newest checkpoint would not be this run's: the next start there would take that one."""
-    complete, incomplete = survey(directory)
-    there = next((info for info in complete if info.path not in damaged), None)
-    if there is None:
-        refusal = none_usable(directory, incomplete)
-        if refusal is not None:
-            raise UsageError(refusal)
-        return
-    if there.path.resolve() == found.path.resolve():
-        return
-    if directory.resolve() != found.path.parent.resolve() or (there.step or 0) > (found.step or 0):
-        raise UsageError(
-            f"--checkpoint-dir {directory} holds {there.path.name}, which does not come from {found.path}; "
-            "go on from that one, move it away, or give another --checkpoint-dir"
-        )
-
-
-def require_steps_left(path: Path, step: int, settings: RunSettings) -> None:
-    if step >= settings.total_steps:
-        raise UsageError(
-            f"--total-steps {settings.total_steps} leaves nothing to do: {path} is at step {step}; give more than that"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- the inputs
@@ -339,89 +231,3 @@ def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout:
     asked = settings.initial_batch_size
     size = record["arithmetic"].get("micro_batch_size") if asked == "auto" else int(asked)
     return differences(record["arithmetic"], arithmetic_of_run(settings, layout, size))
-
-
-# ------------------------------------------------------------------------------------------------------ the batch
-
-
-def requested_global_batch(settings: RunSettings, dp: int) -> int | None:
-    """Sequences an optimizer step that the settings ask for; None where the tuner is to find out.
-
-    Raises:
-        UsageError: --tokens-per-step is no whole number of sequences, or the step is too large.
-    """
-    block = settings.block_size
-    assert block is not None
-    if settings.tokens_per_step is not None:
-        chunks, rest = divmod(settings.tokens_per_step, block)
-        if rest:
-            near = [count * block for count in (chunks, chunks + 1) if count]
-            raise UsageError(
-                f"--tokens-per-step {settings.tokens_per_step} is no multiple of --block-size {block}; "
-                f"nearest: {' or '.join(map(str, near))}"
-            )
-        return chunks
-    if settings.initial_batch_size == "auto":
-        check_step_size(1, settings, dp)
-        return None
-    micro_batch = int(settings.initial_batch_size)
-    check_step_size(micro_batch, settings, dp)
-    return micro_batch * settings.gradient_accumulation_steps * dp
-
-
-def check_step_size(micro_batch: int, settings: RunSettings, dp: int) -> None:
-    """Refuse a product of sizes that no step can be: one of them has a digit too many."""
-    tokens = micro_batch * settings.gradient_accumulation_steps * dp * (settings.block_size or 0)
-    if tokens > MAX_TOKENS_PER_STEP:
-        raise UsageError(
-            f"micro-batch {micro_batch} x --gradient-accumulation-steps {settings.gradient_accumulation_steps} x {dp} "
-            f"data-parallel ranks of {settings.block_size} tokens are {tokens:,} tokens a step; at most "
-            f"{MAX_TOKENS_PER_STEP:,} can be: lower one of them"
-        )
-
-
-def batch_of_resumed(
-    record: Mapping[str, Any], settings: RunSettings, given: Mapping[str, Any], layout: ParallelLayout
-) -> int | None:
-    """Sequences an optimizer step of a resumed run: its own, unless another accumulation or number of tokens is given.
-
-    A micro-batch alone does not change it, nor does a file that gives the run's own settings back.
-    """
-    names = ("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step")
-    if record:
-        own = RunSettings(**record["settings"])
-        changed = any(getattr(settings, name) != getattr(own, name) for name in names)
-        if not (changed and given.keys() & set(names[1:])):
-            return int(record["global_batch"])
-    return requested_global_batch(settings, layout.dp)
-
-
-def fixed_micro_batch(settings: RunSettings, record: Mapping[str, Any]) -> int | None:
-    """The micro-batch of a deterministic run, which nothing may lower: as given, else the checkpoint's.
-
-    None where the mode is off.
-
-    Raises:
-        UsageError: neither says: the tuner's answer would depend on the ranks and on timing, and the bits on that.
-    """
-    if not settings.deterministic:
-        return None
-    if settings.initial_batch_size != "auto":
-        return int(settings.initial_batch_size)
-    size = (record.get("arithmetic") or record).get("micro_batch_size")
-    if type(size) is not int or size < 1:
-        raise UsageError(
-            "--deterministic fixes the micro-batch, which --initial-batch-size auto would choose by the ranks at hand: "
-            "give --initial-batch-size N, a number that fits at every rank count you mean to use"
-        )
-    return size
-
-
-def check_shares(global_batch: int | None, dp: int) -> None:
-    """Refuse a number of data-parallel ranks that cannot share out a step."""
-    if global_batch is not None and global_batch % dp:
-        sizes = [size for size in micro_batch_candidates(global_batch) if size <= 2 * dp]
-        raise UsageError(
-            f"{dp} data-parallel ranks cannot share out the {global_batch} sequences of a step; "
-            f"data-parallel sizes that can: {', '.join(map(str, sizes))}"
-        )

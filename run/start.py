@@ -4,8 +4,9 @@
 `resume_pretrain_tensor.py`: a checkpoint, with settings changed. `replay_run` serves `audit_run.py`: a deterministic
 run as it once stood. All end in a `run.state.Run`.
 
-Bad input is found before the first step, and where it can be before anything is built (`run/inputs.py`). Each check
-runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`), so that all ranks leave together.
+Bad input is found before the first step, and where it can be before anything is built (`inputs`, `folder`,
+`batch_sizes`). Each check runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`), so that
+all ranks leave together.
 """
 
 from __future__ import annotations
@@ -32,21 +33,22 @@ from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.tracking import require_sinks
 from run.assembly import assemble
+from run.batch_sizes import batch_of_resumed, fixed_micro_batch
 from run.data import resolve_data, weight_changes
-from run.inputs import (
-    arithmetic_changes,
+from run.folder import (
     attempt_of_launch,
-    batch_of_resumed,
-    check_sizes,
     clear_leftovers,
-    fixed_micro_batch,
-    model_of_record,
     newest_checkpoint,
     require_no_other_run,
     require_own_model,
-    require_same_run,
     require_steps_left,
     require_writable,
+)
+from run.inputs import (
+    arithmetic_changes,
+    check_sizes,
+    model_of_record,
+    require_same_run,
     resolve_device_settings,
     resolve_model,
     resolve_model_settings,

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from colonnade.optim.gradients import clip_by_norm, fixed_order_norm, global_norm
+from colonnade.optim.gradients import agreed_norm, clip_by_norm
 from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.mesh import init_parallel
+
+
+NO_FLAG = torch.tensor(False)
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +25,9 @@ def group(single_rank):
 
 def test_the_norm_of_large_gradients_is_exact_to_float32(group, gradients):
     expected = torch.cat([gradient.double().flatten() for gradient, _ in gradients]).norm()
-    assert float(global_norm(gradients, group)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(agreed_norm(gradients, group, NO_FLAG)[0]) == pytest.approx(float(expected), rel=1e-6)
     pieces = [(1, 4), (0, 1)]
-    assert float(fixed_order_norm(gradients, pieces, group)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(agreed_norm(gradients, group, NO_FLAG, pieces)[0]) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_clipping_scales_as_torch_does(group, gradients):
@@ -32,7 +35,7 @@ def test_clipping_scales_as_torch_does(group, gradients):
     theirs = [torch.nn.Parameter(gradient) for gradient, _ in gradients]
     for parameter in theirs:
         parameter.grad = parameter.detach().double().float().clone()
-    norm = global_norm(ours, group)
+    norm, _ = agreed_norm(ours, group, NO_FLAG)
     torch.nn.utils.clip_grads_with_norm_(theirs, 0.5, norm)
     clip_by_norm(ours, norm, 0.5)
     for (actual, _), parameter in zip(ours, theirs, strict=True):

@@ -38,6 +38,7 @@ LEVELS = (
     ("run.state",),
     ("run.checks", "run.data", "run.end", "run.measurements"),
     ("training_utils",),
+    ("run.batch_sizes", "run.folder"),
     ("run.inputs",),
     ("run.batch", "run.model", "run.report", "run.trained_model"),
     ("run.assembly", "run.model_card"),

@@ -18,7 +18,7 @@ import pytest
 from colonnade.checkpoint import run_lock
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.errors import UsageError
-from run.inputs import clear_leftovers
+from run.folder import clear_leftovers
 
 HOLDER = """
 import sys

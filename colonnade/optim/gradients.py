@@ -117,26 +117,6 @@ def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, 
 NORM_PIECE = 2**16
 
 
-def global_norm(gradients: list[tuple[Tensor, bool]], group: TensorGroup) -> Tensor:
-    """L2 norm of all gradients of the whole model as one vector; a scalar, equal on every rank.
-
-    Parts that only one rank holds are summed over the tensor-parallel group; what every rank holds counts once.
-    """
-    return _norm_and_flag(gradients, group, torch.zeros((), dtype=torch.bool))[0]
-
-
-def fixed_order_norm(
-    gradients: list[tuple[Tensor, bool]], pieces: Sequence[tuple[int, int]], group: TensorGroup
-) -> Tensor:
-    """`global_norm`, to the same bits at every tensor-parallel size that divides V.
-
-    Args:
-        gradients: of all parameters.
-        pieces: a parameter each, the dimension it is cut along and the pieces that no rank cuts further.
-    """
-    return _fixed_order_norm_and_flag([gradients], pieces, group, torch.zeros((), dtype=torch.bool))[0]
-
-
 def agreed_norm(
     gradients: list[tuple[Tensor, bool]],
     group: TensorGroup,
@@ -145,9 +125,13 @@ def agreed_norm(
 ) -> tuple[Tensor, Tensor]:
     """The global norm, and whether this step is not to be taken, in one collective; stays on the device.
 
+    The norm is the L2 norm of the whole model's gradients as one vector: parts that only one rank holds are summed over
+    the tensor-parallel group, what every rank holds counts once.
+
     Args:
         flag: bool, a reason of this rank not to take it.
-        pieces: as in `fixed_order_norm`, for its order; None for the library's.
+        pieces: of each parameter the dimension it is cut along and the pieces that no rank cuts further, for a norm of
+            the same bits at every tensor-parallel size that divides V; None for sums in the library's order.
 
     Returns:
         (norm, bad): `bad` is 1.0 where a rank of the group raised its flag or holds a gradient that is not finite, be

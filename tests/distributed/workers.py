@@ -16,7 +16,7 @@ from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
-from colonnade.optim.gradients import clip_by_norm, global_norm, local_gradients, sum_over_data_parallel
+from colonnade.optim.gradients import agreed_norm, clip_by_norm, local_gradients, sum_over_data_parallel
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.collectives import reduce_partials
@@ -73,7 +73,7 @@ def loss_and_gradients(config: ModelConfig, tp: int | None, **options: Any) -> d
     ids, labels = tokens_for(config, 3)
     loss = model(ids, labels)
     loss.backward()
-    norm = global_norm(local_gradients(model.parameters()), model.group)
+    norm, _ = agreed_norm(local_gradients(model.parameters()), model.group, torch.tensor(False))
     result: dict[str, Any] = {"loss": loss.detach(), "norm": norm, "parameters": whole(model)}
     result["gradients"] = whole(model, gradients=True)
     result["logits"] = model.logits(ids)
@@ -107,7 +107,7 @@ def train(
         loss.backward()
         gradients = local_gradients(model.parameters())
         sum_over_data_parallel([gradient for gradient, _ in gradients], layout.dp_group)
-        clip_by_norm(gradients, global_norm(gradients, model.group), 0.5)
+        clip_by_norm(gradients, agreed_norm(gradients, model.group, torch.tensor(False))[0], 0.5)
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach().clone()
@@ -232,7 +232,7 @@ def overflowing_step(config: ModelConfig, tp: int) -> tuple[float, bool, float]:
     if layout.tp_rank == 1:
         model.model.layers[0].self_attn.q_proj.weight.grad.to_local()[0, 0] = float("inf")
     scaler.unscale_(optimizer)
-    norm = global_norm(local_gradients(model.parameters()), model.group)
+    norm, _ = agreed_norm(local_gradients(model.parameters()), model.group, torch.tensor(False))
     assert not torch.isfinite(norm)
     scaler.step(optimizer)
     scaler.update()

@@ -1,0 +1,120 @@
+"""The folder of a run before it starts: what lies there, and whether it may be used.
+
+Everything here returns what it found or raises a `UsageError` that names the folder and what to do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none_usable, survey
+from colonnade.checkpoint.manifest import step_of_name
+from colonnade.checkpoint.prune import collect_leftovers
+from colonnade.checkpoint.run_lock import RunLock
+from colonnade.checkpoint.verify import newest_verified
+from colonnade.command_settings import ResumeSettings
+from colonnade.errors import UsageError
+from colonnade.run_settings import RunSettings
+from run.end import step_of_launch
+
+
+def newest_checkpoint(directory: Path, settings: RunSettings) -> tuple[CheckpointInfo | None, tuple[Path, ...]]:
+    """The checkpoint that a run goes on from exactly, and the damaged ones that were passed over. Collective."""
+    found, damaged = newest_verified(directory, compare_hashes=settings.checkpoint_hash)
+    if found is not None and found.manifest is None:
+        raise UsageError(
+            f"{directory} holds the single file {found.path.name}, which has no run to go on with exactly; "
+            f"use resume_pretrain_tensor.py --checkpoint-path {found.path}, or another --checkpoint-dir"
+        )
+    return found, tuple(item.path for item in damaged)
+
+
+def clear_leftovers(lock: RunLock) -> bool:
+    """Clear away what dead runs left in the lock's folder; whether a checkpoint came to light by it.
+
+    Where the lock is not held a leftover may be a save that is under way, and stays.
+    """
+    if not lock.is_held:
+        return False
+    before = [info.path for info in find_checkpoints(lock.directory)]
+    collect_leftovers(lock.directory)
+    return [info.path for info in find_checkpoints(lock.directory)] != before
+
+
+def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
+    """`resume`, or what a second attempt of the same launch has to do: go on exactly with what the first one saved.
+
+    torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
+    """
+    path = Path(resume.checkpoint_path)
+    try:
+        of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
+        directory = Path(checkpoint_dir or of_run)
+        began = step_of_launch(directory, launched_by)
+        saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
+    except OSError:  # the search for the checkpoint will say what is wrong with the path
+        return resume
+    if began is None or not saved or (saved[0] or 0) <= began:
+        return resume
+    return replace(resume, checkpoint_path=str(directory), keep_optimizer=True)
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse a folder that could not take the first checkpoint, hours from now. Creates nothing."""
+    existing = directory.absolute()
+    try:
+        while not _is_there(existing):
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--checkpoint-dir {directory} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether `path` names something, be it a link to nothing. Raises OSError where it cannot be a name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """A checkpoint has its architecture and its weights: refuse to be told others, rather than ignore it."""
+    for name in ("preset", "model_config", "init_from", "seed"):
+        value = given.get(name)
+        if value is not None and value != own.get(name):
+            what = "weights" if name == "seed" else "an architecture"
+            raise UsageError(f"{name} {value}: {path} has {what} of its own ({name} {own.get(name)}); leave it out")
+
+
+def require_no_other_run(found: CheckpointInfo, directory: Path, damaged: Collection[Path]) -> None:
+    """Refuse a folder whose newest checkpoint would not be this run's: the next start there would take that one."""
+    complete, incomplete = survey(directory)
+    there = next((info for info in complete if info.path not in damaged), None)
+    if there is None:
+        refusal = none_usable(directory, incomplete)
+        if refusal is not None:
+            raise UsageError(refusal)
+        return
+    if there.path.resolve() == found.path.resolve():
+        return
+    if directory.resolve() != found.path.parent.resolve() or (there.step or 0) > (found.step or 0):
+        raise UsageError(
+            f"--checkpoint-dir {directory} holds {there.path.name}, which does not come from {found.path}; "
+            "go on from that one, move it away, or give another --checkpoint-dir"
+        )
+
+
+def require_steps_left(path: Path, step: int, settings: RunSettings) -> None:
+    if step >= settings.total_steps:
+        raise UsageError(
+            f"--total-steps {settings.total_steps} leaves nothing to do: {path} is at step {step}; give more than that"
+        )
