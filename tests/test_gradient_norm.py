@@ -7,7 +7,6 @@ from colonnade.optim.gradients import agreed_norm, clip_by_norm
 from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.mesh import init_parallel
 
-
 NO_FLAG = torch.tensor(False)
 
 
