@@ -78,9 +78,6 @@ def assemble(
     if global_batch is None:
         global_batch = size * batch.gradient_accumulation_steps * layout.dp
         check_step_size(size, settings, layout.dp)
-    arithmetic = None
-    if settings.deterministic:
-        arithmetic = arithmetic_of_run(settings, layout, size)
     notes += _warnings(settings)
     _describe(notes, state.model, batch, global_batch, settings)
     stream = data.stream
@@ -92,14 +89,7 @@ def assemble(
         optimizer=state.optimizer,
         scaler=state.scaler,
         schedule=_schedule(settings, origin, state.step),
-        feed=BatchFeed(
-            data.chunks,
-            layout,
-            global_batch,
-            settings.block_size or 0,
-            first=stream.start.chunk if stream is not None else 0,
-            apart=stream.apart if stream is not None else 1,
-        ),
+        feed=data.feed(layout, global_batch, settings.block_size or 0),
         stream=stream,
         validation=data.validation,
         batch=batch,
@@ -109,7 +99,7 @@ def assemble(
         peak_flops=device_peak_flops(layout.device, settings.precision),
         losses=LossWindow(settings.spike_window, layout.device, record.get("loss_window") or ()),
         code=on_first_rank(code_version),
-        arithmetic=arithmetic,
+        arithmetic=arithmetic_of_run(settings, layout, size) if settings.deterministic else None,
         began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
         step=state.step,
         tokens_seen=record.get("tokens_seen", 0),
@@ -156,6 +146,11 @@ class _Data:
     validation: Validation | None
     sample_prompts: SamplePrompts | None
     tokenizer: PreTrainedTokenizerBase | None
+
+    def feed(self, layout: ParallelLayout, global_batch: int, block_size: int) -> BatchFeed:
+        """The stream's blocks, a step's share for each rank."""
+        first, apart = (0, 1) if self.stream is None else (self.stream.start.chunk, self.stream.apart)
+        return BatchFeed(self.chunks, layout, global_batch, block_size, first=first, apart=apart)
 
 
 def _open_data(
