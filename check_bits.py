@@ -30,8 +30,10 @@ REFERENCE = (
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="check_bits.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default="data/sample", metavar="DIR", help="sample corpus, made where it is missing")
-    text = "folder of the runs, one of its own for each number of ranks; these are replaced"
+    parser.add_argument(
+        "--data", default="data/sample", metavar="DIR", help="sample corpus, made where it is missing (data/sample)"
+    )
+    text = "folder of the runs, one of its own for each number of ranks; these are replaced (runs/bits)"
     parser.add_argument("--output", default="runs/bits", metavar="DIR", help=text)
     given = parser.parse(arguments)
 

@@ -217,9 +217,12 @@ def describe(subject: Subject, layout: ParallelLayout) -> str:
     settings = subject.settings
     steps, sequences, width = subject.blocks.shape
     weights = subject.checkpoint or settings.init_from or f"seed {settings.seed}"
+    shared = ""
+    if settings.data_parallel_shard != "none":
+        shared = f" ({settings.data_parallel_shard} in {settings.data_parallel_replicate_size} groups)"
     return (
         f"{subject.config.num_parameters:,} parameters of {weights}; {steps} steps of {sequences} sequences of "
-        f"{width - 1} tokens; tp {layout.tp} x dp {layout.dp} against one rank on {layout.device.type}"
+        f"{width - 1} tokens; tp {layout.tp} x dp {layout.dp}{shared} against one rank on {layout.device.type}"
     )
 
 
@@ -231,7 +234,7 @@ def table(parity: PrecisionParity, layout: ParallelLayout) -> str:
     unit = f" times what {precision} differs from fp32 by on one rank" if is_low else ""
     lines = [
         f"\n{precision}, tolerance {parity.tolerance:g}{unit}",
-        f"{'step':>4}  {'loss tp 1':>10} {'loss ' + ranks:>10} {'differs':>8}  {'norm tp 1':>10} "
+        f"{'step':>4}  {'loss alone':>10} {'loss ' + ranks:>10} {'differs':>8}  {'norm alone':>10} "
         f"{'norm ' + ranks:>10} {'differs':>8}  {'limit':>8} {'differs':>8} worst gradient",
     ]
     for step in parity.steps:

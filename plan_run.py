@@ -106,7 +106,9 @@ def _command(plan: Plan, path: Path, per_node: int) -> str:
     launcher = "python"
     if plan.gpus > 1:
         nodes = max(1, plan.gpus // per_node)
-        launcher = "torchrun" + (f" --nnodes={nodes}" if nodes > 1 else "") + f" --nproc_per_node={plan.gpus // nodes}"
+        meeting = " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=RUN"  # on each node, as usage.md says
+        launcher = f"torchrun --nproc_per_node={plan.gpus // nodes}"
+        launcher += f" --nnodes={nodes}{meeting}" if nodes > 1 else ""
     return f"{launcher} training.py --config {path}"
 
 
@@ -135,7 +137,7 @@ def _print_plan(config: ModelConfig, plan: Plan) -> None:
         f"{placement.data_parallel_shard}",
         "memory a rank": f"{_amount(memory.total)}{of_limit} at the worst moment: "
         + ", ".join(f"{name} {_amount(size)}" for name, size in memory.to_dict().items() if name != "total"),
-        "sent a rank": _traffic(plan),
+        "collectives": _traffic(plan),
         "step time": _step_time(plan),
         "FLOPs": f"{plan.flops:.3g}",
         "time": "not known" if plan.seconds is None else _duration(plan.seconds),

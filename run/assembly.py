@@ -20,6 +20,7 @@ from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
+from colonnade.optim.shard_limits import shard_count
 from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
@@ -78,7 +79,7 @@ def assemble(
     if global_batch is None:
         global_batch = size * batch.gradient_accumulation_steps * layout.dp
         check_step_size(size, settings, layout.dp)
-    notes += _warnings(settings)
+    notes += _warnings(settings, layout)
     _describe(notes, state.model, batch, global_batch, settings)
     stream = data.stream
     run = Run(
@@ -196,9 +197,14 @@ def _reserved_saver(settings: RunSettings, lock: RunLock, origin: Origin, state:
     return saver
 
 
-def _warnings(settings: RunSettings) -> list[str]:
+def _warnings(settings: RunSettings, layout: ParallelLayout) -> list[str]:
     """What is allowed, and perhaps not meant."""
     found = []
+    if settings.data_parallel_shard != "none" and shard_count(settings, layout.dp) == 1:
+        found.append(
+            f"--data-parallel-shard {settings.data_parallel_shard} has nothing to share out: at tp {layout.tp} x dp "
+            f"{layout.dp} each group is one data-parallel rank; a smaller --tensor-parallel-size leaves more"
+        )
     if settings.warmup_steps >= settings.total_steps:
         found.append(
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "

@@ -97,13 +97,14 @@ def open_trained(named: TrainedModelSettings) -> TrainedModel:
     """
     found, _ = verified(Path(named.checkpoint_path))
     sizes = named.preset or named.model_config
+    flag = "--preset" if named.preset else "--model-config"
     with vote():
         record = run_record(found)
         given = {name: getattr(named, name) for name in ("preset", "model_config", "tokenizer_path")}
         given = {name: value for name, value in given.items() if value is not None}
         if record:
             if sizes:
-                raise UsageError(f"{found.path} has sizes of its own: leave out {sizes}")
+                raise UsageError(f"{found.path} has sizes of its own: leave out {flag} {sizes}")
             settings = check_contradictions(RunSettings(**record["settings"]).replace(**given))
         else:
             if named.tokenizer_path is None or not sizes:

@@ -205,7 +205,7 @@ def test_training_begins_with_the_weights_of_a_folder(run_folder: Path, exported
         ("export_hf", ["--output", "{}/x.pth", "--max-shard-size", "5MB"], "--max-shard-size 5MB is for a folder"),
         ("export_hf", ["--output", "{}/x.pth", "--text-file", "y"], "--text-file y is for a folder"),
         ("export_hf", ["--output", "{}/x", "--text-file", "{}/none"], "--text-file {}/none cannot be read"),
-        ("export_hf", ["--output", "{}/x", "--preset", "tiny"], "has sizes of its own: leave out tiny"),
+        ("export_hf", ["--output", "{}/x", "--preset", "tiny"], "has sizes of its own: leave out --preset tiny"),
         ("generate", [], "--prompt or --prompts-file: give one of them"),
         ("generate", ["--prompt", "x", "--batch-size", "2"], "--batch-size 2 is for the prompts of --prompts-file"),
         ("generate", ["--prompts-file", "{}/none"], "--prompts-file {}/none cannot be read"),

@@ -156,6 +156,13 @@ def test_tensor_sizes_that_leave_no_replicas_are_passed_over(capsys: pytest.Capt
     assert {candidate["placement"]["dp"] for candidate in plan["candidates"]} == {4, 8}
 
 
+def test_the_link_of_an_unknown_device_is_called_an_assumption(capsys: pytest.CaptureFixture[str]) -> None:
+    told = ("--gpus", "8", "--gpu", "H1000", "--gpu-memory-gib", "141", "--gpu-tflops", "989.4", "--no-write")
+    said = "communication: the link of H1000 is not known, pcie4 is assumed; give --interconnect"
+    assert said in planned(capsys, *LARGE, *told)["assumptions"]
+    assert said not in planned(capsys, *LARGE, *told, "--interconnect", "nvlink4")["assumptions"]
+
+
 def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str]) -> None:
     plans = []
     told = ("--gpu-memory-gib", "141", "--gpu-tflops", "989.4", "--interconnect", "nvlink4")
@@ -200,7 +207,7 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         ),
         (
             (*LARGE, "--gpus", "4", "--data-parallel-shard", "zero2", "--data-parallel-replicate-size", "3"),
-            "--data-parallel-replicate-size 3 does not divide|groups data-parallel ranks",
+            "3 does not divide the 4 data-parallel ranks; sizes that do: 1, 2, 4",
         ),
         ((*LARGE, "--micro-batch-size", "3"), "--micro-batch-size 3 does not divide the .* near it do: 2, 4, 1"),
         ((*LARGE, "--block-size", "8192"), "--block-size 8192 is above the model's context of 4096"),

@@ -15,7 +15,14 @@ from colonnade.tuning.communication import Traffic
 from colonnade.tuning.cost_model import Memory, Placement, run_flops
 from colonnade.tuning.memory import SAFETY_MARGIN
 from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
-from colonnade.tuning.step_time import LATENCY_ACROSS, LATENCY_IN_NODE, Machine, StepTime
+from colonnade.tuning.step_time import (
+    LATENCY_ACROSS,
+    LATENCY_IN_NODE,
+    WITHOUT_NVLINK,
+    Machine,
+    StepTime,
+    interconnect_of,
+)
 
 LONGEST_WARMUP, SHORTEST_WARMUP = 2000, 10
 
@@ -201,6 +208,8 @@ def _assumptions_of_time(asked: PlanSettings, placement: Placement, machine: Mac
         f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({placement.precision}) on every device, a "
         "guess (--utilisation), for what is computed again too; validation and saving are left out"
     )
+    if asked.interconnect is None and interconnect_of(asked.gpu or "") is None:
+        yield f"communication: the link of {asked.gpu} is not known, {WITHOUT_NVLINK} is assumed; give --interconnect"
     inside = machine.interconnect
     links = [f"{inside.name} {inside.bandwidth / 1e9:g} GB/s in nodes of {asked.gpus_per_node}"]
     if asked.gpus > asked.gpus_per_node:

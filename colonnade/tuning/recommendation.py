@@ -26,6 +26,7 @@ from colonnade.tuning.memory import GIB, accelerator_memory_limit
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
     LATENCY_IN_NODE,
+    WITHOUT_NVLINK,
     Machine,
     StepTime,
     interconnect_of,
@@ -133,7 +134,7 @@ def recommend(
         try:
             check_shards(settings, config, Ranks(dp, tp, device))
         except UsageError as error:
-            refused = error
+            refused = refused or error  # with the fewest tensor-parallel ranks: the most that can share
             continue
         micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
         for placement in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
@@ -200,7 +201,7 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
 
 def _machine(asked: PlanSettings, precision: str) -> Machine | None:
     network = link_of("--network", asked.network, LATENCY_ACROSS)
-    interconnect = asked.interconnect or interconnect_of(asked.gpu or "")
+    interconnect = asked.interconnect or interconnect_of(asked.gpu or "") or WITHOUT_NVLINK
     inside = link_of("--interconnect", interconnect, LATENCY_IN_NODE)
     if asked.gpus > asked.gpus_per_node and asked.gpus % asked.gpus_per_node:
         raise UsageError(

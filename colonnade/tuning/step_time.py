@@ -23,6 +23,7 @@ from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.tuning.communication import Traffic
 from colonnade.tuning.cost_model import Placement, run_flops
+from colonnade.tuning.flops import device_memory
 
 # GB/s (10^9 bytes) that a GPU sends in one direction, from the vendors' data sheets. Theirs name both directions of
 # NVLink together: 600 (A100), 900 (H100, H200), 1800 (B200). PCIe with 16 lanes; networks with one port a GPU.
@@ -42,6 +43,7 @@ _OF_DEVICES = (
     (r"\bG?H[12]00\b(?! (PCIe|NVL))", "nvlink4"),
     (r"\bA100\b(?!.PCIE)", "nvlink3"),
 )
+WITHOUT_NVLINK = "pcie4"
 LATENCY_IN_NODE, LATENCY_ACROSS = 10e-6, 30e-6
 """Seconds a call takes whatever it sends: guesses, which count where calls are many and small."""
 
@@ -74,12 +76,12 @@ def link_of(flag: str, value: str, latency: float) -> Link:
     return Link(value, rate * 1e9, latency)
 
 
-def interconnect_of(gpu: str) -> str:
-    """The link inside a node that a device is usually sold with; pcie4 for those without NVLink."""
+def interconnect_of(gpu: str) -> str | None:
+    """The link inside a node that a device is usually sold with; None for one that is not known."""
     for pattern, name in _OF_DEVICES:
         if re.search(pattern, gpu, re.IGNORECASE):
             return name
-    return "pcie4"
+    return None if device_memory(gpu) is None else WITHOUT_NVLINK
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from distributed.test_elastic import CONFIG as SMALL
 from distributed.test_elastic import load_all, save_at
 from distributed.test_parity import CONFIG, dense_trajectory
 from distributed.workers import deterministic_steps, drift_of
+from run.assembly import _warnings
 
 MODES = ("zero2", "zero3")
 CPU = torch.device("cpu")
@@ -237,6 +238,13 @@ def test_what_cannot_be_shared_out_is_refused(
     settings = RunSettings(data_parallel_shard="zero3", **changes)
     with pytest.raises(UsageError, match=message):
         check_shards(settings, dataclasses.replace(CONFIG, vocab_size=500, **config), ranks)
+
+
+def test_sharing_among_one_is_said() -> None:
+    settings = RunSettings(data_parallel_shard="zero2", warmup_steps=1)
+    (line,) = _warnings(settings, Ranks(1, 2))  # type: ignore[arg-type]
+    assert line.startswith("--data-parallel-shard zero2 has nothing to share out: at tp 2 x dp 1")
+    assert _warnings(settings, Ranks(2)) == []  # type: ignore[arg-type]
 
 
 def test_parts_that_keep_bits_are_allowed() -> None:
