@@ -15,6 +15,7 @@ from pathlib import Path
 
 from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import UsageError
+from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     layout = init_parallel(None)
     output = Path(options.output)
-    on_first_rank(lambda: require_free(output))
+    on_first_rank(lambda: require_free("--output", output))
     trained = open_trained(checkpoint)
     text = None if options.text_file is None else on_first_rank(lambda: _read_text(Path(options.text_file)))
     if output.suffix == ".pth":
@@ -42,14 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if layout.is_main:
         print(said)
-
-
-def require_free(output: Path) -> None:
-    """Refuse an output that is there already, or has no place. Raises UsageError."""
-    if output.exists() or output.is_symlink():
-        raise UsageError(f"--output {output} exists; move it away, or give another name")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.absolute().parent}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the input

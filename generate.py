@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import RunError, UsageError
+from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     layout = init_parallel(None)
     if options.output is not None:
-        on_first_rank(lambda: _require_new(Path(options.output)))
+        on_first_rank(lambda: require_free("--output", Path(options.output)))
     trained = open_trained(checkpoint)
     texts = [options.prompt] if options.prompt is not None else on_first_rank(lambda: read_prompts(options))
     boundary = trained.settings.add_document_boundary_tokens
@@ -165,13 +166,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     from colonnade.data.prompts import prompts_in
 
     return prompts_in(Path(options.prompts_file), "--prompts-file")
-
-
-def _require_new(path: Path) -> None:
-    if path.exists():
-        raise UsageError(f"--output {path} exists; move it away, or give another name")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--output {path}: there is no folder {path.parent}")
 
 
 def _parse(arguments: list[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:

@@ -36,6 +36,14 @@ def require_place(flag: str, path: str | None) -> None:
         raise UsageError(f"{flag} {path} cannot be a file: give one in a folder that exists")
 
 
+def require_free(flag: str, path: Path) -> None:
+    """Refuse an output that is there already, or has no place. Raises UsageError."""
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"{flag} {path} exists; move it away, or give another name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no folder {path.absolute().parent}")
+
+
 def write_text(file: str | Path, text: str, shown: str | None = None) -> None:
     """Write a text file. Raises RunError, which calls it `shown`, or by its path."""
     try:

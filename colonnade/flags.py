@@ -23,7 +23,7 @@ from colonnade.command_settings import (
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
-from colonnade.setting_values import check_field
+from colonnade.setting_values import check_field, flag_of, useless_alone
 
 _TRAINING = (
     "Pretrain a decoder-only language model with tensor parallelism. Start it under torchrun for several ranks. "
@@ -163,7 +163,7 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettin
     for needed, names in _ONLY_WITH.items():
         for name in names:
             if name in values and needed not in values:
-                raise UsageError(f"{_flag(name)} does nothing without {_flag(needed)}: give both, or neither")
+                raise useless_alone(name, needed)
     return settings
 
 
@@ -178,11 +178,7 @@ def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
 def _checked(table: type, values: dict[str, Any]) -> dict[str, Any]:
     """Those of `values` that are fields of `table`."""
     specs = {spec.name: spec for spec in fields(table)}
-    return {key: check_field(specs[key], value, _flag(key)) for key, value in values.items() if key in specs}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return {key: check_field(specs[key], value, flag_of(key)) for key, value in values.items() if key in specs}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -222,7 +218,7 @@ class OneLineParser(argparse.ArgumentParser):
             )
             if spec.type == "bool":
                 group.add_argument(
-                    _flag(spec.name),
+                    flag_of(spec.name),
                     action=argparse.BooleanOptionalAction,
                     default=argparse.SUPPRESS,
                     help=facts["help"] + (" (default on)" if spec.default else ""),
@@ -232,7 +228,7 @@ class OneLineParser(argparse.ArgumentParser):
             metavar = choices or facts.get("unit") or spec.name.split("_")[-1].upper()
             default = "" if spec.default in (None, "") else f" (default {spec.default})"
             group.add_argument(
-                _flag(spec.name),
+                flag_of(spec.name),
                 metavar=metavar,
                 required=spec.name in required,
                 default=argparse.SUPPRESS,

@@ -129,3 +129,13 @@ def read_yaml(path: Path, source: str) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{source} {path}: holds no mapping of setting names to values")
     return values
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def useless_alone(name: str, needed: str) -> UsageError:
+    """What to raise where `name` was given, and says nothing without `needed`."""
+    return UsageError(f"{flag_of(name)} does nothing without {flag_of(needed)}: give both, or neither")

@@ -20,7 +20,7 @@ from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
-from colonnade.optim.shard_limits import shard_count
+from colonnade.optim.shard_limits import Ranks, shard_count
 from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
@@ -197,7 +197,7 @@ def _reserved_saver(settings: RunSettings, lock: RunLock, origin: Origin, state:
     return saver
 
 
-def _warnings(settings: RunSettings, layout: ParallelLayout) -> list[str]:
+def _warnings(settings: RunSettings, layout: ParallelLayout | Ranks) -> list[str]:
     """What is allowed, and perhaps not meant."""
     found = []
     if settings.data_parallel_shard != "none" and shard_count(settings, layout.dp) == 1:

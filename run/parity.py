@@ -158,8 +158,6 @@ class Side:
 
     def __init__(self, subject: Subject, layout: ParallelLayout, precision: str) -> None:
         settings = subject.settings
-        if layout.dp == 1:  # there is nobody to share out parameters with
-            settings = settings.replace(data_parallel_shard="none", data_parallel_replicate_size=1)
         self.subject, self.layout = subject, layout
         self.model = build_model(settings, subject.config, layout, precision)
         self.optimizer = build_optimizer(self.model, settings, layout)

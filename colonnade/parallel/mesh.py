@@ -90,9 +90,9 @@ class ParallelLayout:
         rank a replica there is nothing to share out, and the layout is returned as it is.
 
         Args:
-            replicas: a divisor of dp.
+            replicas: a divisor of dp; of one rank alone any number, as the ranks it is compared with have.
         """
-        if self.dp == replicas:
+        if self.dp in (1, replicas):
             return self
         if replicas == 1:
             return replace(self, shard_mesh=self.mesh)

@@ -11,6 +11,7 @@ from colonnade.checkpoint.remote_artifacts import require_client, upload_checkpo
 from colonnade.checkpoint.uploads import CheckpointUploads, StoreClosed
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
+from colonnade.setting_values import useless_alone
 from colonnade.telemetry.csv_table import CsvTable
 from colonnade.telemetry.pictures import Pictures
 from colonnade.telemetry.progress import ProgressReport
@@ -34,7 +35,7 @@ def require_sinks(settings: RunSettings) -> None:
     """Raises UsageError where tracking settings do nothing by themselves, or a package is missing that they need."""
     for needs, needed in _NEEDED:
         if getattr(settings, needs) and not getattr(settings, needed):
-            raise UsageError(f"{_flag(needs)} does nothing without {_flag(needed)}: give both, or neither")
+            raise useless_alone(needs, needed)
     if settings.deterministic and not settings.jsonl:
         raise UsageError("--deterministic and --no-jsonl: an audit compares with metrics.jsonl; leave out one of them")
     if settings.tensorboard and find_spec("tensorboard") is None:
@@ -43,10 +44,6 @@ def require_sinks(settings: RunSettings) -> None:
         )
     if settings.wandb_project is not None:
         require_client("--wandb-project")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def open_tracker(

@@ -131,10 +131,9 @@ def recommend(
     best, refused = [], None
     for tp in shared:
         dp = asked.gpus // tp
-        try:
-            check_shards(settings, config, Ranks(dp, tp, device))
-        except UsageError as error:
-            refused = refused or error  # with the fewest tensor-parallel ranks: the most that can share
+        refusal = _refusal_to_share(settings, config, Ranks(dp, tp, device))
+        if refusal is not None:
+            refused = refused or refusal  # with the fewest tensor-parallel ranks: the most that can share
             continue
         micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
         for placement in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
@@ -244,9 +243,21 @@ def _placements(
 
 
 def _shares_nothing(placement: Placement, settings: RunSettings, config: ModelConfig) -> bool:
-    """Whether sharing out is refused (`colonnade/optim/shard_limits.py`), or there is nobody to share with."""
-    uneven = config.padded_vocab_size % placement.tp and not settings.replicate_embeddings
-    return bool(settings.optimizer == "muon" or settings.deterministic or placement.dp == 1 or uneven)
+    """Whether there is nobody to share with, or sharing is refused; a deterministic run shares where it is asked to."""
+    if settings.deterministic or placement.dp == 1:
+        return True
+    device = torch.device("cpu" if placement.on_cpu else "cuda")
+    sharing = settings.replace(data_parallel_shard="zero2")  # or zero3, of which the same is refused
+    return _refusal_to_share(sharing, config, Ranks(placement.dp, placement.tp, device)) is not None
+
+
+def _refusal_to_share(settings: RunSettings, config: ModelConfig, ranks: Ranks) -> UsageError | None:
+    """Why these ranks cannot share out parameters as the settings say; None where they can."""
+    try:
+        check_shards(settings, config, ranks)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _micro_batches(asked: PlanSettings, settings: RunSettings, chunks: int, limit: int | None) -> list[int]:

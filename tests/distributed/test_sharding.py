@@ -11,7 +11,7 @@ import torch
 
 import forked_commands
 from colonnade.errors import UsageError
-from colonnade.optim.shard_limits import check_shards, part_off_border
+from colonnade.optim.shard_limits import Ranks, check_shards, part_off_border
 from colonnade.parallel.batch_tree import leaf_order, nodes_completed
 from colonnade.run_settings import RunSettings
 from distributed.launching import make_inputs
@@ -215,21 +215,28 @@ def test_a_run_under_zero3_is_the_run_of_one_rank_and_goes_on_there(flags: list[
     assert results_of(sharded) == expected
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    dp: int
-    tp: int = 1
-    device: torch.device = CPU
+def ranks_of(dp: int, tp: int = 1) -> Ranks:
+    return Ranks(dp, tp, CPU)
 
 
 @pytest.mark.parametrize(
     ("changes", "config", "ranks", "message"),
     [
-        ({"data_parallel_replicate_size": 3}, {}, Ranks(4), "size 3 does not divide the 4 .* that do: 1, 2, 4$"),
-        ({"data_parallel_replicate_size": 2}, {}, Ranks(1, 2), "groups data-parallel ranks, and there is one: leave"),
-        ({"optimizer": "muon"}, {}, Ranks(4), "zero3: muon takes whole matrices; use --optimizer adamw"),
-        ({}, {}, Ranks(4, 3), "padded vocabulary of 512 is cut unevenly over 3"),
-        ({"deterministic": True}, {}, Ranks(8), "in 8 parts model.norm.weight has other bits .*--data-parallel-repl"),
+        ({"data_parallel_replicate_size": 3}, {}, ranks_of(4), "size 3 does not divide the 4 .* that do: 1, 2, 4$"),
+        (
+            {"data_parallel_replicate_size": 2},
+            {},
+            ranks_of(1, 2),
+            "groups data-parallel ranks, and there is one: leave",
+        ),
+        ({"optimizer": "muon"}, {}, ranks_of(4), "zero3: muon takes whole matrices; use --optimizer adamw"),
+        ({}, {}, ranks_of(4, 3), "padded vocabulary of 512 is cut unevenly over 3"),
+        (
+            {"deterministic": True},
+            {},
+            ranks_of(8),
+            "in 8 parts model.norm.weight has other bits .*--data-parallel-repl",
+        ),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(
@@ -242,9 +249,9 @@ def test_what_cannot_be_shared_out_is_refused(
 
 def test_sharing_among_one_is_said() -> None:
     settings = RunSettings(data_parallel_shard="zero2", warmup_steps=1)
-    (line,) = _warnings(settings, Ranks(1, 2))  # type: ignore[arg-type]
+    (line,) = _warnings(settings, ranks_of(1, 2))
     assert line.startswith("--data-parallel-shard zero2 has nothing to share out: at tp 2 x dp 1")
-    assert _warnings(settings, Ranks(2)) == []  # type: ignore[arg-type]
+    assert _warnings(settings, ranks_of(2)) == []
 
 
 def test_parts_that_keep_bits_are_allowed() -> None:
