@@ -137,7 +137,14 @@ class TensorParallelModel(nn.Module):
         self.cuda_graphs = cuda_graphs
         self.weights = StepWeights(fixed_order=self.group.fixed_order, at_fixed_addresses=cuda_graphs)
         product = float8_linear(layout.device) if float8 else None
-        self.segments = Segments(config, compiled=compiled, cuda_graphs=cuda_graphs, product=product)
+        self.segments = Segments(
+            config,
+            compiled=compiled,
+            cuda_graphs=cuda_graphs,
+            product=product,
+            # A graph's replay copies what it is given from outside, and products in float8 are fused with their scales.
+            hides_sums=self.group.size > 1 and not cuda_graphs and not float8,
+        )
         # For shapes that change with every call, as those of generation do.
         self.eager_segments = Segments(config, compiled=False, product=product)
         self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)

@@ -162,51 +162,53 @@ class SliceWeights(NamedTuple):
     norms: Tensor | None
 
 
-def project_heads(
-    x: Tensor,
-    weights: SliceWeights,
+def split_heads(
+    projected: Tensor,
+    o: Tensor,
+    norms: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     *,
     head_dim: int,
     eps: float,
     interleaved: bool,
-    linear: Linear,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [B, n, T, D], key and value [B, k, T, D] of one slice, normed and rotated where the model does so.
 
-    cos, sin [T, D], or [B, 1, T, D] where rows have positions of their own; None for a layer without rotary positions.
+    projected: [B, T, (n + 2 k) * D]. o and norms are those of `SliceWeights`. cos, sin [T, D], or [B, 1, T, D] where
+    rows have positions of their own; None for a layer without rotary positions.
     """
-    batch, block, _ = x.shape
-    heads = weights.o.shape[1] // head_dim
-    shared = (weights.qkv.shape[0] // head_dim - heads) // 2
-    projected = linear(x, weights.qkv, weights.bias).view(batch, block, -1, head_dim).transpose(1, 2)
-    turning, value = projected.split([heads + shared, shared], dim=1)
-    if weights.norms is not None:
+    batch, block, width = projected.shape
+    heads = o.shape[1] // head_dim
+    shared = (width // head_dim - heads) // 2
+    turning, value = projected.view(batch, block, -1, head_dim).transpose(1, 2).split([heads + shared, shared], dim=1)
+    if norms is not None:
         query, key = turning.split([heads, shared], dim=1)
-        query, key = rms_norm(query, weights.norms[0], eps=eps), rms_norm(key, weights.norms[1], eps=eps)
+        query, key = rms_norm(query, norms[0], eps=eps), rms_norm(key, norms[1], eps=eps)
         turning = torch.cat((query, key), dim=1)
     if cos is not None and sin is not None:
-        turning = rotate(turning, cos.to(x.dtype), sin.to(x.dtype), interleaved=interleaved)
+        turning = rotate(turning, cos.to(turning.dtype), sin.to(turning.dtype), interleaved=interleaved)
     query, key = turning.split([heads, shared], dim=1)
     return query, key, value
 
 
-def attention_slice(
-    x: Tensor,
-    weights: SliceWeights,
+def attend_projected(
+    projected: Tensor,
+    o: Tensor,
+    norms: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     mask: DocumentMask | None = None,
+    *,
     linear: Linear = linear,
     **constants: Any,
 ) -> Tensor:
-    """Causal grouped-query attention over the heads of one slice: [B, T, H] -> partial [B, T, H].
+    """Causal grouped-query attention over the heads of one slice: [B, T, (n + 2 k) * D] -> partial [B, T, H].
 
-    `constants`, cos and sin are those of `project_heads`; mask None: over the whole block.
+    `constants`, cos and sin are those of `split_heads`; mask None: over the whole block.
     """
-    query, key, value = project_heads(x, weights, cos, sin, linear=linear, **constants)
-    return _merge_heads(attend(query, key, value, mask), weights.o, linear)
+    query, key, value = split_heads(projected, o, norms, cos, sin, **constants)
+    return _merge_heads(attend(query, key, value, mask), o, linear)
 
 
 def cached_attention_slice(
@@ -216,16 +218,18 @@ def cached_attention_slice(
     sin: Tensor | None,
     visible: Tensor | None,
     extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
     linear: Linear = linear,
     **constants: Any,
 ) -> Tensor:
-    """`attention_slice` of tokens that follow others: [B, T, H] -> partial [B, T, H].
+    """Attention of tokens that follow others: [B, T, H] -> partial [B, T, H].
 
     Args:
         visible: bool [B, 1, T, S]; None for causal attention (`KeyValueCache.visible`).
         extend: stores the new keys and values, and returns those of all tokens [B, k, S, D] (`KeyValueCache.extend`).
     """
-    query, key, value = project_heads(x, weights, cos, sin, linear=linear, **constants)
+    projected = linear(x, weights.qkv, weights.bias)
+    query, key, value = split_heads(projected, weights.o, weights.norms, cos, sin, **constants)
     keys, values = extend(key, value)
     if visible is None and query.shape[2] > 1:
         mixed = attend(query, keys, values, None)

@@ -221,14 +221,23 @@ class _Awaiting(torch.autograd.Function):
         return (None, *([ctx.flight.land()] * ctx.count))
 
 
-_awaited = count()
+_late = count()
+
+
+def run_late(x: Tensor) -> None:
+    """Let the backward pass of the node that made `x` wait for all others that can run.
+
+    Autograd runs the ready node with the highest sequence number, the one made last. These get numbers below those of
+    all others, and among each other in the order they are made.
+    """
+    node: Any = x.grad_fn
+    node._set_sequence_nr(next(_late))
 
 
 def awaiting(xs: Sequence[Tensor], flight: Flight | None) -> Sequence[Tensor]:
     """The identity, whose backward pass waits for the collective that a later node's backward pass has started.
 
-    Autograd runs the ready node with the highest sequence number, the one made last. These nodes get numbers below
-    those of all others, so that whatever does not depend on the collective runs first: that is the overlap.
+    Whatever does not depend on the collective runs first: that is the overlap.
 
     Args:
         xs: tensors that all get the gradient which the collective delivers.
@@ -237,8 +246,7 @@ def awaiting(xs: Sequence[Tensor], flight: Flight | None) -> Sequence[Tensor]:
     if flight is None or not any(x.requires_grad for x in xs):
         return xs
     xs = _Awaiting.apply(flight, *xs)
-    node: Any = xs[0].grad_fn
-    node._set_sequence_nr(next(_awaited))
+    run_late(xs[0])
     return xs
 
 

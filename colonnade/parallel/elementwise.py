@@ -7,11 +7,15 @@ alone, and compute the rest again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Elements of half precision that are normed at a time on the CPU: their copies in float32 stay in the cache of a core.
+HALF_IN_CACHE = 1 << 17
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -23,28 +27,63 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x [..., C], and what its rows are multiplied with [..., 1]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+    factor = torch.rsqrt(mean_square + eps)
     return (wide * factor).to(x.dtype).mul_(weight.to(x.dtype)), factor
+
+
+def _gradients_of_norm(x: Tensor, weight: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x [N, C] and of the weight [C] in the factor's dtype."""
+    wide, weight, gradient = x.to(factor.dtype), weight.to(factor.dtype), gradient.to(factor.dtype)
+    # Layer norm's kernel makes both in one pass. Told that the mean of x is zero it differs in one term: it takes the
+    # mean of gradient * weight away, which comes back here.
+    of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
+        gradient, wide, [x.shape[-1]], torch.zeros_like(factor), factor, weight, None, [True, True, False]
+    )
+    of_x.add_((gradient @ weight).unsqueeze(-1).mul_(factor).div_(x.shape[-1]))
+    return of_x.to(x.dtype), of_weight
+
+
+def _rows_at_a_time(x: Tensor) -> int | None:
+    """Rows of x [..., C] that are normed at a time; None: all of them."""
+    on_cpu_in_half = x.is_cpu and x.dtype.itemsize < 4 and x.is_contiguous()
+    return max(1, HALF_IN_CACHE // x.shape[-1]) if on_cpu_in_half else None
+
+
+def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows of all tensors [..., C] at a time."""
+    return zip(*(tensor.reshape(-1, tensor.shape[-1]).split(rows) for tensor in tensors), strict=True)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, factor = _normed(x, weight, eps)
+        rows = _rows_at_a_time(x)
+        if rows is None:
+            normed, factor = _normed(x, weight, eps)
+        else:
+            normed, factor = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+            for part, *own in _split(rows, x, normed, factor):
+                for whole, made in zip(own, _normed(part, weight, eps), strict=True):
+                    whole.copy_(made)
         ctx.save_for_backward(x, weight, factor)
         return normed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, factor = ctx.saved_tensors
-        # All in float32 or wider, as the factor is.
-        unit, wide = x * factor, weight.to(factor.dtype)
-        product = gradient * unit
-        of_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        along = (product @ wide).div_(-x.shape[-1]).unsqueeze(-1)
-        of_x = unit.mul_(along).addcmul_(gradient.to(factor.dtype), wide).mul_(factor)
-        return of_x.to(x.dtype), of_weight, None
+        rows = _rows_at_a_time(x)
+        if rows is None:
+            of_x, of_weight = _gradients_of_norm(x, weight, factor, gradient)
+        else:
+            of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=factor.dtype)
+            for whole, *part in _split(rows, of_x, x, factor, gradient):
+                made, of_part = _gradients_of_norm(part[0], weight, *part[1:])
+                whole.copy_(made)
+                of_weight.add_(of_part)
+        return of_x, of_weight.to(weight.dtype), None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class ReplicatedResidual:
 
     def spread(self, x: Tensor) -> Pending[tuple[Tensor, ...]]:
         """*f*: the tokens [B, T, H], one view for each local slice."""
-        return Pending(fan_out(x, self.group, Flight() if self.overlaps else None))
+        return Pending(fan_out(x, self.group, Flight()))
 
     def collect(self, partials: Sequence[Tensor]) -> Pending[Tensor]:
         """*g*: the sum of one partial [B, T, H] a local slice over all slices."""
@@ -84,7 +84,7 @@ class ShardedResidual:
 
     def spread(self, x: Tensor) -> Pending[tuple[Tensor, ...]]:
         """*f*: [R, H] -> all tokens [B, T, H], one view for each local slice."""
-        flight = Flight() if self.overlaps else None
+        flight = Flight()
         (x,) = awaiting((x,), flight)
         with torch.no_grad():
             pending = self.group.start_gather(x.detach())

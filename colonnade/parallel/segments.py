@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import allow_recompilation, attention_slice, cached_attention_slice, linear
+from colonnade.parallel.attention import (
+    DocumentMask,
+    SliceWeights,
+    allow_recompilation,
+    attend_projected,
+    cached_attention_slice,
+    linear,
+)
+from colonnade.parallel.column_parallel import column_parallel_linear
 from colonnade.parallel.elementwise import rms_norm, swiglu
 from colonnade.parallel.float8 import Linear
 from colonnade.parallel.head_loss import softmax_of_slice_
@@ -26,9 +34,29 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> t
     return x, rms_norm(x, weight, eps=eps)
 
 
-def mlp_slice(x: Tensor, gate_up: Tensor, bias: Tensor | None, down: Tensor, *, linear: Linear = linear) -> Tensor:
+def attention_slice(
+    project: Linear,
+    rest: Callable[..., Tensor],
+    x: Tensor,
+    weights: SliceWeights,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: DocumentMask | None = None,
+) -> Tensor:
+    """Attention over the heads of one slice: [B, T, H] -> partial [B, T, H]. `rest`: see `attend_projected`."""
+    return rest(project(x, weights.qkv, weights.bias), weights.o, weights.norms, cos, sin, mask)
+
+
+def mlp_slice(
+    project: Linear, rest: Callable[..., Tensor], x: Tensor, gate_up: Tensor, bias: Tensor | None, down: Tensor
+) -> Tensor:
     """SwiGLU over one slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate_up [2 i, H]; down [H, i]."""
-    return linear(swiglu(linear(x, gate_up, bias)), down, None)
+    return rest(project(x, gate_up, bias), down)
+
+
+def feed_projected(projected: Tensor, down: Tensor, *, linear: Linear = linear) -> Tensor:
+    """The feed-forward behind its first projection: [B, T, 2 i] -> partial [B, T, H]."""
+    return linear(swiglu(projected), down, None)
 
 
 def logits_slice(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,10 +70,18 @@ class Segments:
     Args:
         cuda_graphs: replay the compiled segments as CUDA graphs.
         product: of the projections; None for one in the activations' dtype.
+        hides_sums: backward, gradients of weights are computed while f sums over ranks. The projections behind f are
+            then outside of compiled segments, and in the activations' dtype.
     """
 
     def __init__(
-        self, config: ModelConfig, *, compiled: bool, cuda_graphs: bool = False, product: Linear | None = None
+        self,
+        config: ModelConfig,
+        *,
+        compiled: bool,
+        cuda_graphs: bool = False,
+        product: Linear | None = None,
+        hides_sums: bool = False,
     ) -> None:
         if compiled:
             # Each micro-batch size and each slice's strides are a graph of their own.
@@ -66,10 +102,15 @@ class Segments:
             "interleaved": config.rope_interleaved,
             "linear": product or linear,
         }
-        self.attention = build(attention_slice, **heads)
+        attend, feed = partial(attend_projected, **heads), partial(feed_projected, linear=product or linear)
+        if hides_sums:
+            self.attention: Callable[..., Tensor] = partial(attention_slice, column_parallel_linear, build(attend))
+            self.mlp: Callable[..., Tensor] = partial(mlp_slice, column_parallel_linear, build(feed))
+        else:
+            self.attention = build(partial(attention_slice, product or linear, attend))
+            self.mlp = build(partial(mlp_slice, product or linear, feed))
         # Not compiled: the keys grow with every token.
         self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
-        self.mlp = build(mlp_slice, linear=product or linear)
         # Not compiled: in checks and generation only.
         self.logits: Callable[..., Tensor] = logits_slice
         self.softmax = build(softmax_of_slice_)

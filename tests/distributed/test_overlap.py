@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from colonnade.optim import overlapped_sum
 from colonnade.optim.step import optimizer_step
+from colonnade.parallel.attention import SliceWeights
 from colonnade.parallel.pending import Pending
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
@@ -19,7 +22,8 @@ from model import ModelConfig, TensorParallelModel
 
 LAYERS = CONFIG.num_hidden_layers
 Event = tuple[str, int]
-"""What happened, and to which: of collectives "start" and "wait", of segments "begin" and "end".
+"""What happened, and to which: of collectives "start" and "wait", of segments "begin" and "end", and backward "weight",
+when the gradient of its first projection is there.
 
 Collectives and segments are numbered as they come, in the forward pass; two neighbours are those of the two halves.
 """
@@ -67,6 +71,8 @@ class Recorder:
             # Backward the gradient of what came out comes first, that of what went in last.
             out.register_hook(lambda _: self.events.append(("begin", number)))
             view.register_hook(lambda _: self.events.append(("end", number)))
+            weight = rest[0].qkv if isinstance(rest[0], SliceWeights) else rest[0]
+            weight.register_hook(lambda _: self.events.append(("weight", number)))
             return out
 
         return call
@@ -74,7 +80,12 @@ class Recorder:
 
 def passes(config: ModelConfig, **options: Any) -> tuple[list[Event], list[Event], list[Event]]:
     """Events of the forward pass, of the backward pass, and of the end of a step, where weights were kept for it."""
-    _, own = build(config, 2, **options)
+    compile_for_real = torch.compile
+    torch.compile = partial(compile_for_real, backend="aot_eager")
+    try:
+        _, own = build(config, 2, **options)
+    finally:
+        torch.compile = compile_for_real
     recorder = Recorder(own)
     ids, labels = tokens_for(config, 4)
     with own.weights_kept():
@@ -124,6 +135,23 @@ def test_without_overlap_each_is_waited_for_at_once(rank_pool: RankPool) -> None
     forward, backward, _ = rank_pool.run(2, passes, CONFIG)[0]
     for events in (forward, backward):
         assert exposed(events) == list(range(1 + 2 * LAYERS))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sequence_parallel": True}, {"compiled": True}, {"slices": 4}],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_gradients_of_weights_are_computed_while_f_sums(rank_pool: RankPool, options: dict[str, Any]) -> None:
+    for _, events, _ in rank_pool.run(2, passes, CONFIG, **options):
+        late = [place for place, (kind, _) in enumerate(events) if kind == "weight"]
+        # The slices of a rank have a weight each, and one sum for all.
+        count = options.get("slices", 2) // 2
+        assert len(late) == 2 * LAYERS * count
+        for first in late[::count]:
+            assert late[late.index(first) : late.index(first) + count] == list(range(first, first + count))
+            start, wait = events[first - 1], events[first + count]
+            assert (start[0], wait) == ("start", ("wait", start[1]))
 
 
 def test_sequence_parallel_halves_overlap_in_part(rank_pool: RankPool) -> None:
