@@ -99,6 +99,8 @@ class TensorParallelModel(nn.Module):
         float8: multiply projections in float8 (`colonnade/parallel/float8.py`).
         z_loss: coefficient of the squared logarithm of the softmax's denominator in the loss; 0 for none.
         shares_memory: on the CPU ranks of one machine exchange tensors through memory (`SharedMemory`).
+        hides_sums: backward, a gradient of a weight is computed while f sums (`colonnade/parallel/column_parallel.py`);
+            not with `cuda_graphs` or `float8`.
 
     Raises:
         UsageError: the sizes cannot be cut over these ranks.
@@ -122,6 +124,7 @@ class TensorParallelModel(nn.Module):
         float8: bool = False,
         z_loss: float = 0.0,
         shares_memory: bool = True,
+        hides_sums: bool = True,
     ) -> None:
         super().__init__()
         check_slices(config, layout.tp, slices)
@@ -143,7 +146,7 @@ class TensorParallelModel(nn.Module):
             cuda_graphs=cuda_graphs,
             product=product,
             # A graph's replay copies what it is given from outside, and products in float8 are fused with their scales.
-            hides_sums=self.group.size > 1 and not cuda_graphs and not float8,
+            hides_sums=hides_sums and self.group.size > 1 and not cuda_graphs and not float8,
         )
         # For shapes that change with every call, as those of generation do.
         self.eager_segments = Segments(config, compiled=False, product=product)

@@ -17,7 +17,7 @@ from colonnade.parallel.attention import SliceWeights
 from colonnade.parallel.pending import Pending
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
-from distributed.workers import build, make_optimizer, tokens_for, whole
+from distributed.workers import build, loss_and_gradients, make_optimizer, tokens_for, whole
 from model import ModelConfig, TensorParallelModel
 
 LAYERS = CONFIG.num_hidden_layers
@@ -152,6 +152,17 @@ def test_gradients_of_weights_are_computed_while_f_sums(rank_pool: RankPool, opt
             assert late[late.index(first) : late.index(first) + count] == list(range(first, first + count))
             start, wait = events[first - 1], events[first + count]
             assert (start[0], wait) == ("start", ("wait", start[1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"slices": 4, "sequence_parallel": True}, {"overlap_collectives": True}])
+def test_when_gradients_of_weights_are_computed_changes_no_bit(rank_pool: RankPool, options: dict[str, Any]) -> None:
+    found, expected = (
+        rank_pool.run(2, loss_and_gradients, CONFIG, 2, seed=5, hides_sums=hides, **options)[0]
+        for hides in (True, False)
+    )
+    for name, value in expected["gradients"].items():
+        assert torch.equal(found["gradients"][name], value), name
+    assert torch.equal(found["loss"], expected["loss"])
 
 
 def test_sequence_parallel_halves_overlap_in_part(rank_pool: RankPool) -> None:
