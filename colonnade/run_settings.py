@@ -318,7 +318,8 @@ class RunSettings:
         False,
         "execution",
         "switch off what only makes a step faster: compilation, weights cast once a step, gradients summed during the "
-        "backward pass or computed while others are summed, on the CPU ranks that exchange tensors through shared memory",
+        "backward pass or computed while others are summed, on the CPU ranks that exchange tensors through shared "
+        "memory",
     )
 
     # Checkpoints and logs

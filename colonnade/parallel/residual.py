@@ -9,7 +9,8 @@ There f gathers the tokens forward and sums each rank's share backward, and g is
 What is computed of a share alone - norms, biases, additions - has partial gradients of its parameters: they pass f
 too. Tokens are shared out as rows of [B * T, H], filled up with zeros to a multiple of V; any block size works.
 
-With overlap the collectives are only started, forward and backward, and waited for where their result is needed.
+Backward, the sums of f are only started, and waited for when whatever does not need them is done. With overlap so are
+all collectives, forward and backward.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class ShardedResidual:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: TensorGroup, flight: Flight | None, whole: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: TensorGroup, flight: Flight, whole: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.flight = group, flight
         return tuple(whole.view_as(whole) for _ in range(group.local_slices))
 
@@ -149,8 +150,6 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         partial = tree_sum(gradients)
         pending = ctx.group.start_sum_part(partial)
-        if ctx.flight is None:
-            return None, None, None, pending.wait()
         return None, None, None, ctx.flight.leave(pending, ctx.group.own_part(partial))
 
 
