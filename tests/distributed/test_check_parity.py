@@ -80,8 +80,13 @@ def test_a_deterministic_checkpoint_agrees_to_the_bit(trained, tmp_path):
 def no_sum_in_the_backward_pass():
     """f without its all-reduce: the loss stays right, and gradients lack the other ranks' part."""
     from colonnade.parallel import collectives
+    from colonnade.parallel.pending import Pending
 
-    collectives._FanOut.backward = staticmethod(lambda ctx, *gradients: (collectives.tree_sum(gradients), None, None))
+    def own_part_alone(ctx, *gradients):
+        own = collectives.tree_sum(gradients)
+        return own if ctx.flight is None else ctx.flight.leave(Pending(own), own), None, None
+
+    collectives._FanOut.backward = staticmethod(own_part_alone)
 
 
 def test_a_broken_collective_is_found(flags):
