@@ -11,8 +11,9 @@ segments (`colonnade/parallel/collectives.py` says what they are):
     each block: x -> norm -> f -> attention slices -> g -> + x -> norm -> f -> MLP slices -> g -> + x
     x -> norm -> f -> head and cross-entropy slices, for a stretch of tokens at a time
 
-A segment is what lies between two collectives: plain tensors in, plain tensors out. It is the unit of compilation, so
-that no compiled graph holds a collective. Parameters are `DTensor`s; the forward pass takes their local parts.
+A segment is what lies between two collectives: plain tensors in, plain tensors out. It is compiled whole or without its
+first projection (`colonnade/parallel/segments.py`), so that no compiled graph holds a collective. Parameters are
+`DTensor`s; the forward pass takes their local parts.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class TensorParallelModel(nn.Module):
         z_loss: coefficient of the squared logarithm of the softmax's denominator in the loss; 0 for none.
         shares_memory: on the CPU ranks of one machine exchange tensors through memory (`SharedMemory`).
         hides_sums: backward, a gradient of a weight is computed while f sums (`colonnade/parallel/column_parallel.py`);
-            not with `cuda_graphs` or `float8`.
+            not with one rank, `cuda_graphs`, `float8`, or compiled in a fixed order.
 
     Raises:
         UsageError: the sizes cannot be cut over these ranks.
@@ -146,7 +147,10 @@ class TensorParallelModel(nn.Module):
             cuda_graphs=cuda_graphs,
             product=product,
             # A graph's replay copies what it is given from outside, and products in float8 are fused with their scales.
-            hides_sums=hides_sums and self.group.size > 1 and not cuda_graphs and not float8,
+            # In a fixed order every rank count must compile the same graphs.
+            hides_sums=hides_sums
+            and self.group.size > 1
+            and not (cuda_graphs or float8 or (compiled and self.group.fixed_order)),
         )
         # For shapes that change with every call, as those of generation do.
         self.eager_segments = Segments(config, compiled=False, product=product)

@@ -13,8 +13,8 @@ after the start, asleep. Passes with and without overlap, at each delay, take tu
 
    The second does not suffer from a machine whose speed changes between two passes.
 
-   Also with the collectives of the head's loss held back alone, and all of them without overlap, where hardly anything
-   can be hidden.
+   Also with the collectives of the head's loss held back alone, and all of them without overlap, where gradients
+   of weights hide what they can.
 2. `tp/sequence_parallel`: the same with `sequence_parallel`.
 3. `dp`: backward pass at dp 2 and the sums of its gradients, started during it (`OverlappedSum`) and after it. They
    pass one after the other, together in a fraction of the backward pass's time.

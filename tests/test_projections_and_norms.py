@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.parallel.column_parallel import column_parallel_linear
-from colonnade.parallel.elementwise import HALF_IN_CACHE, rms_norm, swiglu
+from colonnade.parallel.elementwise import IN_CACHE, rms_norm, swiglu
 
 # Of the largest entry: a few units of the last place.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -41,7 +41,7 @@ def test_rms_norm_equals_torch(dtype: torch.dtype, transposed: bool, stored_in_h
     """Of more rows than are normed at a time, the last of them fewer, and with a mean that is not zero."""
     torch.manual_seed(0)
     channels = 256
-    rows = 2 * HALF_IN_CACHE // channels + 86
+    rows = 2 * IN_CACHE // channels + 86
     x = (torch.randn(2, rows // 2, channels) * torch.rand(2, rows // 2, 1) + 0.3).to(dtype)
     x[0, 0] = 0
     weight = torch.randn(channels).to(dtype if stored_in_half else torch.promote_types(dtype, torch.float32))

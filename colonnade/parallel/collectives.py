@@ -228,7 +228,8 @@ def run_late(x: Tensor) -> None:
     """Let the backward pass of the node that made `x` wait for all others that can run.
 
     Autograd runs the ready node with the highest sequence number, the one made last. These get numbers below those of
-    all others, and among each other in the order they are made.
+    all others, and among each other in the order they are made. That holds as long as one thread makes the nodes of a
+    forward pass: autograd counts for each thread by itself.
     """
     node: Any = x.grad_fn
     node._set_sequence_nr(next(_late))

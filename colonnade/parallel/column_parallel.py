@@ -47,19 +47,19 @@ class _Product(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         ctx.factors.append((rows, x.flatten(0, -2)))
         of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        placeholder = weight.new_zeros(()).expand(weight.shape)
-        return (rows @ weight).view(x.shape), placeholder, of_bias, None
+        return (rows @ weight).view(x.shape), None, of_bias, None
 
 
 class _LateGradient(torch.autograd.Function):
-    """The identity of a weight, whose backward pass makes the gradient in place of the placeholder."""
+    """The identity of a weight, whose backward pass is given no gradient and makes it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
         ctx.factors = factors
+        ctx.set_materialize_grads(False)
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, placeholder: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, _: None) -> tuple[Tensor, None]:
         gradient, x = ctx.factors.pop()
         return gradient.T @ x, None

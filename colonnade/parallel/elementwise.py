@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements of half precision that are normed at a time on the CPU: their copies in float32 stay in the cache of a core.
-HALF_IN_CACHE = 1 << 17
+# Elements that are normed at a time on the CPU: what is made of them on the way stays in the cache of a core.
+IN_CACHE = 1 << 16
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -35,21 +35,22 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _gradients_of_norm(x: Tensor, weight: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x [N, C] and of the weight [C] in the factor's dtype."""
+    """Of x [..., C] and of the weight [C], both in the factor's dtype."""
     wide, weight, gradient = x.to(factor.dtype), weight.to(factor.dtype), gradient.to(factor.dtype)
-    # Layer norm's kernel makes both in one pass. Told that the mean of x is zero it differs in one term: it takes the
+    # Layer norm's kernel makes it in one pass. Told that the mean of x is zero it differs in one term: it takes the
     # mean of gradient * weight away, which comes back here.
-    of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
-        gradient, wide, [x.shape[-1]], torch.zeros_like(factor), factor, weight, None, [True, True, False]
+    of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+        gradient, wide, [x.shape[-1]], torch.zeros_like(factor), factor, weight, None, [True, False, False]
     )
     of_x.add_((gradient @ weight).unsqueeze(-1).mul_(factor).div_(x.shape[-1]))
-    return of_x.to(x.dtype), of_weight
+    # On the CPU that kernel would add the rows of the weight's gradient one after the other, each thread its own: less
+    # precise, and other bits on ranks with other thread counts.
+    return of_x, (gradient * wide).mul_(factor).flatten(0, -2).sum(0)
 
 
 def _rows_at_a_time(x: Tensor) -> int | None:
     """Rows of x [..., C] that are normed at a time; None: all of them."""
-    on_cpu_in_half = x.is_cpu and x.dtype.itemsize < 4 and x.is_contiguous()
-    return max(1, HALF_IN_CACHE // x.shape[-1]) if on_cpu_in_half else None
+    return max(1, IN_CACHE // x.shape[-1]) if x.is_cpu and x.is_contiguous() else None
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -60,7 +61,8 @@ def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = _rows_at_a_time(x)
+        # In float32 there is nothing on the way that a cache would have to hold.
+        rows = _rows_at_a_time(x) if x.dtype.itemsize < 4 else None
         if rows is None:
             normed, factor = _normed(x, weight, eps)
         else:
@@ -83,7 +85,7 @@ class _RMSNorm(torch.autograd.Function):
                 made, of_part = _gradients_of_norm(part[0], weight, *part[1:])
                 whole.copy_(made)
                 of_weight.add_(of_part)
-        return of_x, of_weight.to(weight.dtype), None
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class ReplicatedResidual:
     """All tokens on every rank.
 
     Args:
-        overlaps: collectives are started, and waited for later.
+        overlaps: forward, the sums of g are started, and waited for later, as backward those of f always are.
     """
 
     gathers = False

@@ -1,6 +1,7 @@
 """The segments of a forward pass: what lies between two collectives, plain tensors in, plain tensors out.
 
-A segment is the unit of compilation, so that no compiled graph holds a collective. Shapes: B batch, T block, H hidden;
+A segment is the unit of compilation, so that no compiled graph holds a collective; where gradients of weights hide sums
+(`hides_sums`) that is what comes after its first projection. Shapes: B batch, T block, H hidden;
 i feed-forward channels and v vocabulary entries of one slice.
 """
 
@@ -87,6 +88,8 @@ class Segments:
             # Each micro-batch size and each slice's strides are a graph of their own.
             allow_recompilation()
 
+        product = product or linear
+
         def build(function: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
             bound = partial(function, **constants) if constants else function
             if not compiled:
@@ -100,15 +103,15 @@ class Segments:
             "head_dim": config.head_dim,
             "eps": config.rms_norm_eps,
             "interleaved": config.rope_interleaved,
-            "linear": product or linear,
+            "linear": product,
         }
-        attend, feed = partial(attend_projected, **heads), partial(feed_projected, linear=product or linear)
+        attend, feed = partial(attend_projected, **heads), partial(feed_projected, linear=product)
         if hides_sums:
             self.attention: Callable[..., Tensor] = partial(attention_slice, column_parallel_linear, build(attend))
             self.mlp: Callable[..., Tensor] = partial(mlp_slice, column_parallel_linear, build(feed))
         else:
-            self.attention = build(partial(attention_slice, product or linear, attend))
-            self.mlp = build(partial(mlp_slice, product or linear, feed))
+            self.attention = build(partial(attention_slice, product, attend))
+            self.mlp = build(partial(mlp_slice, product, feed))
         # Not compiled: the keys grow with every token.
         self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
         # Not compiled: in checks and generation only.

@@ -77,6 +77,7 @@ def test_every_number_of_ranks_trains_to_the_same_bits(
         ("tied", {"overlap_collectives": True, "compute_dtype": torch.bfloat16}),
         ("untied, odd vocabulary", {"sequence_parallel": True, "overlap_collectives": True}),
         ("untied, odd vocabulary", {"compiled": True}),
+        ("biases, one key/value head", {"compiled": True}),
         ("tied", {"compiled": True, "compute_dtype": torch.bfloat16, "activation_checkpointing": "full"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else value,

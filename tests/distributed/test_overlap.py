@@ -131,7 +131,7 @@ def test_a_half_computes_while_a_collective_of_the_other_is_under_way(rank_pool:
                 assert place % 2 or number // 2 == other // 2, "the same segment of the other half"
 
 
-def test_without_overlap_each_is_waited_for_at_once(rank_pool: RankPool) -> None:
+def test_without_overlap_no_segment_runs_meanwhile(rank_pool: RankPool) -> None:
     forward, backward, _ = rank_pool.run(2, passes, CONFIG)[0]
     for events in (forward, backward):
         assert exposed(events) == list(range(1 + 2 * LAYERS))
