@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from colonnade.parallel.attention import SliceWeights
 from colonnade.parallel.pending import Pending
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG
-from distributed.workers import build, loss_and_gradients, make_optimizer, tokens_for, whole
+from distributed.workers import build, compiling_with, loss_and_gradients, make_optimizer, tokens_for, whole
 from model import ModelConfig, TensorParallelModel
 
 LAYERS = CONFIG.num_hidden_layers
@@ -80,12 +79,8 @@ class Recorder:
 
 def passes(config: ModelConfig, **options: Any) -> tuple[list[Event], list[Event], list[Event]]:
     """Events of the forward pass, of the backward pass, and of the end of a step, where weights were kept for it."""
-    compile_for_real = torch.compile
-    torch.compile = partial(compile_for_real, backend="aot_eager")
-    try:
+    with compiling_with("aot_eager"):
         _, own = build(config, 2, **options)
-    finally:
-        torch.compile = compile_for_real
     recorder = Recorder(own)
     ids, labels = tokens_for(config, 4)
     with own.weights_kept():

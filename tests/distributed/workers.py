@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def train(
     return {"losses": losses, "replicated": replicated, "parameters": merged if layout.is_main else None}
 
 
+@contextmanager
+def compiling_with(backend: Any) -> Iterator[None]:
+    """What is compiled in this block is compiled with another backend."""
+    compile_for_real = torch.compile
+    torch.compile = partial(compile_for_real, backend=backend)
+    try:
+        yield
+    finally:
+        torch.compile = compile_for_real
+
+
 def captured_graphs(
     config: ModelConfig, tp: int | None, packed: Sequence[Tensor] = (), **options: Any
 ) -> list[list[str]]:
@@ -138,13 +150,9 @@ def captured_graphs(
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return make_boxed_func(graph.forward)
 
-    compile_for_real = torch.compile
     torch.compiler.reset()
-    torch.compile = partial(compile_for_real, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    try:
+    with compiling_with(aot_autograd(fw_compiler=keep, bw_compiler=keep)):
         _, model = build(config, tp, compiled=True, **options)
-    finally:
-        torch.compile = compile_for_real
     ids, labels = tokens_for(config, 2)
     for wire in packed:
         blocks = unpack_blocks(wire, document_mask=True)
