@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import document_kernel, document_layout
 from colonnade.parallel.collectives import TensorGroup
+from colonnade.parallel.column_parallel import can_hide_sums
 from colonnade.parallel.data_parallel import DataParallelShards, shard_over_data_parallel
 from colonnade.parallel.float8 import float8_linear
 from colonnade.parallel.head_loss import LossOptions, head_loss
@@ -146,11 +147,11 @@ class TensorParallelModel(nn.Module):
             compiled=compiled,
             cuda_graphs=cuda_graphs,
             product=product,
-            # A graph's replay copies what it is given from outside, and products in float8 are fused with their scales.
-            # In a fixed order every rank count must compile the same graphs.
             hides_sums=hides_sums
             and self.group.size > 1
-            and not (cuda_graphs or float8 or (compiled and self.group.fixed_order)),
+            and can_hide_sums(
+                compiled=compiled, fixed_order=self.group.fixed_order, cuda_graphs=cuda_graphs, float8=float8
+            ),
         )
         # For shapes that change with every call, as those of generation do.
         self.eager_segments = Segments(config, compiled=False, product=product)

@@ -442,5 +442,10 @@ class RunSettings:
         """What the backward pass computes again: none, selective or full."""
         return self.activation_checkpointing or ("none" if self.disable_gradient_checkpointing else "full")
 
+    def compiles_on(self, device: str) -> bool:
+        """Whether segments are compiled on a device of this type."""
+        off = self.disable_compile or self.plain_step
+        return self.compile or (device != "cpu" and not off)
+
     def replace(self, **changes: Any) -> RunSettings:
         return dataclasses.replace(self, **changes)

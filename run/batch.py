@@ -14,7 +14,6 @@ from colonnade.run_settings import RunSettings
 from colonnade.tuning.autotuner import TunedMicroBatch, agree_over_group, plan_search, tune_micro_batch
 from colonnade.tuning.memory import trial_runner
 from model import TensorParallelModel
-from run.inputs import is_compiled
 
 
 def tune_batch(
@@ -43,7 +42,7 @@ def tune_batch(
         "tp": layout.tp,
         "dp": layout.dp,
         "precision": settings.precision,
-        "compile": is_compiled(settings, layout),
+        "compile": settings.compiles_on(layout.device.type),
         "gradient_checkpointing": settings.checkpointing == "full",
         "replicate_embeddings": settings.replicate_embeddings,
         "document_mask": settings.document_mask,
@@ -63,7 +62,7 @@ def tune_batch(
         depends_on["data_parallel_replicate_size"] = settings.data_parallel_replicate_size
 
     def probe(size: int) -> float:
-        warm = on_cuda or is_compiled(settings, layout)
+        warm = on_cuda or settings.compiles_on(layout.device.type)
         block, mask = settings.block_size or 0, settings.document_mask
         return _probe_seconds(model, size, block, warm=warm, document_mask=mask, plain=settings.plain_step)
 

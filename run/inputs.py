@@ -54,7 +54,7 @@ def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes
         notes.append("torch.compile is off on the CPU; --compile switches it on")
     if settings.compile and on_cpu:
         require_compiler()
-    if settings.cuda_graphs and (on_cpu or not is_compiled(settings, layout)):
+    if settings.cuda_graphs and (on_cpu or not settings.compiles_on(layout.device.type)):
         missing = "there is no GPU" if on_cpu else "--disable-compile leaves none"
         raise UsageError(f"--cuda-graphs replays compiled segments on a GPU, and {missing}: leave it out")
     if settings.float8:
@@ -62,7 +62,7 @@ def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes
         if on_cpu:
             notes.append("--float8 is emulated on the CPU: the rounding of float8, and slower than without it")
     if settings.deterministic:
-        fix_arithmetic(compiled=is_compiled(settings, layout))
+        fix_arithmetic(compiled=settings.compiles_on(layout.device.type))
     return settings
 
 
@@ -73,16 +73,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type != "cpu" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def is_compiled(settings: RunSettings, layout: ParallelLayout) -> bool:
-    off = settings.disable_compile or settings.plain_step
-    return settings.compile or (layout.device.type != "cpu" and not off)
-
-
 def arithmetic_of_run(settings: RunSettings, layout: ParallelLayout, micro_batch_size: Any) -> dict[str, Any]:
     """What a deterministic run's bits depend on besides the settings that are fixed for it."""
     return arithmetic_of(
         layout.device,
-        compiled=is_compiled(settings, layout),
+        compiled=settings.compiles_on(layout.device.type),
         micro_batch_size=micro_batch_size,
         # Halves of a micro-batch, and shares of its tokens, are summed by themselves.
         overlap_collectives=settings.overlap_collectives,

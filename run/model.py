@@ -20,7 +20,6 @@ from colonnade.parallel.vote import one_line, vote
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from model import ModelConfig, TensorParallelModel
-from run.inputs import is_compiled
 from run.state import restore_rng
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +65,7 @@ def build_model(
         replicate_embeddings=settings.replicate_embeddings,
         compute_dtype=DTYPES[precision],
         activation_checkpointing=settings.checkpointing,
-        compiled=is_compiled(settings, layout),
+        compiled=settings.compiles_on(layout.device.type),
         cuda_graphs=settings.cuda_graphs,
         float8=settings.float8,
         sequence_parallel=settings.sequence_parallel,

@@ -15,7 +15,7 @@ from benchmarks.training_step.work import PRECISIONS
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.step import optimizer_step
-from colonnade.tuning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Traffic, step_traffic
+from colonnade.tuning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Computation, Traffic, step_traffic
 from colonnade.tuning.cost_model import Placement, run_flops
 from colonnade.tuning.step_time import Machine, interconnect_of, link_of, repeated_flops, step_time
 from distributed.pool import RankPool
@@ -118,12 +118,15 @@ def test_collectives_are_those_of_real_ranks(
 def test_bytes_by_hand() -> None:
     """Two layers, hidden 64, three sequences of 24 tokens in fp32, two micro-batches."""
     activation = 3 * 24 * 64 * 4
-    layers = next(
-        one for one in step_traffic(CONFIG, Placement(tp=2, precision="fp32"), 3, 24, 2) if one.what == "layers"
-    )
-    # Attention and feed-forward, forward and backward.
-    assert (layers.calls, layers.size) == (2 * 2 * 4, 2 * 2 * 4 * activation)
-    assert layers.sent == layers.size  # 2 (G - 1) / G at two ranks
+    traffic = step_traffic(CONFIG, Placement(tp=2, precision="fp32", activation_checkpointing="none"), 3, 24, 2)
+    found = {one.what: one for one in traffic if one.what.startswith("layers")}
+    # Forward the sums of attention and feed-forward, backward those of each.
+    assert {what: (one.calls, one.size) for what, one in found.items()} == {
+        "layers": (2 * 2 * 2, 2 * 2 * 2 * activation),
+        "layers, backward: attention": (2 * 2, 2 * 2 * activation),
+        "layers, backward: feed-forward": (2 * 2, 2 * 2 * activation),
+    }
+    assert all(one.sent == one.size for one in found.values())  # 2 (G - 1) / G at two ranks
     (gradients,) = step_traffic(CONFIG, Placement(dp=4, precision="fp32"), 3, 24, 2)
     padding = (1024 - 1000) * 64 * 2
     assert gradients.size == 4 * (CONFIG.num_parameters + padding) + 4
@@ -146,13 +149,43 @@ def test_time_is_computation_and_what_is_not_hidden() -> None:
     assert (plain.communication, plain.hidden) == (pytest.approx(1.003), 0)
     assert plain.seconds == pytest.approx(model + 1.003)
     # More than the computation cannot be hidden.
-    overlapped = time_of(placement, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11, overlaps=True))
+    overlapped = time_of(placement, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11, "step"))
     assert overlapped.hidden == pytest.approx(model)
     assert overlapped.seconds == pytest.approx(1.003)
     # Gradients hide in the last of two backward passes, each two thirds of its forward and backward pass.
-    gradients = Traffic("dp", "gradients", ALL_REDUCE, 2, 1, 10**11, overlaps=True)
+    gradients = Traffic("dp", "gradients", ALL_REDUCE, 2, 1, 10**11, "last backward pass")
     replicated = time_of(Placement(dp=2, activation_checkpointing="none"), gradients)
     assert replicated.hidden == pytest.approx(model * 2 / 3 / 2)
+
+
+def test_sums_of_f_hide_behind_gradients_of_column_parallel_weights() -> None:
+    placement = Placement(tp=2, activation_checkpointing="none")
+    # Two layers, hidden 64, 4 + 2 * 2 heads of 16, 2 * 96 channels; two FLOPs an element and token, on two ranks.
+    weights: dict[Computation, int] = {"gradients of q, k, v": 8 * 16, "gradients of gate, up": 2 * 96}
+    for name, channels in weights.items():
+        products = 2 * 10**6 * 2 * 64 * channels / (2 * 0.5e12)
+        long = Traffic("tp", "layers", ALL_REDUCE, 2, 0, 10**11, name)
+        short = Traffic("tp", "layers", ALL_REDUCE, 2, 0, 10**8, name)
+        assert time_of(placement, long).hidden == pytest.approx(products)
+        assert time_of(placement, short).hidden == pytest.approx(1e-3)
+        assert 1e-3 < products < 1
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_what_is_hidden_is_what_the_model_hides(sequence_parallel: bool) -> None:
+    def behind(**options: Any) -> dict[str, str | None]:
+        placement = Placement(tp=2, sequence_parallel=sequence_parallel, activation_checkpointing="none", **options)
+        traffic = step_traffic(CONFIG, placement, 2, 24, 1)
+        return {one.what: one.behind for one in traffic if one.what.startswith("layers")}
+
+    own = {
+        "layers": None,
+        "layers, backward: attention": "gradients of q, k, v",
+        "layers, backward: feed-forward": "gradients of gate, up",
+    }
+    assert behind() == own
+    assert behind(hides_sums=False) == dict.fromkeys(own)
+    assert behind(overlap_collectives=True) == dict.fromkeys(own, "step")
 
 
 def test_ranks_of_several_nodes_talk_over_the_network() -> None:

@@ -93,6 +93,17 @@ def test_a_slow_network_keeps_a_replica_in_its_node(capsys: pytest.CaptureFixtur
     assert slow["step_time"]["seconds"] > fast["step_time"]["seconds"]
 
 
+def test_switches_that_compute_gradients_of_weights_with_the_others_hide_less(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = (*LARGE, "--gpus", "8", "--gpu", "H100", "--tensor-parallel-size", "8", "--no-write")
+    hidden = planned(capsys, *common)["step_time"]["hidden"]
+    assert hidden > 0
+    for switch in ("--plain-step", "--float8", "--cuda-graphs", "--deterministic"):
+        assert planned(capsys, *common, switch)["step_time"]["hidden"] == 0, switch
+    assert planned(capsys, *common, "--deterministic", "--disable-compile")["step_time"]["hidden"] == hidden
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (7, 3), (500, 10), (5000, 50), (10**6, 2000)])
 def test_the_warm_up_follows_from_the_steps(steps: int, warmup: int) -> None:
     assert warmup_of(steps) == warmup

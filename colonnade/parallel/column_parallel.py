@@ -18,6 +18,15 @@ from torch.nn import functional as F
 from colonnade.parallel.collectives import run_late
 
 
+def can_hide_sums(*, compiled: bool, fixed_order: bool, cuda_graphs: bool, float8: bool) -> bool:
+    """Whether gradients of weights may wait for a sum to be under way.
+
+    A CUDA graph's replay copies what it is given from outside, and products in float8 are fused with their scales. In a
+    fixed order every rank count has to compile the same graphs, also one rank, which sums nothing.
+    """
+    return not (cuda_graphs or float8 or (compiled and fixed_order))
+
+
 def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias in the dtype of x [..., H], weight [C, H] and bias [C] being stored in any: [..., C]."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

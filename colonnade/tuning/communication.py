@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from colonnade.model_config import ModelConfig, layer_shapes
 from colonnade.optim.overlapped_sum import SMALLEST_ALONE
@@ -20,6 +21,10 @@ from colonnade.tuning.cost_model import BYTES, FLOAT32, Elements, Placement, loc
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 DOUBLE = 8
+
+Computation = Literal["step", "micro-batch", "last backward pass", "gradients of q, k, v", "gradients of gate, up"]
+"""What may go on during a collective: all of a step, of one micro-batch, of the last one's backward pass; or, in all
+backward passes, the products that give the gradients of these column-parallel weights."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Traffic:
         what: what is sent.
         ranks: of the group.
         size: bytes of all calls together.
-        overlaps: whether computation goes on meanwhile.
+        behind: the computation that goes on meanwhile; None for none.
     """
 
     group: str
@@ -40,7 +45,7 @@ class Traffic:
     ranks: int
     calls: int
     size: int
-    overlaps: bool = False
+    behind: Computation | None = None
 
     @property
     def sent(self) -> float:
@@ -70,8 +75,7 @@ def _tensor_parallel(
     config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
 ) -> Iterator[Traffic]:
     tp, layers = placement.tp, config.num_hidden_layers
-    overlaps = placement.overlap_collectives and micro_batch > 1
-    halves = 2 if overlaps else 1
+    halves = 2 if placement.overlap_collectives and micro_batch > 1 else 1
     # Sequence parallelism fills up the tokens of each half.
     rows = [len(part) * block for part in _chunks(micro_batch, halves)]
     if placement.sequence_parallel:
@@ -80,19 +84,28 @@ def _tensor_parallel(
     whole = accumulation * width * sum(rows)
     calls = accumulation * halves
 
-    def passes(what: str, collective: str, times: int) -> Traffic:
-        """So many times all halves."""
-        return Traffic("tp", what, collective, tp, calls * times, whole * times, overlaps and what.startswith("layers"))
+    def passes(what: str, collective: str, times: int, behind: Computation | None = None) -> Traffic:
+        """So many times all halves, of which one computes while the other waits."""
+        if halves == 2 and what.startswith("layers"):
+            behind = "step"
+        return Traffic("tp", what, collective, tp, calls * times, whole * times, behind)
+
+    def of_f(collective: str) -> Iterator[Traffic]:
+        """Backward, the sums of f."""
+        late = placement.hides_sums
+        yield passes("layers, backward: attention", collective, layers, "gradients of q, k, v" if late else None)
+        yield passes("layers, backward: feed-forward", collective, layers, "gradients of gate, up" if late else None)
 
     embedded = 0 if placement.replicate_embeddings else 1
     is_full = placement.activation_checkpointing == "full"
     # What is computed again ends where the last product's input is there, before the second g; with halves it goes on.
-    again = layers * is_full * (2 if overlaps else 1)
+    again = layers * is_full * halves
     if placement.sequence_parallel:
         yield passes("embedding", REDUCE_SCATTER, embedded)
         yield passes("embedding", ALL_GATHER, 1)  # backward; also where a rank takes its share of a whole embedding
         yield passes("layers", ALL_GATHER, 4 * layers)
-        yield passes("layers", REDUCE_SCATTER, 4 * layers)
+        yield passes("layers", REDUCE_SCATTER, 2 * layers)
+        yield from of_f(REDUCE_SCATTER)
         yield passes("layers, computed again", ALL_GATHER, 2 * layers * is_full)
         yield passes("layers, computed again", REDUCE_SCATTER, again)
         yield passes("head", ALL_GATHER, 1)
@@ -100,7 +113,8 @@ def _tensor_parallel(
         yield _whole_parameters(config, placement, accumulation)
     else:
         yield passes("embedding", ALL_REDUCE, embedded)
-        yield passes("layers", ALL_REDUCE, 4 * layers)
+        yield passes("layers", ALL_REDUCE, 2 * layers)
+        yield from of_f(ALL_REDUCE)
         yield passes("layers, computed again", ALL_REDUCE, again)
         yield passes("head", ALL_REDUCE, embedded)
     if not placement.replicate_embeddings:
@@ -185,7 +199,9 @@ def _gradients(config: ModelConfig, placement: Placement) -> Traffic:
     for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
         whole = of.get(f"self_attn.{name}", 0)
         total -= layers * (whole - whole // part)
-    return Traffic("dp", "gradients and loss", ALL_REDUCE, placement.dp, alone + 1, total + FLOAT32, overlaps=True)
+    return Traffic(
+        "dp", "gradients and loss", ALL_REDUCE, placement.dp, alone + 1, total + FLOAT32, "last backward pass"
+    )
 
 
 def _shared_out(config: ModelConfig, placement: Placement, accumulation: int) -> Iterator[Traffic]:
@@ -197,13 +213,14 @@ def _shared_out(config: ModelConfig, placement: Placement, accumulation: int) ->
         )
     is_zero3 = placement.data_parallel_shard == "zero3"
     times = accumulation if is_zero3 else 1
+    behind: Computation = "step" if is_zero3 else "micro-batch"
     block, outside = placement.gather_bytes * padded["block"], FLOAT32 * padded["outside"]
     passes = 2 * times if is_zero3 else 1  # forward, and again backward
     gathers = passes * layers
-    yield Traffic("dp", "layers' parameters", ALL_GATHER, shards, gathers, gathers * block, overlaps=True)
+    yield Traffic("dp", "layers' parameters", ALL_GATHER, shards, gathers, gathers * block, behind)
     yield Traffic("dp", "embedding's and head's parameters", ALL_GATHER, shards, times, times * outside)
     size = FLOAT32 * (layers * padded["block"] + padded["outside"])
-    yield Traffic("dp", "gradients", REDUCE_SCATTER, shards, times * (layers + 1), times * size, overlaps=True)
+    yield Traffic("dp", "gradients", REDUCE_SCATTER, shards, times * (layers + 1), times * size, behind)
     yield Traffic("dp", "norm of gradients", ALL_REDUCE, shards, 1, 3 * DOUBLE)
     yield Traffic("dp", "loss", ALL_REDUCE, placement.dp, 1, FLOAT32)
     if placement.replicas > 1:

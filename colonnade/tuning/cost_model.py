@@ -35,6 +35,7 @@ class Placement:
         optimizer: adamw or muon.
         activation_checkpointing: none, selective or full, as in `TensorParallelModel`.
         data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
+        hides_sums: as in `TensorParallelModel`: it changes what a rank waits for.
         replicas: groups of data-parallel ranks that each share out the model by themselves.
         on_cpu: ranks are on a CPU, where attention copies each key/value head for its queries.
     """
@@ -46,6 +47,7 @@ class Placement:
     activation_checkpointing: str = "full"
     sequence_parallel: bool = False
     overlap_collectives: bool = False
+    hides_sums: bool = True
     data_parallel_shard: str = "none"
     replicas: int = 1
     replicate_embeddings: bool = False

@@ -16,6 +16,7 @@ from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import Ranks, check_shards
+from colonnade.parallel.column_parallel import can_hide_sums
 from colonnade.parallel.sharding import check_slices, slice_counts
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
@@ -185,12 +186,19 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
     precision = settings.precision
     if precision == "auto":  # as `training.py` decides, once it sees the device
         precision = "bf16" if _has_bf16(asked.gpu) else "fp32"
+    late = can_hide_sums(
+        compiled=settings.compiles_on("cpu" if asked.gpu is None else "cuda"),
+        fixed_order=settings.deterministic or settings.tensor_slices is not None,
+        cuda_graphs=settings.cuda_graphs,
+        float8=settings.float8,
+    )
     return Placement(
         precision=precision,
         optimizer=settings.optimizer,
         activation_checkpointing=settings.checkpointing,
         sequence_parallel=settings.sequence_parallel,
         overlap_collectives=settings.overlap_collectives,
+        hides_sums=late and not settings.plain_step,
         data_parallel_shard=settings.data_parallel_shard,
         replicas=settings.data_parallel_replicate_size,
         replicate_embeddings=settings.replicate_embeddings,

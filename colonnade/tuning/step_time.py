@@ -3,9 +3,11 @@
     seconds = FLOPs / (ranks x peak x utilisation) + sum over collectives of (sent / bandwidth + latency) - hidden
 
 FLOPs are those of the model and of what checkpointing computes again. `sent` is what a rank sends in a ring (Thakur et
-al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). Hidden is what computation goes on under, and at most as long:
+al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). Hidden is what goes on behind computation (`Traffic.behind`),
+and at most as long as that takes:
 
-    tp    collectives of layers, with overlap: all computation
+    tp    collectives of layers, with overlap: all computation; otherwise backward the sums of f: the products for the
+          gradients of the column-parallel weights
     dp    gradients that each rank holds: the last micro-batch's backward pass; zero2: the first forward and the last
           backward pass; zero3: all computation
 
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.tuning.communication import Traffic
+from colonnade.tuning.communication import Computation, Traffic
 from colonnade.tuning.cost_model import Placement, run_flops
 from colonnade.tuning.flops import device_memory
 
@@ -141,6 +144,16 @@ def repeated_flops(config: ModelConfig, checkpointing: str, tokens: int, block: 
     return tokens * config.num_hidden_layers * again
 
 
+def _column_weights(config: ModelConfig) -> dict[Computation, int]:
+    """Elements of the column-parallel weights of all layers, by the computation of their gradients."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    of_channel = config.num_hidden_layers * config.hidden_size
+    return {
+        "gradients of q, k, v": of_channel * heads * config.head_dim,
+        "gradients of gate, up": of_channel * 2 * config.intermediate_size,
+    }
+
+
 def step_time(
     config: ModelConfig,
     placement: Placement,
@@ -156,18 +169,19 @@ def step_time(
     model = run_flops(config, tokens, block) / rate
     again = repeated_flops(config, placement.activation_checkpointing, tokens, block) / rate
     compute, forward = model + again, model / 3
-    cover = {"tp": compute, "dp": (compute - forward) / accumulation}
-    if placement.data_parallel_shard == "zero2":
-        cover["dp"] = compute / accumulation
-    elif placement.data_parallel_shard == "zero3":
-        cover["dp"] = compute
-    total, hidden = 0.0, 0.0
-    overlapping = dict.fromkeys(cover, 0.0)
+    lasting: dict[Computation, float] = {
+        "step": compute,
+        "micro-batch": compute / accumulation,
+        "last backward pass": (compute - forward) / accumulation,
+    }
+    lasting |= {name: 2 * tokens * elements / rate for name, elements in _column_weights(config).items()}
+    total = 0.0
+    behind: dict[tuple[str, Computation], float] = defaultdict(float)
     for one in traffic:
         link = machine.link(one, placement)
         seconds = one.sent / link.bandwidth + one.calls * link.latency
         total += seconds
-        if one.overlaps:
-            overlapping[one.group] += seconds
-    hidden = sum(min(seconds, cover[group]) for group, seconds in overlapping.items())
+        if one.behind is not None:
+            behind[one.group, one.behind] += seconds
+    hidden = sum(min(seconds, lasting[computation]) for (_, computation), seconds in behind.items())
     return StepTime(compute, total, hidden)
