@@ -144,14 +144,8 @@ def optimizer_step(
     if after_backward is not None:
         after_backward()
     gradients = local_gradients(model.parameters())
-    if shards is not None:
-        # In the fixed order they have been summed over the replicas as well.
-        if shards.replicate_group is not None and not shards.fixed_order:
-            sum_over_data_parallel([gradient for gradient, _ in gradients], shards.replicate_group)
-        sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=deterministic)
-    elif overlapped is None:
-        summed = [*(gradient for gradient, _ in gradients), loss]
-        sum_over_data_parallel(summed, model.layout.dp_group, fixed_order=deterministic)
+    if overlapped is None:
+        _sum_over_data_parallel_ranks(model, [gradient for gradient, _ in gradients], loss, fixed_order=deterministic)
     scaler.unscale_(optimizer)
     flag = ~torch.isfinite(loss)
     if skip_above is not None:
@@ -168,3 +162,17 @@ def optimizer_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(loss, norm, skipped)
+
+
+def _sum_over_data_parallel_ranks(
+    model: SlicedModel, gradients: Sequence[Tensor], loss: Tensor, *, fixed_order: bool
+) -> None:
+    """Sum in place what the backward pass has not summed: with shards the loss, and gradients over the replicas."""
+    shards = model.shards
+    if shards is None:
+        sum_over_data_parallel([*gradients, loss], model.layout.dp_group, fixed_order=fixed_order)
+        return
+    # In the fixed order gradients have been summed over the replicas as well.
+    if shards.replicate_group is not None and not shards.fixed_order:
+        sum_over_data_parallel(gradients, shards.replicate_group)
+    sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=fixed_order)
