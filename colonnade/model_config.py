@@ -287,16 +287,6 @@ def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes if config.tie_word_embeddings else {**shapes, "lm_head.weight": table}
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter by name, with its shape; the vocabulary without padding, a tied head left out."""
-    layers = {
-        f"model.layers.{index}.{name}": shape
-        for index in range(config.num_hidden_layers)
-        for name, shape in layer_shapes(config).items()
-    }
-    return {**outer_shapes(config), **layers}
-
-
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 

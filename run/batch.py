@@ -68,7 +68,7 @@ def tune_batch(
 
     tuned = tune_micro_batch(
         plan,
-        trial_runner(layout.device, probe, settings.memory_limit_gib),
+        trial_runner(layout.device, probe, settings.memory_limit_gib, cuda_graphs=settings.cuda_graphs),
         agree_over_group(None, "cpu"),
         directory=Path(settings.checkpoint_dir),
         depends_on=depends_on,

@@ -70,7 +70,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """What `--precision` means on this device: auto is bf16 on accelerators that have it, else fp32."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type != "cpu" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def arithmetic_of_run(settings: RunSettings, layout: ParallelLayout, micro_batch_size: Any) -> dict[str, Any]:

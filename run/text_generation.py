@@ -114,7 +114,7 @@ def generate_tokens(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-    cache = KeyValueCache(longest + count, padding.to(device))
+    cache = KeyValueCache(longest + count, padding.to(device), keeps_weights=model.shards is None)
     # A row's draws do not depend on the rows beside it.
     generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, first_row + row)) for row in range(rows)]
     draw = partial(_draw, warpers=sampling.warpers(), generators=generators, greedy=sampling.temperature == 0)

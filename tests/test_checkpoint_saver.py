@@ -217,7 +217,21 @@ def without_hashes(folder: Path) -> None:
     saver.close()
 
 
+def a_save_uses_the_device_of_its_rank(folder: Path) -> None:
+    chosen: list[tuple[int, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "current_device", dist.get_rank)
+        patch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name)))
+        saver = CheckpointSaver(folder / "device", asynchronous=False, hashes=True)
+        model, optimizer = trained(1)
+        saver.save(1, model=model, optimizer=optimizer, manifest={})
+        saver.close()
+    assert chosen == [(dist.get_rank(), "checkpoint-save_0")]
+
+
 CHECKS = [
+    a_save_uses_the_device_of_its_rank,
     a_save_holds_the_moment_it_was_asked_for,
     one_save_at_a_time,
     a_disk_full_on_one_rank,

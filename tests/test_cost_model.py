@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_step.allocated import allocated
-from colonnade.model_config import ModelConfig, parameter_shapes
+from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
 from colonnade.tuning.cost_model import Placement, state_memory, step_memory
 from colonnade.tuning.flops import device_memory
 from distributed.pool import RankPool
@@ -38,7 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shapes_are_those_of_the_model_and_of_transformers(name: str, single_rank: None) -> None:
     config = dataclasses.replace(CONFIG, **VARIANTS[name])
-    shapes = parameter_shapes(config)
+    shapes = outer_shapes(config) | {
+        f"model.layers.{index}.{name}": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in layer_shapes(config).items()
+    }
     _, model = build(config, 1)
     padded: dict[tuple[int, ...], tuple[int, ...]] = {
         (config.padded_vocab_size, config.hidden_size): (config.vocab_size, config.hidden_size)
@@ -112,5 +116,7 @@ def test_memory_of_devices() -> None:
     assert device_memory("NVIDIA H100 80GB HBM3") == device_memory("H100") == 80 * 2**30
     assert device_memory("NVIDIA A100-SXM4-80GB") == device_memory("a100 80gb") == 80 * 2**30
     assert device_memory("NVIDIA A100-PCIE-40GB") == device_memory("A100") == 40 * 2**30
+    # The number in the name is that of the CPU's memory.
+    assert device_memory("NVIDIA GH200 480GB") == 96 * 2**30
     for unknown in ("cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G"):
         assert device_memory(unknown) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from colonnade.errors import UsageError
+from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.mesh import init_parallel
 from distributed.workers import generated
 from foreign_models import save_foreign_model
@@ -31,6 +32,20 @@ def test_greedy_tokens_are_those_of_transformers(rank_pool: Any, tmp_path: Path,
         assert together == expected, f"a batch padded on the left, tp {tp}"
     alone = rank_pool.run(1, generated, tmp_path, 1, PROMPTS[1:2], COUNT, Sampling(temperature=0))[0]
     assert alone == expected[1:2]
+
+
+def test_ranks_that_share_out_parameters_do_not_keep_them(rank_pool: Any, tmp_path: Path) -> None:
+    save_foreign_model(tmp_path, "llama")
+    arguments = (tmp_path, 1, PROMPTS, COUNT, Sampling(temperature=0))
+    alone = rank_pool.run(1, generated, *arguments)[0]
+    assert rank_pool.run(2, generated, *arguments, shard={"mode": "zero3"}) == [alone, alone]
+    cuts: list[int] = []
+    for keeps, count in ((True, 1), (False, 3)):
+        cache = KeyValueCache(8, torch.zeros(1, dtype=torch.int64), keeps_weights=keeps)
+        cuts.clear()
+        for _ in range(3):
+            cache.once("a layer", lambda: cuts.append(1))
+        assert len(cuts) == count
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

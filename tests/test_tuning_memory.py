@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from colonnade.tuning.autotuner import agree_alone, find_micro_batch, plan_searc
 from colonnade.tuning.memory import (
     GIB,
     SAFETY_MARGIN,
+    AcceleratorMemory,
     AcceleratorTrials,
     HostTrials,
     PeakRss,
@@ -218,6 +220,27 @@ class SimulatedAccelerator:
 def test_an_accelerator_peak_above_the_limit_does_not_fit() -> None:
     assert AcceleratorTrials(seconds_of, SimulatedAccelerator(peak=10), limit_bytes=10)(3) == (True, seconds_of(3))
     assert AcceleratorTrials(seconds_of, SimulatedAccelerator(peak=11), limit_bytes=10)(3) == (False, math.inf)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_graphs_of_a_size_are_forgotten_before_the_next(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They belong to what was compiled, so that is made anew."""
+    module = SimpleNamespace(
+        mem_get_info=lambda device: (0, 0), empty_cache=lambda: None, reset_peak_memory_stats=lambda device: None
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    memory = AcceleratorMemory(torch.device("cuda"), cuda_graphs=cuda_graphs)
+    for _ in range(2):
+        memory.start_trial()
+        assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+    assert len(compiled) == (2 if cuda_graphs else 1)
 
 
 def test_a_failed_probe_keeps_no_tensor_alive() -> None:

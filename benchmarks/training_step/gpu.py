@@ -22,6 +22,7 @@ from benchmarks.training_step.ranks import bare_product, product_flops, step_mem
 from benchmarks.training_step.work import Work, step_flops
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.mesh import init_parallel
+from colonnade.tuning.memory import is_out_of_memory
 from model import TensorParallelModel
 
 # Rows, inner size, columns: a square that suits any library, and the feed-forward of a large model.
@@ -128,11 +129,14 @@ def _measure(plan: Plan, name: str, shards: int, make: Callable[[Work], Contende
 def _if_it_fits(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     try:
         return measure()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
 def _release() -> None:
+    torch.compiler.reset()  # a CUDA graph's memory goes with what was compiled
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

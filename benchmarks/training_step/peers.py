@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.training_step.work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Work
 from colonnade.model_config import ModelConfig
+from colonnade.parallel.attention import takes_groups
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,8 @@ class PlainAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = (rotated(heads, cos, sin) for heads in (query, key))
-        # On the CPU a grouped call falls back to unfused attention; repeated heads keep it fused.
         group = query.shape[1] // key.shape[1]
-        if group > 1 and not query.is_cuda:
+        if group > 1 and not takes_groups(query):
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
             group = 1
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=group > 1)

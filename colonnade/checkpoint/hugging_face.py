@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
-from colonnade.parallel.sharding import VOCABULARY_PARAMETERS
+from colonnade.parallel.sharding import is_vocabulary
 from colonnade.parallel.vote import one_line
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -96,7 +96,7 @@ def _opened(file: Path) -> Any:
 def _check(file: Path, name: str, opened: Any, parameter: DTensor, vocabulary_size: int) -> None:
     part = opened.get_slice(name)
     shape, expected = tuple(part.get_shape()), tuple(parameter.shape)
-    if name.endswith(VOCABULARY_PARAMETERS):
+    if is_vocabulary(name):
         expected = (vocabulary_size, *expected[1:])
     if shape != expected:
         raise UsageError(f"parameter {name!r} has shape {shape} in {file} and {expected} by its config.json")

@@ -47,7 +47,10 @@ class CheckpointSaver:
         self._directory, self._asynchronous, self._hashes = directory, asynchronous, hashes
         self._group = dist.new_group(backend="gloo", timeout=time_limit(timeout))
         self.longest_save = 0.0
-        self._thread = ThreadPoolExecutor(1, "checkpoint-save")
+        # A thread begins on the first GPU, whatever its process uses: it would take memory there, and DCP would wait
+        # for copies on that one.
+        on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()
+        self._thread = ThreadPoolExecutor(1, "checkpoint-save", *on_device)
         self._started: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
 

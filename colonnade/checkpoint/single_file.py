@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from colonnade.checkpoint.hugging_face import DERIVED_BUFFERS, copy_part
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
-from colonnade.parallel.sharding import VOCABULARY_PARAMETERS
+from colonnade.parallel.sharding import is_vocabulary
 from colonnade.parallel.vote import one_line
 
 WEIGHTS_KEY = "model_state_dict"
@@ -137,7 +137,7 @@ def _without_wrappers(name: str) -> str:
 def _fits(name: str, source: Tensor, parameter: DTensor, vocabulary_size: int | None) -> bool:
     if source.shape == parameter.shape:
         return True
-    if not name.endswith(VOCABULARY_PARAMETERS) or source.shape[1:] != parameter.shape[1:]:
+    if not is_vocabulary(name) or source.shape[1:] != parameter.shape[1:]:
         return False
     return (vocabulary_size or 1) <= source.shape[0] < parameter.shape[0]
 

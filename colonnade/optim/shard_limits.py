@@ -56,6 +56,11 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
     shards = shard_count(settings, layout.dp)
     if shards == 1:
         return
+    if settings.cuda_graphs:
+        raise UsageError(
+            f"{flag} and --cuda-graphs: a graph writes gradients where the next one does, before they are shared out; "
+            "leave out one of them"
+        )
     if config.padded_vocab_size % layout.tp and not settings.replicate_embeddings:
         raise UsageError(
             f"{flag}: a padded vocabulary of {config.padded_vocab_size} is cut unevenly over {layout.tp} "

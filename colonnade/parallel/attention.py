@@ -252,9 +252,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None)
         flex: Any = _compiled_flex_attention() if alone else flex_attention
         mixed: Tensor = flex(query, key, value, block_mask=mask, enable_gqa=group > 1)
         return mixed
-    if group > 1 and not (query.is_cuda and mask is None):
-        # On the CPU a grouped call falls back to unfused attention, and on CUDA a grouped call with a mask does;
-        # repeated heads keep it fused.
+    if group > 1 and not (mask is None and takes_groups(query)):
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         group = 1
     if isinstance(mask, list):
@@ -262,6 +260,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None)
     if mask is not None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=group > 1)
+
+
+def takes_groups(query: Tensor) -> bool:
+    """Whether a fused kernel of `scaled_dot_product_attention` takes fewer heads of keys than of queries, unmasked.
+
+    Those that do are for half precision on GPUs since Ampere. Elsewhere a grouped call computes all scores, [B, n, T,
+    T]; repeated heads keep it fused.
+    """
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and is_half and torch.cuda.get_device_properties(query.device).major >= 8
 
 
 def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]]) -> Tensor:

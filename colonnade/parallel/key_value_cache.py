@@ -23,17 +23,22 @@ class KeyValueCache:
     Args:
         places: S, the tokens there is room for.
         padding: int64 [B], places at the beginning of each row that hold no token.
+        keeps_weights: hold the weights as slices need them from the first token on. Not where data-parallel ranks share
+            out the parameters: each would soon hold them all.
     """
 
-    def __init__(self, places: int, padding: Tensor) -> None:
+    def __init__(self, places: int, padding: Tensor, *, keeps_weights: bool = True) -> None:
         self.places, self.padding = places, padding
         self.filled = 0
         self._is_padded = bool(padding.any())
         self._stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._keeps_weights = keeps_weights
         self._weights: dict[object, Any] = {}
 
     def once(self, part: object, cut: Callable[[], T]) -> T:
-        """The weights of a part of the model as its slices need them: cut and cast for the first token alone."""
+        """The weights of a part of the model as its slices need them; where they are kept, cut and cast once."""
+        if not self._keeps_weights:
+            return cut()
         if part not in self._weights:
             self._weights[part] = cut()
         return cast(T, self._weights[part])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,11 +37,13 @@ class ParallelLayout:
     Attributes:
         shard_mesh: where data-parallel ranks share out the parameters, ("dp", "tp"), or ("dp_replicate", "dp_shard",
             "tp") over the same ranks in the same order; None where each of them holds all.
+        startup_seconds: how long collectives wait for a rank until `set_collective_timeout` says otherwise.
     """
 
     mesh: DeviceMesh
     device: torch.device
     shard_mesh: DeviceMesh | None = None
+    startup_seconds: float = STARTUP_SECONDS
 
     @property
     def tp(self) -> int:
@@ -97,7 +100,9 @@ class ParallelLayout:
         if replicas == 1:
             return replace(self, shard_mesh=self.mesh)
         sizes, names = (replicas, self.dp // replicas), ("dp_replicate", "dp_shard")
-        return replace(self, shard_mesh=self.mesh._unflatten(0, sizes, names))
+        shard_mesh = self.mesh._unflatten(0, sizes, names)
+        _set_timeout(shard_mesh.get_all_groups(), self.startup_seconds, self.device)
+        return replace(self, shard_mesh=shard_mesh)
 
     @property
     def is_main(self) -> bool:
@@ -192,7 +197,9 @@ def init_parallel(
         await_all_ranks(store, rank, world_size, limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
-    return ParallelLayout(mesh=mesh, device=device)
+    # A mesh's groups begin with torch's own limit.
+    _set_timeout([group for group in mesh.get_all_groups() if group is not dist.group.WORLD], timeout, device)
+    return ParallelLayout(mesh=mesh, device=device, startup_seconds=timeout)
 
 
 def first_rank_alone(device: torch.device) -> ParallelLayout:
@@ -225,12 +232,16 @@ def record_collectives(folder: Path) -> None:
 
 def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
     """Change how long the collectives of a step wait for a rank; 0 for ever. Those under way keep their limit."""
-    limit = time_limit(seconds)
-    if layout.device.type != "cuda":
-        limit += _BEHIND_WATCHDOG
     groups = [dist.group.WORLD, *layout.mesh.get_all_groups()]
     if layout.shard_mesh is not None:
         groups += layout.shard_mesh.get_all_groups()
+    _set_timeout(groups, seconds, layout.device)
+
+
+def _set_timeout(groups: Iterable[dist.ProcessGroup | None], seconds: float, device: torch.device) -> None:
+    limit = time_limit(seconds)
+    if device.type != "cuda":
+        limit += _BEHIND_WATCHDOG
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(limit, group)
 

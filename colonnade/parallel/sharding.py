@@ -45,9 +45,6 @@ SHARDING_TABLE: dict[str, str] = {
     "lm_head.weight": VOCABULARY,
 }
 
-VOCABULARY_PARAMETERS = tuple(name for name, rule in SHARDING_TABLE.items() if rule == VOCABULARY)
-"""How the names of those parameters end that have a row a vocabulary entry."""
-
 
 class ShardedSizes(Protocol):
     """The sizes of a model that decide how it can be cut (a `ModelConfig` has them)."""

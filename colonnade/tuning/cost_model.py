@@ -37,7 +37,7 @@ class Placement:
         data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
         hides_sums: as in `TensorParallelModel`: it changes what a rank waits for.
         replicas: groups of data-parallel ranks that each share out the model by themselves.
-        on_cpu: ranks are on a CPU, where attention copies each key/value head for its queries.
+        on_cpu: ranks are on a CPU.
     """
 
     tp: int = 1
@@ -57,6 +57,11 @@ class Placement:
     def shards(self) -> int:
         """Data-parallel ranks that share out one copy of the parameters; 1 where each has them all."""
         return 1 if self.data_parallel_shard == "none" else self.dp // self.replicas
+
+    @property
+    def repeats_heads(self) -> bool:
+        """Whether attention copies each key/value head for its queries (`takes_groups` in `attention.py`)."""
+        return self.on_cpu or self.precision == "fp32"
 
     @property
     def gather_bytes(self) -> int:
@@ -204,7 +209,7 @@ class _Step:
         config, tp = self.config, self.placement.tp
         heads, shared = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
         rotated, projected = heads + shared, heads + 2 * shared
-        if self.placement.on_cpu and shared < heads:
+        if self.placement.repeats_heads and shared < heads:
             kept = rotated + 2 * heads  # the projection itself is kept by norms of heads alone
             kept += projected if config.qk_norm else 0
         else:

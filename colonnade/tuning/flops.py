@@ -31,7 +31,9 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 # name covers several sizes, the smallest.
 _MEMORY_GB: tuple[tuple[str, int], ...] = (
     (r"\bB200\b", 180),
-    (r"\bG?H200\b", 141),
+    (r"\bGH200 144G", 144),
+    (r"\bGH200\b", 96),
+    (r"\bH200\b", 141),
     (r"\bH100 NVL\b", 94),
     (r"\bH100\b", 80),
     (r"\bA100\b.*\b80 ?GB\b", 80),

@@ -2,7 +2,7 @@
 
 Two ways to find out:
 
-- On an accelerator (CUDA, ROCm, XPU) the size is tried: an out-of-memory error, or a peak above the limit, is a no.
+- On an accelerator (CUDA, ROCm) the size is tried: an out-of-memory error, or a peak above the limit, is a no.
 - On the CPU an overdrawn process is killed, or the machine swaps; there is nothing to catch. Sizes 1 and 2 are
   measured, memory is fitted as fixed + slope x size, and a larger size runs only if it is predicted to fit. Every
   size that runs joins the fit.
@@ -35,7 +35,7 @@ SAMPLE_INTERVAL_SECONDS = 0.002
 CALIBRATION_SIZES = (1, 2)
 
 _OUT_OF_MEMORY_TEXTS = (
-    "out of memory",  # CUDA/HIP/XPU runtime errors, NCCL's "Cuda failure 2 'out of memory'"
+    "out of memory",  # CUDA/HIP runtime errors, NCCL's "Cuda failure 2 'out of memory'"
     "can't allocate memory",  # torch's CPU allocator
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
@@ -61,7 +61,9 @@ class TrialRunner(Protocol):
     def __call__(self, size: int) -> tuple[bool, float]: ...
 
 
-def trial_runner(device: torch.device, probe: Probe, memory_limit_gib: float | None = None) -> TrialRunner:
+def trial_runner(
+    device: torch.device, probe: Probe, memory_limit_gib: float | None = None, *, cuda_graphs: bool = False
+) -> TrialRunner:
     """The trials of a device. Call it once model and optimizer state are in memory on all ranks of the machine:
     on the CPU the memory free at this moment is shared out among them.
 
@@ -70,10 +72,11 @@ def trial_runner(device: torch.device, probe: Probe, memory_limit_gib: float | N
         probe: runs one forward, backward and whatever else a step keeps in memory, at the given micro-batch size, and
             returns the seconds it took, first-use costs (compilation, kernel selection) excluded.
         memory_limit_gib: ``--memory-limit-gib``, for one rank; None: what the device has, less ``SAFETY_MARGIN``.
+        cuda_graphs: the probe records graphs.
     """
     if device.type == "cpu":
         return HostTrials(probe, PeakRss(), host_memory_limit(memory_limit_gib))
-    memory = AcceleratorMemory(device)
+    memory = AcceleratorMemory(device, cuda_graphs=cuda_graphs)
     return AcceleratorTrials(probe, memory, accelerator_memory_limit(memory.total_bytes, memory_limit_gib))
 
 
@@ -102,16 +105,25 @@ class DeviceMemory(Protocol):
 
 
 class AcceleratorMemory:
-    """Memory of one CUDA, ROCm or XPU device, as its caching allocator and its driver see it."""
+    """Memory of one CUDA or ROCm device, as its caching allocator and its driver see it.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        cuda_graphs: forget recorded graphs between trials. Their memory lives as long as they do, so what one size took
+            would count for the next.
+    """
+
+    def __init__(self, device: torch.device, *, cuda_graphs: bool = False) -> None:
         import torch
 
-        self._device = device
+        self._device, self._has_graphs = device, cuda_graphs
         self._module = torch.get_device_module(device)
         self.total_bytes: int = self._module.mem_get_info(device)[1]
 
     def start_trial(self) -> None:
+        if self._has_graphs:
+            import torch
+
+            torch.compiler.reset()  # what is compiled goes with them; its code is found again on disk
         gc.collect()
         self._module.empty_cache()
         self._module.reset_peak_memory_stats(self._device)

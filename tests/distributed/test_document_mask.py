@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.data.blocks import counted_targets, pack_blocks, unpack_blocks
-from colonnade.parallel.attention import attend, document_kernel, document_layout
+from colonnade.parallel.attention import attend, document_kernel, document_layout, takes_groups
 from colonnade.parallel.compilation import cpu_compiler
 from colonnade.parallel.mesh import init_parallel
 from dense_reference import assert_gradients_equal, dense_logits, dense_loss, relative_error
@@ -264,3 +265,13 @@ def test_kernel_follows_the_device():
     cuda = torch.device("cuda")
     assert document_kernel(cuda, 8, torch.bfloat16, compiled=False) == "masked"
     assert document_kernel(cuda, 64, torch.float64, compiled=True) == "masked"
+
+
+def test_heads_are_repeated_where_no_fused_kernel_takes_groups(monkeypatch):
+    assert not takes_groups(torch.empty(1, dtype=torch.bfloat16))
+    with FakeTensorMode():
+        half, single = (torch.empty(1, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    for major, expected in ((7, False), (8, True), (9, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
+        assert takes_groups(half) == expected
+        assert not takes_groups(single)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import forked_commands
 from colonnade.errors import UsageError
 from colonnade.optim.shard_limits import Ranks, check_shards, part_off_border
 from colonnade.parallel.batch_tree import leaf_order, nodes_completed
+from colonnade.parallel.mesh import init_parallel
 from colonnade.run_settings import RunSettings
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
@@ -230,6 +232,7 @@ def ranks_of(dp: int, tp: int = 1) -> Ranks:
             "groups data-parallel ranks, and there is one: leave",
         ),
         ({"optimizer": "muon"}, {}, ranks_of(4), "zero3: muon takes whole matrices; use --optimizer adamw"),
+        ({"cuda_graphs": True}, {}, ranks_of(2), "zero3 and --cuda-graphs: .*; leave out one of them"),
         ({}, {}, ranks_of(4, 3), "padded vocabulary of 512 is cut unevenly over 3"),
         (
             {"deterministic": True},
@@ -259,3 +262,19 @@ def test_parts_that_keep_bits_are_allowed() -> None:
     assert part_off_border(CONFIG, 1, 8, 8) == "model.norm.weight"
     # No slice of these ends on a register's border: the update is the unfused one.
     assert part_off_border(MODELS["odd sizes"], 1, 8, 4) is None
+
+
+def limits_of_groups(tp: int, replicas: int, seconds: float) -> list[float]:
+    layout = init_parallel(tp, CPU, timeout=seconds).sharded(replicas)
+    assert layout.shard_mesh is not None
+    groups = {*layout.mesh.get_all_groups(), *layout.shard_mesh.get_all_groups()} - {dist.group.WORLD}
+    return [group._get_backend(CPU).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize(("tp", "replicas", "groups"), [(2, 1, 2), (1, 2, 3)])
+def test_every_group_of_the_mesh_waits_as_long_as_was_asked_for(
+    rank_pool: RankPool, tp: int, replicas: int, groups: int
+) -> None:
+    """Gloo a minute longer than the watchdog, which says more."""
+    for found in rank_pool.run(4, limits_of_groups, tp, replicas, 100.0):
+        assert found == [160.0] * groups
