@@ -278,28 +278,16 @@ def replay_run(
     with vote():
         own = run_record(start) if start is not None else {}
         record = run_record(told_by)
+        moved = {"data_glob": data_glob, "tokenizer_path": tokenizer_path}
         settings = RunSettings(**record["settings"]).replace(
             tensor_parallel_size=layout.tp,
             data_parallel_replicate_size=1,  # whatever the run had: on these ranks the least memory
             checkpoint_dir=str(directory),
             validation_glob=None,
             trust_remote_code=trust_remote_code,
+            **{name: value for name, value in moved.items() if value is not None},
         )
-        moved = {"data_glob": data_glob, "tokenizer_path": tokenizer_path}
-        settings = settings.replace(**{name: value for name, value in moved.items() if value is not None})
-        if not settings.deterministic:
-            raise UsageError(f"--run {directory} was not trained with --deterministic: its bits depend on its ranks")
-        _require_workable_ranks(record, settings, layout)
-        changed = arithmetic_changes(record, settings, layout) + weight_changes(record, settings)
-        if changed:
-            raise UsageError(
-                f"--run {directory} cannot be audited here, where other bits are right: {'; '.join(changed)}"
-            )
-        if begin <= record["began_at"] and record["began_at"] > 0:
-            raise UsageError(
-                f"--run {directory} was changed with resume_pretrain_tensor.py at step {record['began_at']}: audit it "
-                "up to that step, or from a later checkpoint on"
-            )
+        _require_replayable(directory, begin, record, settings, layout)
     settings = resolve_device_settings(settings, layout, notes)
     settings = on_first_rank(lambda: resolve_data(settings, notes))
     config = on_first_rank(lambda: model_of_record(told_by.path, record))
@@ -315,6 +303,23 @@ def replay_run(
             if differences:
                 raise UsageError(f"--data-glob or --tokenizer-path: not the run's data: {'; '.join(differences)}")
     return run
+
+
+def _require_replayable(
+    directory: Path, begin: int, record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout
+) -> None:
+    """Refuse a stretch of a run, from step `begin` on, that does not have the same bits on these ranks."""
+    if not settings.deterministic:
+        raise UsageError(f"--run {directory} was not trained with --deterministic: its bits depend on its ranks")
+    _require_workable_ranks(record, settings, layout)
+    changed = arithmetic_changes(record, settings, layout) + weight_changes(record, settings)
+    if changed:
+        raise UsageError(f"--run {directory} cannot be audited here, where other bits are right: {'; '.join(changed)}")
+    if begin <= record["began_at"] and record["began_at"] > 0:
+        raise UsageError(
+            f"--run {directory} was changed with resume_pretrain_tensor.py at step {record['began_at']}: audit it up "
+            "to that step, or from a later checkpoint on"
+        )
 
 
 def _require_workable_ranks(record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout) -> None:
