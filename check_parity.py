@@ -5,7 +5,7 @@
 
 1. Read the settings as `training.py` does, and the blocks of the first steps.
 2. Train these steps on all ranks, and beside it on the first rank alone, from the same weights on the same blocks: in
-   fp32, and in the run's precision where that is another.
+   fp32, and in the run's own precision, with --float8 where that is given.
 3. Compare loss, gradient norm and every parameter's gradient of each step, and the parameters after the last.
 
 The exit code is 0 when all is within the tolerance, 1 when something is not, and 2 when nothing could be compared.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from colonnade.parallel.mesh import ParallelLayout
     from colonnade.run_settings import RunSettings
     from colonnade.telemetry.differences import Difference
-    from run.parity import PrecisionParity, Subject
+    from run.parity import Numerics, NumericsParity, Subject
 
 # Measured: `docs/parity.md`.
 FP32_TOLERANCE = 1e-4
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     from colonnade.parallel.mesh import first_rank_alone, init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank
     from colonnade.run_settings import RunSettings
-    from run.parity import compare_sides
+    from run.parity import EXACT, Numerics, compare_sides
 
     if world_size_from_environment() == 1:
         raise UsageError("one rank has nothing to be compared with: start it as torchrun --nproc_per_node=2, or more")
@@ -51,20 +51,21 @@ def main(arguments: list[str] | None = None) -> None:
     on_first_rank(lambda: require_place("--json", parity.json))
     alone = first_rank_alone(layout.device)
     subject = settle(parity, given, layout, alone)
-    precisions = list(dict.fromkeys(["fp32", subject.settings.precision]))
+    own = Numerics(subject.settings.precision, subject.settings.float8)
+    compared = list(dict.fromkeys([EXACT, own]))
     if layout.is_main:
         print(describe(subject, layout), flush=True)
-    done: list[PrecisionParity] = []
-    for precision in precisions:
+    done: list[NumericsParity] = []
+    for numerics in compared:
         done.append(
             compare_sides(
                 subject,
                 layout,
                 alone,
-                precision,
-                tolerance_of(parity, subject.settings, precision),
+                numerics,
+                tolerance_of(parity, subject.settings, numerics),
                 against=done[0] if done else None,
-                keep=len(precisions) > 1 and not done,
+                keep=len(compared) > 1 and not done,
             )
         )
         if layout.is_main:
@@ -74,13 +75,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise RunError(f"tp {layout.tp} x dp {layout.dp} is not the model of one rank: {problem}")
 
 
-def tolerance_of(parity: ParitySettings, settings: RunSettings, precision: str) -> float:
-    given = parity.tolerance if precision == "fp32" else parity.low_precision_tolerance
+def tolerance_of(parity: ParitySettings, settings: RunSettings, numerics: Numerics) -> float:
+    from run.parity import EXACT
+
+    given = parity.tolerance if numerics == EXACT else parity.low_precision_tolerance
     if given is not None:
         return given
     if settings.deterministic:
         return 0.0
-    return FP32_TOLERANCE if precision == "fp32" else LOW_PRECISION_TOLERANCE
+    return FP32_TOLERANCE if numerics == EXACT else LOW_PRECISION_TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------- what is compared
@@ -93,6 +96,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
     from colonnade.checkpoint.run_record import run_record
     from colonnade.checkpoint.verify import verified
     from colonnade.config import check_contradictions, override
+    from colonnade.optim.idle_switches import idle_switches
     from colonnade.parallel.vote import on_first_rank, vote
     from colonnade.run_settings import RunSettings
     from run.data import resolve_data
@@ -128,9 +132,11 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
     settings = resolve_model_settings(settings, config)
     with vote():
         check_sizes(settings, config, layout)
-        require_memory_for_both(config, layout, 0 if settings.precision == "fp32" else parity.steps + 1)
+        is_exact = settings.precision == "fp32" and not settings.float8
+        require_memory_for_both(config, layout, 0 if is_exact else parity.steps + 1)
         micro_batch, global_batch = batch_of(settings, layout)
     blocks = on_first_rank(lambda: read_blocks(settings, config, alone, parity.steps, global_batch, notes))
+    notes += idle_switches(settings, layout.tp, layout.dp, micro_batch)
     if layout.is_main:
         print("\n".join(notes))
     path = None if found is None else found.path
@@ -214,22 +220,25 @@ def read_blocks(
 
 
 def describe(subject: Subject, layout: ParallelLayout) -> str:
+    from colonnade.optim.shard_limits import shard_count
+
     settings = subject.settings
     steps, sequences, width = subject.blocks.shape
     weights = subject.checkpoint or settings.init_from or f"seed {settings.seed}"
     shared = ""
-    if settings.data_parallel_shard != "none":
-        shared = f" ({settings.data_parallel_shard} in {settings.data_parallel_replicate_size} groups)"
+    if shard_count(settings, layout.dp) > 1:
+        replicas = settings.data_parallel_replicate_size
+        shared = f" ({settings.data_parallel_shard}{f' in {replicas} replicas' if replicas > 1 else ''})"
     return (
         f"{subject.config.num_parameters:,} parameters of {weights}; {steps} steps of {sequences} sequences of "
         f"{width - 1} tokens; tp {layout.tp} x dp {layout.dp}{shared} against one rank on {layout.device.type}"
     )
 
 
-def table(parity: PrecisionParity, layout: ParallelLayout) -> str:
-    """The comparison in one precision, for people."""
-    ranks, precision = f"tp {layout.tp}", parity.precision
-    # A multiple of what the precision itself changes, except where there is no other to measure that by.
+def table(parity: NumericsParity, layout: ParallelLayout) -> str:
+    """The comparison in the same numerics, for people."""
+    ranks, precision = f"tp {layout.tp}", str(parity.numerics)
+    # A multiple of what the numerics by themselves change, except where there is no other to measure that by.
     is_low = parity.parameters_rounding is not None
     unit = f" times what {precision} differs from fp32 by on one rank" if is_low else ""
     lines = [
@@ -255,10 +264,10 @@ def _shown(difference: Difference) -> str:
 
 
 def conclude(
-    parity: ParitySettings, subject: Subject, layout: ParallelLayout, done: list[PrecisionParity]
+    parity: ParitySettings, subject: Subject, layout: ParallelLayout, done: list[NumericsParity]
 ) -> str | None:
     """Write --json, say that all is well, or return what is not. On the first rank."""
-    problems = [f"{each.precision}: {problem}" for each in done if (problem := each.problem()) is not None]
+    problems = [f"{each.numerics}: {problem}" for each in done if (problem := each.problem()) is not None]
     if parity.json is not None:
         report = {
             "tensor_parallel_size": layout.tp,
@@ -272,7 +281,7 @@ def conclude(
     if problems:
         return "; ".join(problems)
     bits = " to the bit" if all(each.tolerance == 0 for each in done) else ""
-    precisions = " and ".join(each.precision for each in done)
+    precisions = " and ".join(str(each.numerics) for each in done)
     print(f"\nparity: tp {layout.tp} x dp {layout.dp} and one rank agree{bits} in {precisions}")
     return None
 

@@ -18,9 +18,9 @@ from colonnade.config import write_settings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
+from colonnade.optim.idle_switches import idle_switches
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
-from colonnade.optim.shard_limits import Ranks, shard_count
 from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.stopping import launchers
@@ -79,7 +79,7 @@ def assemble(
     if global_batch is None:
         global_batch = size * batch.gradient_accumulation_steps * layout.dp
         check_step_size(size, settings, layout.dp)
-    notes += _warnings(settings, layout)
+    notes += _warnings(settings, layout, size) + _warnings_of_rewarmup(settings, origin, state.step)
     _describe(notes, state.model, batch, global_batch, settings)
     stream = data.stream
     run = Run(
@@ -197,14 +197,9 @@ def _reserved_saver(settings: RunSettings, lock: RunLock, origin: Origin, state:
     return saver
 
 
-def _warnings(settings: RunSettings, layout: ParallelLayout | Ranks) -> list[str]:
+def _warnings(settings: RunSettings, layout: ParallelLayout, micro_batch: int) -> list[str]:
     """What is allowed, and perhaps not meant."""
-    found = []
-    if settings.data_parallel_shard != "none" and shard_count(settings, layout.dp) == 1:
-        found.append(
-            f"--data-parallel-shard {settings.data_parallel_shard} has nothing to share out: at tp {layout.tp} x dp "
-            f"{layout.dp} each group is one data-parallel rank; a smaller --tensor-parallel-size leaves more"
-        )
+    found = idle_switches(settings, layout.tp, layout.dp, micro_batch)
     if settings.warmup_steps >= settings.total_steps:
         found.append(
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "
@@ -213,6 +208,16 @@ def _warnings(settings: RunSettings, layout: ParallelLayout | Ranks) -> list[str
     if settings.spike_action == "skip" and settings.spike_sigma == 0:
         found.append("--spike-action skip: no step is skipped for a spike while --spike-sigma is 0")
     return found
+
+
+def _warnings_of_rewarmup(settings: RunSettings, origin: Origin, step: int) -> list[str]:
+    left = settings.total_steps - step
+    if origin.rewarmup_steps < left:
+        return []
+    return [
+        f"--rewarmup-steps {origin.rewarmup_steps} take up all {left} steps that are left: the learning rate does not "
+        "come back to the schedule's"
+    ]
 
 
 def _make_folder(lock: RunLock, *, is_fresh: bool) -> None:
@@ -248,8 +253,10 @@ def _describe(
     layout, shards = model.layout, model.shards
     notes.append(
         f"{model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without embeddings), "
-        f"{settings.precision}, tp {layout.tp} x dp {layout.dp} on {layout.device.type}, "
-        f"{model.group.slices} tensor slice{'s' if model.group.slices > 1 else ''}"
+        f"{settings.precision}{' with float8' if settings.float8 else ''}, tp {layout.tp} x dp {layout.dp} on "
+        f"{layout.device.type}, {model.group.slices} tensor slice{'s' if model.group.slices > 1 else ''}"
+        f"{', sequence parallel' if settings.sequence_parallel else ''}"
+        f"{', collectives overlapped' if settings.overlap_collectives else ''}"
     )
     if shards is not None:
         replicas = f", in {shards.replicas} replicas" if shards.replicas > 1 else ""

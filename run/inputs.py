@@ -147,18 +147,8 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
     check_slices(config, layout.tp, settings.tensor_slices)
     check_shards(settings, config, layout)
     if settings.float8:
-        slices = settings.tensor_slices or layout.tp
-        check_float8_sizes(
-            {
-                "the hidden size": config.hidden_size,
-                "the width of the heads": config.num_attention_heads * config.head_dim // slices,
-                "the width of queries, keys and values": config.head_dim
-                * (config.num_attention_heads // slices + 2 * max(1, config.num_key_value_heads // slices)),
-                "the feed-forward": config.intermediate_size // slices,
-                "the block size": settings.block_size,
-            },
-            slices,
-        )
+        slices = settings.tensor_slices
+        check_float8_sizes(config, settings.block_size, slices or layout.tp, fixed_slices=slices is not None)
     _require_memory(settings, config, layout)
 
 
@@ -212,8 +202,10 @@ def require_same_run(
     changed += arithmetic_changes(record, settings, layout)
     changed += weight_changes(record, settings)
     if changed:
+        # Some switches are settings, and part of the arithmetic as well.
+        named = "; ".join(dict.fromkeys(changed))
         raise UsageError(
-            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own, "
+            f"{settings.checkpoint_dir} holds a run with other settings: {named}. Give the run's own, "
             "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
         )
     return record

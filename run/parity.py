@@ -55,6 +55,20 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """What activations and products are computed in: a precision, and whether projections are in float8 besides."""
+
+    precision: str
+    float8: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.precision} with float8" if self.float8 else self.precision
+
+
+EXACT = Numerics("fp32")
+
+
+@dataclass(frozen=True)
 class StepParity:
     """One step on both sides; the whole one stands first in pairs.
 
@@ -63,7 +77,7 @@ class StepParity:
         skipped: of each side, whether the step was left out because something in it was not finite.
         gradient: the worst parameter's (`colonnade/telemetry/differences.py`), of the gradients that the optimizer
             is given: summed and clipped. None where neither side took the step.
-        rounding: in a low precision the same between it and fp32, both whole: what the precision itself changes.
+        rounding: in lower numerics the same between them and fp32, both whole: what they change by themselves.
     """
 
     step: int
@@ -91,17 +105,17 @@ class WholeSide:
 
 
 @dataclass
-class PrecisionParity:
-    """All steps in one precision.
+class NumericsParity:
+    """All steps in the same numerics.
 
     Attributes:
-        tolerance: largest relative difference; in a low precision as a multiple of `StepParity.rounding`.
+        tolerance: largest relative difference; in lower numerics than fp32 as a multiple of `StepParity.rounding`.
         parameters: the worst parameter after the last step.
-        parameters_rounding: in a low precision the same between it and fp32, both whole.
-        whole: kept of fp32, where a low precision is to be held against it.
+        parameters_rounding: in lower numerics the same between them and fp32, both whole.
+        whole: kept of fp32, where lower numerics are to be held against it.
     """
 
-    precision: str
+    numerics: Numerics
     tolerance: float
     steps: list[StepParity] = field(default_factory=list)
     parameters: Difference | None = None
@@ -109,7 +123,7 @@ class PrecisionParity:
     whole: WholeSide | None = None
 
     def limit(self, rounding: Difference | None) -> float:
-        """The largest difference allowed where the precision itself changes as much as `rounding`."""
+        """The largest difference allowed where the numerics by themselves change as much as `rounding`."""
         return self.tolerance * (1.0 if rounding is None else rounding.value)
 
     def problem(self) -> str | None:
@@ -142,7 +156,7 @@ class PrecisionParity:
             for step in self.steps
         ]
         return {
-            "precision": self.precision,
+            "precision": str(self.numerics),
             "tolerance": self.tolerance,
             "steps": steps,
             "parameters": None if self.parameters is None else asdict(self.parameters),
@@ -156,12 +170,12 @@ class PrecisionParity:
 class Side:
     """A model with its optimizer, as a run has them, on the ranks of `layout`."""
 
-    def __init__(self, subject: Subject, layout: ParallelLayout, precision: str) -> None:
-        settings = subject.settings
+    def __init__(self, subject: Subject, layout: ParallelLayout, numerics: Numerics) -> None:
+        settings = subject.settings.replace(float8=numerics.float8)
         self.subject, self.layout = subject, layout
-        self.model = build_model(settings, subject.config, layout, precision)
+        self.model = build_model(settings, subject.config, layout, numerics.precision)
         self.optimizer = build_optimizer(self.model, settings, layout)
-        self.scaler = GradScaler(layout.device.type, enabled=precision == "fp16")
+        self.scaler = GradScaler(layout.device.type, enabled=numerics.precision == "fp16")
         self._schedule = schedule_of(settings, 0, 0)
 
     def load(self, group: dist.ProcessGroup | None) -> None:
@@ -216,12 +230,12 @@ def compare_sides(
     subject: Subject,
     layout: ParallelLayout,
     alone: ParallelLayout,
-    precision: str,
+    numerics: Numerics,
     tolerance: float,
     *,
-    against: PrecisionParity | None = None,
+    against: NumericsParity | None = None,
     keep: bool = False,
-) -> PrecisionParity:
+) -> NumericsParity:
     """Take the subject's steps on both sides. Collective; what differs is known to the first rank.
 
     Args:
@@ -233,14 +247,14 @@ def compare_sides(
         UsageError: the sizes cannot be cut over these ranks, or the checkpoint does not fit them.
         RunError: the first rank has not the memory for both sides.
     """
-    parity, kept = PrecisionParity(precision, tolerance), WholeSide()
+    parity, kept = NumericsParity(numerics, tolerance), WholeSide()
     with vote():
-        cut = Side(subject, layout, precision)
+        cut = Side(subject, layout, numerics)
     cut.load(None)
     whole = None
     with vote(), _memory_told():
         if layout.is_main:
-            whole = Side(subject, alone, precision)
+            whole = Side(subject, alone, numerics)
             whole.load(alone.tp_group)
     for index in range(len(subject.blocks)):
         first, expected = None, None
@@ -252,7 +266,7 @@ def compare_sides(
             if keep:
                 kept.gradients.append({name: value.cpu().clone() for name, value in expected.items()})
             if against is not None and against.whole is not None and expected:
-                # Without those gradients fp32 was skipped there: nothing to measure this precision by.
+                # Without those gradients fp32 was skipped there: nothing to measure these numerics by.
                 fp32 = against.whole.gradients[index]
                 rounding = worst_of(differences(expected.items(), fp32)) if fp32 else None
         second, found = _cut_step(cut, index, expected)
@@ -265,9 +279,7 @@ def compare_sides(
     return parity
 
 
-def _compare_parameters(
-    parity: PrecisionParity, cut: Side, whole: Side | None, against: PrecisionParity | None
-) -> None:
+def _compare_parameters(parity: NumericsParity, cut: Side, whole: Side | None, against: NumericsParity | None) -> None:
     """Compare what the steps have made of the parameters. Collective."""
     expected = dict(whole.tensors(gradients=False)) if whole is not None else None
     found = differences(cut.tensors(gradients=False), expected)

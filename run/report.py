@@ -48,7 +48,7 @@ def _changes(run: Run, record: Mapping[str, Any], libraries: Mapping[str, str]) 
     ]
     # A second warm-up is an action of its own: here the schedules alone are compared.
     rate, rate_now = (f"{schedule_of(each)(run.step):.4g}" for each in (before, settings))
-    pairs.append((f"learning rate of step {run.step + 1}", rate, rate_now))
+    pairs.append((f"scheduled learning rate of step {run.step + 1}", rate, rate_now))
     if record["code"] is not None:
         pairs.append(("code", describe_code(record["code"]), describe_code(run.code)))
     present = library_versions()
@@ -57,7 +57,8 @@ def _changes(run: Run, record: Mapping[str, Any], libraries: Mapping[str, str]) 
     # Told above, of every run.
     told = ("torch ", "micro_batch_size ")
     lines += [line for line in arithmetic_changes(record, settings, layout) if not line.startswith(told)]
-    return lines + weight_changes(record, settings) + _data_changes(run, record)
+    lines += weight_changes(record, settings) + _data_changes(run, record)
+    return list(dict.fromkeys(lines))  # some switches are settings, and part of the arithmetic as well
 
 
 def _data_changes(run: Run, record: Mapping[str, Any]) -> list[str]:

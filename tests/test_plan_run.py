@@ -93,6 +93,39 @@ def test_a_slow_network_keeps_a_replica_in_its_node(capsys: pytest.CaptureFixtur
     assert slow["step_time"]["seconds"] > fast["step_time"]["seconds"]
 
 
+def test_of_equals_the_simplest_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is computed again takes as long as the sums that it hides: only the last bit of the times differs."""
+    common = ("--preset", "tiny", "--vocab-size", "4096", "--gpus", "8", "--gpu", "H200", "--no-write")
+    again = planned(capsys, *common, "--activation-checkpointing", "selective")["step_time"]["seconds"]
+    plan = planned(capsys, *common)
+    assert plan["placement"]["activation_checkpointing"] == "none"
+    assert plan["step_time"]["seconds"] == pytest.approx(again, rel=1e-6)
+
+
+def test_float8_leaves_out_sizes_that_it_cannot_take(capsys: pytest.CaptureFixture[str]) -> None:
+    # 8 heads of 16 and a feed-forward of 352 channels: of 8 slices it has 44.
+    common = ("--preset", "tiny", "--vocab-size", "4096", "--gpus", "8", "--gpu", "H200", "--float8", "--no-write")
+    plan = planned(capsys, *common)
+    assert {one["placement"]["tp"] for one in plan["candidates"]} == {1, 2}
+    assert "float8: neither the time nor the memory it saves is counted" in plan["assumptions"]
+    with pytest.raises(UsageError, match=r"with 8 slices the feed-forward is 44, no multiple of 16; .*--tensor-paral"):
+        plan_run.main([*common, "--tensor-parallel-size", "8"])
+
+
+def test_a_plan_tells_what_its_ranks_leave_idle(capsys: pytest.CaptureFixture[str]) -> None:
+    common = (*LARGE, "--gpus", "1", "--gpu", "H200", "--no-write", "--tokens-per-step", "4096", "--tokens", "5000")
+    plan = planned(capsys, *common, "--data-parallel-shard", "zero3", "--sequence-parallel", "--overlap-collectives")
+    told = "\n".join(plan["assumptions"])
+    for line in (
+        "zero3 has nothing to share out: at tp 1 x dp 1",
+        "--sequence-parallel changes nothing",
+        "--overlap-collectives changes nothing",
+        "tokens: 5,000, rounded up to whole steps",
+    ):
+        assert line in told
+    assert plan["tokens"] == 8192
+
+
 def test_switches_that_compute_gradients_of_weights_with_the_others_hide_less(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -204,13 +237,17 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
             "a rank would need .* and may use 7.6 of H1000; give more --gpus",
         ),
         ((*LARGE, "--gpu", "L4"), "a rank would need .* and may use 22.8 of L4; give more --gpus"),
-        ((*LARGE, "--tokens-per-step", "4097"), "4097 is no multiple of --block-size 4096"),
+        ((*LARGE, "--tokens-per-step", "4097"), "4097 is no multiple of --block-size 4096; nearest: 4096 or 8192"),
+        ((*LARGE, "--float8", "--gpu", "A100 80GB"), "--float8 needs an NVIDIA GPU from Hopper on, and --gpu A100"),
+        ((*LARGE, "--float8", "--gpu", "H200", "--precision", "fp32"), "--float8 and --precision fp32: .*use --prec"),
+        ((*LARGE, "--float8", "--gpu", "H200", "--block-size", "1001"), "--block-size 1001 is no mul.*use 992 or 1008"),
+        ((*LARGE, "--network", "-3"), "--network '-3' is no link that is known; give one of .* as a number above 0"),
         ((*LARGE, "--tokens-per-step", "4096", "--gpus", "2"), None),  # at tp 2
         (
             (*LARGE, "--tokens-per-step", "12288", "--gpus", "2", "--tensor-parallel-size", "1"),
             "12288 are 3 sequences, which 2 devices cannot share out at tp 1; give a multiple of 8192",
         ),
-        ((*LARGE, "--tensor-parallel-size", "3", "--gpus", "8"), "--tensor-parallel-size 3 does not divide --gpus 8"),
+        ((*LARGE, "--tensor-parallel-size", "3", "--gpus", "8"), "3 does not divide --gpus 8; .*: 1, 2, 4, 8"),
         ((*LARGE, "--tensor-parallel-size", "16", "--gpus", "16"), "24 attention heads cannot be cut into 16"),
         (
             (*LARGE, "--optimizer", "muon", "--data-parallel-shard", "zero2", "--gpus", "2"),

@@ -22,6 +22,9 @@ from colonnade.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+GIVE_ANOTHER = "give another checkpoint, or the run's folder for its newest that is usable"
+"""What to do where one that was asked for by name is not usable."""
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:
@@ -70,7 +73,10 @@ def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | N
     if not damaged:
         return None
     newest = max(damaged, key=lambda item: item.step)
-    return f"{directory} holds {len(damaged)} checkpoint(s) and none is usable; the newest: {newest.reason}"
+    return (
+        f"{directory} holds {len(damaged)} checkpoint(s) and none is usable; the newest: {newest.reason}; restore one, "
+        "or move them away"
+    )
 
 
 def warn_of_damaged(chosen: CheckpointInfo, damaged: list[IncompleteCheckpoint]) -> list[IncompleteCheckpoint]:
@@ -98,7 +104,10 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
     if step_of_name(path.name) is not None or (path / MANIFEST_NAME).exists():
-        return _inspect(path)
+        try:
+            return _inspect(path)
+        except UsageError as error:
+            raise UsageError(f"{error}; {GIVE_ANOTHER}") from error
     if not any(survey(path)):
         raise UsageError(
             f"{path} holds no checkpoint: looked for folders streaming_checkpoint_step_N and files "

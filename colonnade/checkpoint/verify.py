@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from colonnade.checkpoint.discover import (
+    GIVE_ANOTHER,
     CheckpointInfo,
     IncompleteCheckpoint,
     none_usable,
@@ -102,7 +103,7 @@ def verified(path: Path, *, compare_hashes: bool = True) -> tuple[CheckpointInfo
         return found, tuple(item.path for item in damaged)
     reason = damage_of(named, compare_hashes=compare_hashes)
     if reason is not None:
-        raise UsageError(reason)
+        raise UsageError(f"{reason}; {GIVE_ANOTHER}")
     return named, ()
 
 

@@ -43,7 +43,9 @@ def arithmetic_of(device: torch.device, *, compiled: bool, micro_batch_size: int
 def differences(recorded: Mapping[str, Any] | None, present: Mapping[str, Any]) -> list[str]:
     """What of `arithmetic_of` is not as it was, as `name old -> new`."""
     recorded = recorded or {}
-    pairs = {key: (recorded.get(key), present.get(key)) for key in {**recorded, **present}}
+    # A switch that does not stand there is off.
+    absent = {key: False for key, value in {**recorded, **present}.items() if value is True}
+    pairs = {key: ({**absent, **recorded}.get(key), {**absent, **present}.get(key)) for key in {**recorded, **present}}
     return [f"{key} {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 
 from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 FIRST_CAPABILITY = (9, 0)  # Hopper: the first whose kernels take a scale for each row
 MULTIPLE = 16  # of both sizes of a product, which the kernels ask for
+
+
+def require_bf16_beside_float8(precision: str) -> None:
+    if precision != "bf16":
+        raise UsageError(f"--float8 and --precision {precision}: its kernels give bf16; use --precision bf16")
 
 
 def require_float8(precision: str, device: torch.device) -> None:
@@ -31,8 +37,7 @@ def require_float8(precision: str, device: torch.device) -> None:
         raise UsageError("--float8 needs the package torchao: pip install 'colonnade[float8]', or leave it out")
     if device.type == "cpu":
         return
-    if precision != "bf16":
-        raise UsageError(f"--float8 and --precision {precision}: its kernels give bf16; use --precision bf16")
+    require_bf16_beside_float8(precision)
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
         raise UsageError(
             f"--float8 needs an NVIDIA GPU of compute capability {'.'.join(map(str, FIRST_CAPABILITY))} or more, and "
@@ -40,16 +45,36 @@ def require_float8(precision: str, device: torch.device) -> None:
         )
 
 
-def check_float8_sizes(sizes: dict[str, int], slices: int) -> None:
+def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fixed_slices: bool) -> None:
     """Raises UsageError where a size, cut into `slices`, is not a multiple of what the kernels take.
 
     The gradient of a weight is a product over tokens, so their number counts too.
+
+    Args:
+        fixed_slices: there are so many whatever the number of ranks (`--tensor-slices`).
     """
-    for name, size in sizes.items():
+    if block_size % MULTIPLE:
+        below = block_size // MULTIPLE * MULTIPLE
+        near = [size for size in (below, below + MULTIPLE) if 0 < size <= config.max_position_embeddings]
+        advice = f"use {' or '.join(map(str, near))}, or" if near else "use another model, or"
+        raise UsageError(f"--float8: --block-size {block_size} is no multiple of {MULTIPLE}; {advice} leave it out")
+    whole = {
+        "the hidden size": config.hidden_size,
+        "the width of the heads": config.num_attention_heads * config.head_dim,
+        "the feed-forward": config.intermediate_size,
+    }
+    cut = {name: size // slices for name, size in whole.items() if name != "the hidden size"}
+    shared = max(1, config.num_key_value_heads // slices)
+    cut["the width of queries, keys and values"] = config.head_dim * (config.num_attention_heads // slices + 2 * shared)
+    for name, size in {**whole, **cut}.items():
         if size % MULTIPLE:
+            # Fewer slices help only what fits whole.
+            smaller = slices > 1 and all(value % MULTIPLE == 0 for value in whole.values())
+            flag = "--tensor-slices" if fixed_slices else "--tensor-parallel-size"
+            advice = f"another model, a smaller {flag}" if smaller else "another model"
             raise UsageError(
-                f"--float8: with {slices} slices {name} is {size}, no multiple of {MULTIPLE}; use another model or "
-                "--block-size, a smaller --tensor-parallel-size, or leave it out"
+                f"--float8: with {slices} slice{'s' if slices > 1 else ''} {name} is {size}, no multiple of "
+                f"{MULTIPLE}; use {advice}, or leave it out"
             )
 
 

@@ -51,6 +51,8 @@ _MEMORY_GB: tuple[tuple[str, int], ...] = (
     (r"\bMI325X\b", 256),
 )
 
+_FLOAT8_OF_ROWS = r"\b(G?H[12]00|B200)\b"  # Ada has float8, and no kernels with such scales (torch 2.13)
+
 _DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -99,6 +101,11 @@ def peak_flops(device_name: str, dtype_name: str) -> float | None:
         if re.search(pattern, device_name, re.IGNORECASE):
             return tflops[dtype] * 1e12 if dtype in tflops else None
     return None
+
+
+def has_float8_of_rows(device_name: str) -> bool:
+    """Whether a device has products in float8 with a scale for each row; one that is not known is taken for newer."""
+    return device_memory(device_name) is None or re.search(_FLOAT8_OF_ROWS, device_name, re.IGNORECASE) is not None
 
 
 def device_memory(device_name: str) -> int | None:

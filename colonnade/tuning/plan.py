@@ -10,6 +10,7 @@ from typing import Any
 from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
+from colonnade.optim.idle_switches import idle_switches
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.communication import Traffic
 from colonnade.tuning.cost_model import Memory, Placement, run_flops
@@ -159,7 +160,11 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
     """As given, or recommended for the compute of so many tokens, in whole sequences for each device."""
     if settings.tokens_per_step is not None:
         if settings.tokens_per_step % block:
-            raise UsageError(f"--tokens-per-step {settings.tokens_per_step} is no multiple of --block-size {block}")
+            below = settings.tokens_per_step // block * block
+            near = " or ".join(str(tokens) for tokens in (below, below + block) if tokens)
+            raise UsageError(
+                f"--tokens-per-step {settings.tokens_per_step} is no multiple of --block-size {block}; nearest: {near}"
+            )
         return settings.tokens_per_step
     share = block * asked.gpus
     if share > MAX_TOKENS_PER_STEP:
@@ -177,6 +182,8 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
     placement = choice.candidates[0].placement
     if asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
+    else:
+        yield f"tokens: {asked.tokens:,}, rounded up to whole steps"
     if settings.tokens_per_step is None:
         yield "tokens a step: 0.292 x FLOPs^0.3271 without the head (arXiv:2401.02954), 2^n sequences a device"
     if not warmup_is_given:
@@ -187,6 +194,11 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "full": "one layer at a time computed again",
     }[placement.activation_checkpointing]
     yield f"memory: tensors of eager {placement.precision} steps, {kept}; without caches of allocator and libraries"
+    best = choice.candidates[0]
+    shared = settings.replace(data_parallel_shard=placement.data_parallel_shard)
+    yield from idle_switches(shared, placement.tp, placement.dp, best.micro_batch)
+    if settings.float8:
+        yield "float8: neither the time nor the memory it saves is counted"
     memory = memory_of_device(asked)
     if memory is not None:
         size = memory / 2**30

@@ -17,12 +17,13 @@ from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import Ranks, check_shards
 from colonnade.parallel.column_parallel import can_hide_sums
-from colonnade.parallel.sharding import check_slices, slice_counts
+from colonnade.parallel.float8 import check_float8_sizes, require_bf16_beside_float8
+from colonnade.parallel.sharding import check_slices, default_slices, slice_counts
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.communication import Traffic, step_traffic
 from colonnade.tuning.cost_model import Memory, Placement, step_memory
-from colonnade.tuning.flops import device_memory, peak_flops
+from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
 from colonnade.tuning.memory import GIB, accelerator_memory_limit
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
@@ -64,7 +65,8 @@ class Candidate:
         placement = self.placement
         return (
             not self.fits,
-            0.0 if self.time is None else self.time.seconds,
+            # What differs by less than the prediction can tell is equal.
+            0.0 if self.time is None else float(f"{self.time.seconds:.4g}"),
             placement.tp,
             DATA_PARALLEL_SHARDS.index(placement.data_parallel_shard),
             CHECKPOINTING.index(placement.activation_checkpointing),
@@ -121,7 +123,7 @@ def recommend(
     start = _start(asked, settings)
     machine = _machine(asked, start.precision)
     chunks = per_step // block
-    sizes = _tensor_sizes(asked, settings, config)
+    sizes = _tensor_sizes(asked, settings, config, block)
     shared = [tp for tp in sizes if chunks % (asked.gpus // tp) == 0]
     if not shared:
         raise UsageError(
@@ -186,6 +188,12 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
     precision = settings.precision
     if precision == "auto":  # as `training.py` decides, once it sees the device
         precision = "bf16" if _has_bf16(asked.gpu) else "fp32"
+    if settings.float8 and asked.gpu is not None:
+        require_bf16_beside_float8(precision)
+        if not has_float8_of_rows(asked.gpu):
+            raise UsageError(
+                f"--float8 needs an NVIDIA GPU from Hopper on, and --gpu {asked.gpu} is none: leave it out"
+            )
     late = can_hide_sums(
         compiled=settings.compiles_on("cpu" if asked.gpu is None else "cuda"),
         fixed_order=settings.deterministic or settings.tensor_slices is not None,
@@ -221,15 +229,37 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
     return None if peak is None else Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network)
 
 
-def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig) -> list[int]:
+def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
     tp = settings.tensor_parallel_size
     if tp is None:
         node = min(asked.gpus, asked.gpus_per_node)
-        return [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
-    if asked.gpus % tp:
-        raise UsageError(f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}")
-    check_slices(config, tp, None)
-    return [tp]
+        sizes = [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
+    else:
+        if asked.gpus % tp:
+            dividing = [size for size in range(1, asked.gpus + 1) if asked.gpus % size == 0]
+            raise UsageError(
+                f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}; sizes that do: "
+                f"{', '.join(map(str, dividing))}"
+            )
+        check_slices(config, tp, None)
+        sizes = [tp]
+    return _that_float8_takes(sizes, settings, config, block) if settings.float8 else sizes
+
+
+def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
+    """The tensor-parallel sizes at which products can be in float8. Raises UsageError where there is none."""
+    slices = settings.tensor_slices or (default_slices(config) if settings.deterministic else None)
+    taken, refusal = [], None
+    for tp in sizes:
+        try:
+            check_float8_sizes(config, block, slices or tp, fixed_slices=slices is not None)
+        except UsageError as error:
+            refusal = refusal or error
+        else:
+            taken.append(tp)
+    if refusal is not None and not taken:
+        raise refusal
+    return taken
 
 
 def _placements(

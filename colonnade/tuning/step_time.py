@@ -74,7 +74,8 @@ def link_of(flag: str, value: str, latency: float) -> Link:
             rate = math.nan
         if not 0 < rate < math.inf:
             raise UsageError(
-                f"{flag} {value!r:.80} is no link that is known; give one of {', '.join(LINKS)}, or GB/s as a number"
+                f"{flag} {value!r:.80} is no link that is known; give one of {', '.join(LINKS)}, or GB/s as a number "
+                "above 0"
             )
     return Link(value, rate * 1e9, latency)
 

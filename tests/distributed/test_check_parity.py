@@ -12,7 +12,7 @@ from colonnade.flags import parse_parity
 from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
 from distributed.launching import MODEL, losses, make_inputs
 from forked_commands import start
-from run.parity import PrecisionParity, StepParity
+from run.parity import EXACT, NumericsParity, StepParity
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,28 @@ def test_shared_out_parameters_and_replicas_agree_with_one_rank(flags):
     outcomes = start("check_parity", [*given, *shared], ranks=4)
     assert [outcome.code for outcome in outcomes] == [0] * 4, outcomes[0].errors
     assert outcomes[0].output.splitlines()[-1] == "parity: tp 1 x dp 4 and one rank agree in fp32"
+
+
+def test_float8_is_held_against_fp32_without_it(flags, tmp_path):
+    report = tmp_path / "parity.json"
+    given = [*flags, "--float8", "--steps", "2", "--json", str(report)]
+    outcomes = start("check_parity", given, ranks=2)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].errors
+    assert outcomes[0].output.splitlines()[-1].endswith("one rank agree in fp32 and bf16 with float8")
+    fp32, float8 = json.loads(report.read_text())["precisions"]
+    for step in fp32["steps"]:
+        assert 0 < step["gradient"]["value"] < 1e-5
+    for step in float8["steps"]:
+        # e4m3 has three bits of mantissa.
+        assert 1e-2 < step["gradient"]["value"] <= 2 * step["rounding"]["value"] < 0.5
+
+
+def test_switches_that_do_nothing_on_these_ranks_are_told(flags):
+    given = [*flags[:-1], "fp32", "--steps", "1", "--data-parallel-shard", "zero2"]
+    outcomes = start("check_parity", given, ranks=2)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].errors
+    assert "--data-parallel-shard zero2 has nothing to share out: at tp 2 x dp 1" in outcomes[0].output
+    assert "tp 2 x dp 1 against one rank" in outcomes[0].output
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_step(flags, tmp_path):
@@ -154,13 +176,11 @@ def step(loss=1.0, norm=1.0, gradient=0.0, rounding=None, skipped=(False, False)
     ],
 )
 def test_what_is_above_the_tolerance_is_named(steps, problem):
-    parity = PrecisionParity("fp32", 0.1, steps, parameters=Difference(0.0, "w"))
+    parity = NumericsParity(EXACT, 0.1, steps, parameters=Difference(0.0, "w"))
     found = parity.problem()
     assert found is None if problem is None else problem in str(found)
 
 
 def test_parameters_count_and_steps_that_were_all_skipped_are_no_parity():
-    assert "w after the last step differs" in str(
-        PrecisionParity("fp32", 0.1, [step()], Difference(0.2, "w")).problem()
-    )
-    assert "no step was taken" in str(PrecisionParity("fp32", 0.1, [step(skipped=(True, True))]).problem())
+    assert "w after the last step differs" in str(NumericsParity(EXACT, 0.1, [step()], Difference(0.2, "w")).problem())
+    assert "no step was taken" in str(NumericsParity(EXACT, 0.1, [step(skipped=(True, True))]).problem())

@@ -227,7 +227,7 @@ def test_a_run_is_audited_and_gone_on_with(tmp_path: Path) -> None:
     longer = ("--checkpoint-path", run, "--total-steps", "6", "--checkpoint-dir")
     said = command("resume_pretrain_tensor", *longer, str(tmp_path / "longer"), "--keep-optimizer")
     assert "total_steps 4 -> 6" in said
-    assert "learning rate of step 5 0.0001 -> 0.001" in said
+    assert "scheduled learning rate of step 5 0.0001 -> 0.001" in said
     assert rates("longer") == pytest.approx({5: 1e-3, 6: 1e-4 + 9e-4 * (1 - 0.5**0.5)})
 
     other = (*longer, str(tmp_path / "other"), "--optimizer", "adamw")

@@ -121,6 +121,16 @@ def test_a_resumed_run_tells_its_data_and_what_it_does(flags: list[str], stopped
     assert "optimizer state reset; learning rate warmed up again over 3 steps" in "; ".join(changes)
 
 
+def test_a_switch_that_is_part_of_the_arithmetic_is_told_once(flags: list[str], stopped: Path) -> None:
+    given = ["--checkpoint-path", str(stopped), "--total-steps", "19", "--rewarmup-steps", "5"]
+    output = command("resume_pretrain_tensor", [*given, "--deterministic", "--sequence-parallel"])
+    changes = [change for change in report(output) if change.startswith("sequence_parallel")]
+    assert changes == ["sequence_parallel False -> True"]
+    assert "--rewarmup-steps 5 take up all 3 steps that are left" in output
+    output = command("resume_pretrain_tensor", [*given[:-3], "20", "--keep-optimizer", "--no-sequence-parallel"])
+    assert report(output).count("sequence_parallel True -> False") == 1
+
+
 @pytest.mark.parametrize(
     ("window", "begins"),
     [([9.5, 9.51, 9.49, 9.5] * 4, "warning: loss does not continue where it was: "), ([5.0] * 9, None), (None, None)],

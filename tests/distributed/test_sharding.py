@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 import forked_commands
 from colonnade.errors import UsageError
+from colonnade.optim.idle_switches import idle_switches
 from colonnade.optim.shard_limits import Ranks, check_shards, part_off_border
 from colonnade.parallel.batch_tree import leaf_order, nodes_completed
 from colonnade.parallel.mesh import init_parallel
@@ -24,7 +26,6 @@ from distributed.test_elastic import CONFIG as SMALL
 from distributed.test_elastic import load_all, save_at
 from distributed.test_parity import CONFIG, dense_trajectory
 from distributed.workers import deterministic_steps, drift_of
-from run.assembly import _warnings
 
 MODES = ("zero2", "zero3")
 CPU = torch.device("cpu")
@@ -250,11 +251,41 @@ def test_what_cannot_be_shared_out_is_refused(
         check_shards(settings, dataclasses.replace(CONFIG, vocab_size=500, **config), ranks)
 
 
-def test_sharing_among_one_is_said() -> None:
-    settings = RunSettings(data_parallel_shard="zero2", warmup_steps=1)
-    (line,) = _warnings(settings, ranks_of(1, 2))
-    assert line.startswith("--data-parallel-shard zero2 has nothing to share out: at tp 2 x dp 1")
-    assert _warnings(settings, ranks_of(2)) == []
+@pytest.mark.parametrize(
+    ("changes", "ranks", "micro_batch", "says"),
+    [
+        ({"data_parallel_shard": "zero2"}, (1, 2), 4, []),
+        (
+            {"data_parallel_shard": "zero2"},
+            (2, 1),
+            4,
+            ["nothing to share out: at tp 2 x dp 1 .*a smaller --tensor-par"],
+        ),
+        ({"data_parallel_shard": "zero3"}, (1, 1), 4, ["nothing to share out: at tp 1 x dp 1 .*it takes more ranks$"]),
+        (
+            {"data_parallel_shard": "zero2", "data_parallel_replicate_size": 2},
+            (2, 2),
+            4,
+            ["zero2 has nothing to share out: at tp 2 x dp 2 .*a --data-parallel-replicate-size below 2"],
+        ),
+        ({"sequence_parallel": True, "overlap_collectives": True}, (2, 1), 4, []),
+        (
+            {"sequence_parallel": True, "overlap_collectives": True},
+            (1, 2),
+            4,
+            ["--sequence-parallel changes nothing at tp 1", "--overlap-collectives changes nothing at tp 1"],
+        ),
+        ({"sequence_parallel": True, "overlap_collectives": True, "deterministic": True}, (1, 2), 4, []),
+        ({"overlap_collectives": True}, (2, 1), 1, ["--overlap-collectives changes nothing at a micro-batch of one"]),
+    ],
+)
+def test_switches_that_have_nothing_to_do_are_told(
+    changes: dict[str, Any], ranks: tuple[int, int], micro_batch: int, says: list[str]
+) -> None:
+    found = idle_switches(RunSettings(**changes), *ranks, micro_batch)
+    assert len(found) == len(says)
+    for line, pattern in zip(found, says, strict=True):
+        assert re.search(pattern, line)
 
 
 def test_parts_that_keep_bits_are_allowed() -> None:

@@ -46,5 +46,14 @@ def test_float8_is_near_the_dense_model(rank_pool: RankPool, tp: int, options: d
 
 
 def test_sizes_that_float8_cannot_take_are_refused() -> None:
-    with pytest.raises(UsageError, match="with 8 slices the feed-forward is 12, no multiple of 16"):
-        check_float8_sizes({"the hidden size": 64, "the feed-forward": 96 // 8}, 8)
+    for changes, block, slices, fixed, message in (
+        ({}, 61, 1, False, "--block-size 61 is no multiple of 16; use 48 or 64, or leave it out"),
+        ({}, 7, 1, False, "--block-size 7 is no multiple of 16; use 16, or leave it out"),
+        ({"intermediate_size": 96}, 64, 4, False, "with 4 slices the feed-forward is 24, .*smaller --tensor-parallel-"),
+        ({"intermediate_size": 96}, 64, 4, True, "with 4 slices the feed-forward is 24, .*smaller --tensor-slices, or"),
+        ({"hidden_size": 72}, 64, 2, True, "with 2 slices the hidden size is 72, .* 16; use another model, or leave"),
+    ):
+        config = dataclasses.replace(FLOAT8, **changes)
+        with pytest.raises(UsageError, match=message):
+            check_float8_sizes(config, block, slices, fixed_slices=fixed)
+    check_float8_sizes(FLOAT8, 64, 2, fixed_slices=False)

@@ -1,0 +1,36 @@
+"""Switches that have nothing to do on the ranks of a run: allowed, since the next run may have others, and told."""
+
+from __future__ import annotations
+
+from colonnade.optim.shard_limits import shard_count
+from colonnade.run_settings import RunSettings
+
+
+def idle_switches(settings: RunSettings, tp: int, dp: int, micro_batch: int) -> list[str]:
+    """A line for each switch that changes nothing at tp x dp ranks, saying why."""
+    found = []
+    if settings.data_parallel_shard != "none" and shard_count(settings, dp) == 1:
+        found.append(_nothing_to_share(settings, tp, dp))
+    # In a fixed order one rank takes halves and shares as well, for the bits of many.
+    if tp == 1 and not settings.deterministic and settings.tensor_slices is None:
+        switches = {
+            "--sequence-parallel": settings.sequence_parallel,
+            "--overlap-collectives": settings.overlap_collectives,
+        }
+        found += [f"{flag} changes nothing at tp 1, where no rank waits" for flag, is_on in switches.items() if is_on]
+    elif settings.overlap_collectives and micro_batch == 1:
+        found.append("--overlap-collectives changes nothing at a micro-batch of one sequence, which has no halves")
+    return found
+
+
+def _nothing_to_share(settings: RunSettings, tp: int, dp: int) -> str:
+    if dp > 1:
+        advice = f"a --data-parallel-replicate-size below {settings.data_parallel_replicate_size} makes larger ones"
+    elif tp > 1:
+        advice = "a smaller --tensor-parallel-size, or more ranks, would leave some"
+    else:
+        advice = "it takes more ranks"
+    return (
+        f"--data-parallel-shard {settings.data_parallel_shard} has nothing to share out: at tp {tp} x dp {dp} each "
+        f"group is one data-parallel rank; {advice}"
+    )
