@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.training_step.ours import ours
 from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
 from benchmarks.training_step.work import Work, most_above
+from colonnade.parallel.launch import quiet_libraries
 from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
 
 MATMUL = "matmul"
@@ -50,6 +51,7 @@ def _rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    quiet_libraries()
     _Turns.barrier = barrier
     value = measure(*args)
     if rank == 0:
@@ -147,6 +149,7 @@ def _step(contender: Contender) -> Tensor:
         torch.set_num_threads(ranks)
     loss = contender.step()
     torch.set_num_threads(1)
+    quiet_libraries()
     _Turns.barrier.wait()
     return loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,9 @@ from colonnade.errors import ColonnadeError, LocalRunError, PeerError, UsageErro
 
 # The first process to leave makes torchrun end the others: those with nothing to say give rank 0 time for its line.
 _SILENT_SECONDS = 2.0
+# torchao, which transformers imports too, warns of each of its kernels that is for another device, and torch of how
+# torchao registers its types: pages for every rank.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 def launch(main: Callable[[], None]) -> NoReturn:
@@ -23,6 +27,7 @@ def launch(main: Callable[[], None]) -> NoReturn:
     failure prints its own. The process leaves through `os._exit`, since communication threads of torch abort some
     processes in the interpreter's teardown after everything is done.
     """
+    quiet_libraries()
     program = os.path.basename(sys.argv[0])
     rank = os.environ.get("RANK", "0")
     is_main = rank == "0" or not rank.isdecimal()
@@ -51,6 +56,12 @@ def launch(main: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep warnings of libraries to themselves that are about nothing a user could mend."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _leave_group() -> None:
