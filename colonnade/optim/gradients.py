@@ -25,6 +25,7 @@ from colonnade.parallel.data_parallel import DataParallelShards
 T = TypeVar("T")
 
 
+@torch.no_grad()  # `to_local` is a node of autograd elsewhere, which costs more than all the rest here
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, bool]]:
     """This rank's part of each gradient, and whether other tensor-parallel ranks hold other parts of it."""
     gradients = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -16,4 +18,23 @@ def pieces(tensor: Tensor, count: int, dim: int = 0) -> Sequence[Tensor]:
 def local_part(parameter: Tensor) -> Tensor:
     """This rank's part of a `DTensor` parameter, as a plain tensor that autograd follows."""
     assert isinstance(parameter, DTensor)
-    return parameter.to_local()
+    part: Tensor = _LocalPart.apply(parameter)
+    return part
+
+
+class _LocalPart(torch.autograd.Function):
+    """`DTensor.to_local`, whose gradient takes over the parameter's specification.
+
+    `to_local` makes a new one for each gradient. In a step of 20 layers so small that its kernels take no time that was
+    a sixth of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.specification = parameter._spec
+        local = parameter._local_tensor
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> DTensor:
+        return DTensor(gradient, ctx.specification, requires_grad=False)
