@@ -68,7 +68,7 @@ class FixedLogits:
     """A model whose next token does not depend on what came before."""
 
     def __init__(self, logits: torch.Tensor, layout: Any) -> None:
-        self.logits, self.layout = logits, layout
+        self.logits, self.layout, self.shards = logits, layout, None
 
     def next_logits(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return self.logits.expand(len(ids), -1)

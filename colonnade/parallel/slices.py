@@ -25,8 +25,7 @@ def local_part(parameter: Tensor) -> Tensor:
 class _LocalPart(torch.autograd.Function):
     """`DTensor.to_local`, whose gradient takes over the parameter's specification.
 
-    `to_local` makes a new one for each gradient. In a step of 20 layers so small that its kernels take no time that was
-    a sixth of the whole.
+    `to_local` makes a new one for each gradient, which takes longer than all that is computed for a small one.
     """
 
     @staticmethod
