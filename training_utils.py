@@ -91,6 +91,7 @@ class _Loop:
         settings = run.settings
         self.run, self.settings = run, settings
         self.watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
+        set_collective_timeout(run.model.layout, settings.startup_timeout)  # behind the watchdog from now on
         self.progress = ProgressReport(
             settings.total_steps, initial_step=run.step, enabled=run.layout.is_main, bar=settings.progress_bar
         )

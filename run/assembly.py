@@ -212,10 +212,10 @@ def _warnings(settings: RunSettings, layout: ParallelLayout, micro_batch: int) -
 
 def _warnings_of_rewarmup(settings: RunSettings, origin: Origin, step: int) -> list[str]:
     left = settings.total_steps - step
-    if origin.rewarmup_steps < left:
+    if origin.rewarmup_steps <= left:
         return []
     return [
-        f"--rewarmup-steps {origin.rewarmup_steps} take up all {left} steps that are left: the learning rate does not "
+        f"--rewarmup-steps {origin.rewarmup_steps} are more than the {left} that are left: the learning rate does not "
         "come back to the schedule's"
     ]
 

@@ -284,6 +284,7 @@ def replay_run(
             data_parallel_replicate_size=1,  # whatever the run had: on these ranks the least memory
             checkpoint_dir=str(directory),
             validation_glob=None,
+            cuda_graphs=False,  # the same kernels, on a machine that may have no graphs, or parameters shared out
             trust_remote_code=trust_remote_code,
             **{name: value for name, value in moved.items() if value is not None},
         )

@@ -73,7 +73,14 @@ def counted(
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with Counted() as seen:
         optimizer_step(
-            model, optimizer, scaler, share, accumulation=accumulation, targets=share.numel(), max_grad_norm=1.0
+            model,
+            optimizer,
+            scaler,
+            share,
+            accumulation=accumulation,
+            targets=share.numel(),
+            max_grad_norm=1.0,
+            plain=not placement.overlaps_gradients,
         )
     return {name: (seen.calls[name], seen.sizes[name]) for name in seen.calls}
 
@@ -98,6 +105,7 @@ def predicted(traffic: list[Traffic]) -> dict[str, tuple[int, int]]:
         ({"tp": 2, "sequence_parallel": True, "overlap_collectives": True}, {}),
         ({"tp": 2, "sequence_parallel": True, "replicate_embeddings": True}, {}),
         ({"dp": 2}, {"vocab_size": 5000}),
+        ({"dp": 2, "overlaps_gradients": False}, {"vocab_size": 5000}),
         ({"dp": 2, "data_parallel_shard": "zero2", "precision": "bf16"}, {}),
         ({"dp": 2, "data_parallel_shard": "zero3", "precision": "bf16"}, {}),
         ({"dp": 4, "data_parallel_shard": "zero3", "replicas": 2}, {}),
@@ -172,7 +180,7 @@ def test_sums_of_f_hide_behind_gradients_of_column_parallel_weights() -> None:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_what_is_hidden_is_what_the_model_hides(sequence_parallel: bool) -> None:
+def test_what_goes_on_behind_each_sum_of_the_layers(sequence_parallel: bool) -> None:
     def behind(**options: Any) -> dict[str, str | None]:
         placement = Placement(tp=2, sequence_parallel=sequence_parallel, activation_checkpointing="none", **options)
         traffic = step_traffic(CONFIG, placement, 2, 24, 1)

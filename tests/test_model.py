@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import init_parallel
+from colonnade.parallel.slices import local_part
 from dense_reference import assert_gradients_equal, dense_logits, relative_error
 from model import ModelConfig, TensorParallelModel
 
@@ -110,3 +113,40 @@ def test_config_refuses_what_it_would_get_wrong(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_dict() | changes))
     with pytest.raises(UsageError, match=message):
         ModelConfig.from_json(tmp_path)
+
+
+class Constant(torch.autograd.Function):
+    """What has no gradient to hand back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_gradients_of_local_parts_are_those_of_to_local(layout):
+    """Also where they are expanded, transposed, or none."""
+    factor = torch.randn(4, 6)
+    uses = {
+        "expanded": torch.sum,
+        "transposed": lambda part: (part.T * factor).sum(),
+        "none": Constant.apply,
+        "two uses": lambda part: (part * part).sum() + part[2].sum(),
+    }
+    value = torch.randn(6, 4)
+    for name, use in uses.items():
+        gradients = []
+        for local in (local_part, lambda parameter: parameter.to_local()):
+            parameter = nn.Parameter(distribute_tensor(value, layout.tp_mesh, [Replicate()]))
+            use(local(parameter)).backward()
+            gradients.append(parameter.grad)
+        ours, theirs = gradients
+        if name == "none":
+            assert ours is theirs is None
+            continue
+        assert torch.equal(ours.to_local(), theirs.to_local()), name
+        assert ours.to_local().is_contiguous()
+        ours.mul_(2.0)

@@ -137,6 +137,13 @@ def test_switches_that_compute_gradients_of_weights_with_the_others_hide_less(
     assert planned(capsys, *common, "--deterministic", "--disable-compile")["step_time"]["hidden"] == hidden
 
 
+def test_gradients_that_are_summed_after_the_backward_pass_hide_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    common = (*LARGE, "--gpus", "2", "--gpu", "H200", "--tensor-parallel-size", "1", "--data-parallel-shard", "none")
+    assert planned(capsys, *common, "--no-write")["step_time"]["hidden"] > 0
+    for switch in ("--plain-step", "--deterministic"):
+        assert planned(capsys, *common, "--no-write", switch)["step_time"]["hidden"] == 0, switch
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (7, 3), (500, 10), (5000, 50), (10**6, 2000)])
 def test_the_warm_up_follows_from_the_steps(steps: int, warmup: int) -> None:
     assert warmup_of(steps) == warmup
@@ -238,6 +245,10 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         ),
         ((*LARGE, "--gpu", "L4"), "a rank would need .* and may use 22.8 of L4; give more --gpus"),
         ((*LARGE, "--tokens-per-step", "4097"), "4097 is no multiple of --block-size 4096; nearest: 4096 or 8192"),
+        (
+            (*LARGE, "--float8", "--gpu", "V100-SXM2-32GB"),
+            "--float8 needs an NVIDIA GPU from Hopper on, and --gpu V100",
+        ),
         ((*LARGE, "--float8", "--gpu", "A100 80GB"), "--float8 needs an NVIDIA GPU from Hopper on, and --gpu A100"),
         ((*LARGE, "--float8", "--gpu", "H200", "--precision", "fp32"), "--float8 and --precision fp32: .*use --prec"),
         ((*LARGE, "--float8", "--gpu", "H200", "--block-size", "1001"), "--block-size 1001 is no mul.*use 992 or 1008"),

@@ -13,6 +13,7 @@ from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.mesh import init_parallel
 from distributed.workers import generated
 from foreign_models import save_foreign_model
+from run import text_generation
 from run.text_generation import Sampling, check_length, generate_tokens
 
 PROMPTS = [[5, 9, 77], [3, 1, 4, 1, 5, 9, 2, 6, 5], [120]]
@@ -37,15 +38,26 @@ def test_greedy_tokens_are_those_of_transformers(rank_pool: Any, tmp_path: Path,
 def test_ranks_that_share_out_parameters_do_not_keep_them(rank_pool: Any, tmp_path: Path) -> None:
     save_foreign_model(tmp_path, "llama")
     arguments = (tmp_path, 1, PROMPTS, COUNT, Sampling(temperature=0))
-    alone = rank_pool.run(1, generated, *arguments)[0]
-    assert rank_pool.run(2, generated, *arguments, shard={"mode": "zero3"}) == [alone, alone]
-    cuts: list[int] = []
-    for keeps, count in ((True, 1), (False, 3)):
-        cache = KeyValueCache(8, torch.zeros(1, dtype=torch.int64), keeps_weights=keeps)
-        cuts.clear()
-        for _ in range(3):
-            cache.once("a layer", lambda: cuts.append(1))
-        assert len(cuts) == count
+    alone = rank_pool.run(1, generated_and_kept, *arguments)[0]
+    shared = rank_pool.run(2, generated_and_kept, *arguments, shard={"mode": "zero3"})
+    assert [tokens for tokens, _ in shared] == [alone[0]] * 2
+    assert alone[1] > 0
+    assert [kept for _, kept in shared] == [0, 0]
+
+
+def generated_and_kept(*arguments: Any, **options: Any) -> tuple[list[list[int]], int]:
+    """What `generated` returns, and the parts of the model whose weights the cache held."""
+    caches: list[KeyValueCache] = []
+
+    def recorded(*given: Any, **more: Any) -> KeyValueCache:
+        caches.append(KeyValueCache(*given, **more))
+        return caches[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_generation, "KeyValueCache", recorded)
+        tokens = generated(*arguments, **options)
+    (cache,) = caches
+    return tokens, len(cache._weights)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

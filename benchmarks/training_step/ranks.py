@@ -149,7 +149,6 @@ def _step(contender: Contender) -> Tensor:
         torch.set_num_threads(ranks)
     loss = contender.step()
     torch.set_num_threads(1)
-    quiet_libraries()
     _Turns.barrier.wait()
     return loss
 

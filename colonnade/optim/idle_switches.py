@@ -13,11 +13,12 @@ def idle_switches(settings: RunSettings, tp: int, dp: int, micro_batch: int) -> 
         found.append(_nothing_to_share(settings, tp, dp))
     # In a fixed order one rank takes halves and shares as well, for the bits of many.
     if tp == 1 and not settings.deterministic and settings.tensor_slices is None:
-        switches = {
-            "--sequence-parallel": settings.sequence_parallel,
-            "--overlap-collectives": settings.overlap_collectives,
-        }
-        found += [f"{flag} changes nothing at tp 1, where no rank waits" for flag, is_on in switches.items() if is_on]
+        if settings.sequence_parallel:
+            found.append("--sequence-parallel changes nothing at tp 1: there is no rank to divide the tokens with")
+        if settings.overlap_collectives:
+            found.append("--overlap-collectives changes nothing at tp 1: there is no rank to wait for")
+        if settings.replicate_embeddings:
+            found.append("--replicate-embeddings changes nothing at tp 1: one rank holds them whole anyway")
     elif settings.overlap_collectives and micro_batch == 1:
         found.append("--overlap-collectives changes nothing at a micro-batch of one sequence, which has no halves")
     return found

@@ -37,12 +37,23 @@ def require_float8(precision: str, device: torch.device) -> None:
         raise UsageError("--float8 needs the package torchao: pip install 'colonnade[float8]', or leave it out")
     if device.type == "cpu":
         return
-    require_bf16_beside_float8(precision)
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
         raise UsageError(
             f"--float8 needs an NVIDIA GPU of compute capability {'.'.join(map(str, FIRST_CAPABILITY))} or more, and "
             f"this is {torch.cuda.get_device_name(device)}: leave it out"
         )
+    require_bf16_beside_float8(precision)
+
+
+def _sizes(config: ModelConfig, slices: int) -> dict[str, int]:
+    """The sizes of the products of a slice."""
+    heads, shared = config.num_attention_heads // slices, max(1, config.num_key_value_heads // slices)
+    return {
+        "the hidden size": config.hidden_size,
+        "the width of the heads": config.head_dim * heads,
+        "the width of queries, keys and values": config.head_dim * (heads + 2 * shared),
+        "the feed-forward": config.intermediate_size // slices,
+    }
 
 
 def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fixed_slices: bool) -> None:
@@ -58,18 +69,11 @@ def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fix
         near = [size for size in (below, below + MULTIPLE) if 0 < size <= config.max_position_embeddings]
         advice = f"use {' or '.join(map(str, near))}, or" if near else "use another model, or"
         raise UsageError(f"--float8: --block-size {block_size} is no multiple of {MULTIPLE}; {advice} leave it out")
-    whole = {
-        "the hidden size": config.hidden_size,
-        "the width of the heads": config.num_attention_heads * config.head_dim,
-        "the feed-forward": config.intermediate_size,
-    }
-    cut = {name: size // slices for name, size in whole.items() if name != "the hidden size"}
-    shared = max(1, config.num_key_value_heads // slices)
-    cut["the width of queries, keys and values"] = config.head_dim * (config.num_attention_heads // slices + 2 * shared)
-    for name, size in {**whole, **cut}.items():
+    whole = _sizes(config, 1)
+    for name, size in {**whole, **_sizes(config, slices)}.items():
         if size % MULTIPLE:
             # Fewer slices help only what fits whole.
-            smaller = slices > 1 and all(value % MULTIPLE == 0 for value in whole.values())
+            smaller = all(value % MULTIPLE == 0 for value in whole.values())
             flag = "--tensor-slices" if fixed_slices else "--tensor-parallel-size"
             advice = f"another model, a smaller {flag}" if smaller else "another model"
             raise UsageError(

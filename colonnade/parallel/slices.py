@@ -31,9 +31,13 @@ class _LocalPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
         ctx.specification = parameter._spec
+        ctx.set_materialize_grads(False)
         local = parameter._local_tensor
         return local.view_as(local)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> DTensor:
-        return DTensor(gradient, ctx.specification, requires_grad=False)
+    def backward(ctx: Any, gradient: Tensor | None) -> DTensor | None:
+        if gradient is None:
+            return None
+        # The specification says how its memory is laid out, too: autograd goes by that when it keeps the gradient.
+        return DTensor(gradient.contiguous(), ctx.specification, requires_grad=False)

@@ -179,8 +179,14 @@ def _head_norm_gradients(config: ModelConfig, placement: Placement, accumulation
 
 
 def _gradients(config: ModelConfig, placement: Placement) -> Traffic:
-    """One all-reduce for each large gradient, during the last backward pass, and one for all others and the loss."""
+    """One all-reduce for each large gradient, during the last backward pass, and one for all others and the loss.
+
+    Or, after it, one for each parameter's gradient and one for the loss.
+    """
     sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, placement)]
+    if not placement.overlaps_gradients:
+        calls, total = sum(count for *_, count in sizes), sum(size * count for _, size, count in sizes)
+        return Traffic("dp", "gradients and loss", ALL_REDUCE, placement.dp, calls + 1, total + FLOAT32)
     of = {name: size for name, size, _ in sizes}
     layers = config.num_hidden_layers
     shared = config.num_key_value_heads % placement.tp != 0

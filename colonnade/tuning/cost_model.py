@@ -36,6 +36,7 @@ class Placement:
         activation_checkpointing: none, selective or full, as in `TensorParallelModel`.
         data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
         hides_sums: as in `TensorParallelModel`: it changes what a rank waits for.
+        overlaps_gradients: those that each data-parallel rank holds are summed during the backward pass.
         replicas: groups of data-parallel ranks that each share out the model by themselves.
         on_cpu: ranks are on a CPU.
     """
@@ -48,6 +49,7 @@ class Placement:
     sequence_parallel: bool = False
     overlap_collectives: bool = False
     hides_sums: bool = True
+    overlaps_gradients: bool = True
     data_parallel_shard: str = "none"
     replicas: int = 1
     replicate_embeddings: bool = False
@@ -60,7 +62,10 @@ class Placement:
 
     @property
     def repeats_heads(self) -> bool:
-        """Whether attention copies each key/value head for its queries (`takes_groups` in `attention.py`)."""
+        """Whether attention copies each key/value head for its queries (`takes_groups` in `attention.py`).
+
+        In fp16 it does so before Ampere too, which is not counted.
+        """
         return self.on_cpu or self.precision == "fp32"
 
     @property

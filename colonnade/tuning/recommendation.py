@@ -59,14 +59,17 @@ class Candidate:
             "step_time": None if self.time is None else self.time.to_dict(),
         }
 
-    @property
-    def rank(self) -> tuple[Any, ...]:
-        """What is better comes first: what fits, is faster, is simpler, and has the larger micro-batch."""
+    def rank(self, fastest: float) -> tuple[Any, ...]:
+        """What is better comes first: what fits, is faster, is simpler, and has the larger micro-batch.
+
+        Args:
+            fastest: seconds of the fastest that fits; whatever is as fast but for a thousandth is equal to it.
+        """
         placement = self.placement
+        seconds = 0.0 if self.time is None else self.time.seconds
         return (
             not self.fits,
-            # What differs by less than the prediction can tell is equal.
-            0.0 if self.time is None else float(f"{self.time.seconds:.4g}"),
+            max(seconds, fastest * 1.001),
             placement.tp,
             DATA_PARALLEL_SHARDS.index(placement.data_parallel_shard),
             CHECKPOINTING.index(placement.activation_checkpointing),
@@ -146,13 +149,19 @@ def recommend(
             ]
             # Of those that do not fit the one that comes closest.
             fitting = [one for one in tried if one.fits]
-            best.append(min(fitting, key=lambda one: one.rank) if fitting else tried[-1])
+            best.append(_by_rank(fitting)[0] if fitting else tried[-1])
     if refused is not None and not best:
         raise refused
-    best.sort(key=lambda one: (one.rank, one.memory.total))
+    best = _by_rank(best)
     if not best[0].fits:
         _refuse(min(best, key=lambda one: one.memory.total), asked, limit)
     return Choice(tuple(best), limit, machine)
+
+
+def _by_rank(candidates: Collection[Candidate]) -> list[Candidate]:
+    times = [one.time.seconds for one in candidates if one.fits and one.time is not None]
+    fastest = min(times, default=0.0)
+    return sorted(candidates, key=lambda one: (one.rank(fastest), one.memory.total))
 
 
 def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
@@ -189,11 +198,11 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
     if precision == "auto":  # as `training.py` decides, once it sees the device
         precision = "bf16" if _has_bf16(asked.gpu) else "fp32"
     if settings.float8 and asked.gpu is not None:
-        require_bf16_beside_float8(precision)
         if not has_float8_of_rows(asked.gpu):
             raise UsageError(
                 f"--float8 needs an NVIDIA GPU from Hopper on, and --gpu {asked.gpu} is none: leave it out"
             )
+        require_bf16_beside_float8(precision)
     late = can_hide_sums(
         compiled=settings.compiles_on("cpu" if asked.gpu is None else "cuda"),
         fixed_order=settings.deterministic or settings.tensor_slices is not None,
@@ -207,6 +216,7 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
         sequence_parallel=settings.sequence_parallel,
         overlap_collectives=settings.overlap_collectives,
         hides_sums=late and not settings.plain_step,
+        overlaps_gradients=not (settings.plain_step or settings.deterministic),
         data_parallel_shard=settings.data_parallel_shard,
         replicas=settings.data_parallel_replicate_size,
         replicate_embeddings=settings.replicate_embeddings,

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.data.blocks import counted_targets, pack_blocks, unpack_blocks
+from colonnade.parallel import attention
 from colonnade.parallel.attention import attend, document_kernel, document_layout, takes_groups
 from colonnade.parallel.compilation import cpu_compiler
 from colonnade.parallel.mesh import init_parallel
@@ -133,7 +134,7 @@ def test_logits_and_gradients_equal_transformers(single_rank, tied):
     loss.backward()
     ours = model(blocks.input_ids, blocks.labels, blocks.document_starts)
     ours.backward()
-    assert float(ours) == pytest.approx(float(loss), rel=1e-6)
+    assert float(ours.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
     assert_gradients_equal(
         {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()},
         {name: parameter.grad for name, parameter in twin.named_parameters()},
@@ -275,3 +276,21 @@ def test_heads_are_repeated_where_no_fused_kernel_takes_groups(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
         assert takes_groups(half) == expected
         assert not takes_groups(single)
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_attention_repeats_heads_where_it_has_to(takes, monkeypatch):
+    monkeypatch.setattr(attention, "takes_groups", lambda query: takes)
+    seen = []
+
+    def recorded(query, key, value, *, enable_gqa=False, **options):
+        seen.append((key.shape[1], value.shape[1], enable_gqa))
+        return real(query, key, value, enable_gqa=enable_gqa, **options)
+
+    real = attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
+    query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+    found = attend(query, key, value, None)
+    repeated = (each.repeat_interleave(2, dim=1) for each in (key, value))
+    torch.testing.assert_close(found, real(query, *repeated, is_causal=True))
+    assert seen == [(2, 2, True) if takes else (4, 4, False)]

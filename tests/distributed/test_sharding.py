@@ -276,6 +276,8 @@ def test_what_cannot_be_shared_out_is_refused(
             ["--sequence-parallel changes nothing at tp 1", "--overlap-collectives changes nothing at tp 1"],
         ),
         ({"sequence_parallel": True, "overlap_collectives": True, "deterministic": True}, (1, 2), 4, []),
+        ({"replicate_embeddings": True}, (1, 1), 4, ["--replicate-embeddings changes nothing at tp 1"]),
+        ({"replicate_embeddings": True}, (2, 1), 4, []),
         ({"overlap_collectives": True}, (2, 1), 1, ["--overlap-collectives changes nothing at a micro-batch of one"]),
     ],
 )

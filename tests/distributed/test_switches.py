@@ -51,6 +51,13 @@ def test_sizes_that_float8_cannot_take_are_refused() -> None:
         ({}, 7, 1, False, "--block-size 7 is no multiple of 16; use 16, or leave it out"),
         ({"intermediate_size": 96}, 64, 4, False, "with 4 slices the feed-forward is 24, .*smaller --tensor-parallel-"),
         ({"intermediate_size": 96}, 64, 4, True, "with 4 slices the feed-forward is 24, .*smaller --tensor-slices, or"),
+        (
+            {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8},
+            64,
+            1,
+            False,
+            "8, .*use another model, or",
+        ),
         ({"hidden_size": 72}, 64, 2, True, "with 2 slices the hidden size is 72, .* 16; use another model, or leave"),
     ):
         config = dataclasses.replace(FLOAT8, **changes)
