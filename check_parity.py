@@ -51,8 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_first_rank(lambda: require_place("--json", parity.json))
     alone = first_rank_alone(layout.device)
     subject = settle(parity, given, layout, alone)
-    own = Numerics(subject.settings.precision, subject.settings.float8)
-    compared = list(dict.fromkeys([EXACT, own]))
+    compared = list(dict.fromkeys([EXACT, Numerics.of(subject.settings)]))
     if layout.is_main:
         print(describe(subject, layout), flush=True)
     done: list[NumericsParity] = []
@@ -109,7 +108,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
         resolve_model_settings,
         with_preset,
     )
-    from run.parity import Subject
+    from run.parity import EXACT, Numerics, Subject
 
     notes: list[str] = []
     found, record = None, {}
@@ -132,8 +131,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
     settings = resolve_model_settings(settings, config)
     with vote():
         check_sizes(settings, config, layout)
-        is_exact = settings.precision == "fp32" and not settings.float8
-        require_memory_for_both(config, layout, 0 if is_exact else parity.steps + 1)
+        require_memory_for_both(config, layout, 0 if Numerics.of(settings) == EXACT else parity.steps + 1)
         micro_batch, global_batch = batch_of(settings, layout)
     blocks = on_first_rank(lambda: read_blocks(settings, config, alone, parity.steps, global_batch, notes))
     notes += idle_switches(settings, layout.tp, layout.dp, micro_batch)
@@ -237,12 +235,12 @@ def describe(subject: Subject, layout: ParallelLayout) -> str:
 
 def table(parity: NumericsParity, layout: ParallelLayout) -> str:
     """The comparison in the same numerics, for people."""
-    ranks, precision = f"tp {layout.tp}", str(parity.numerics)
+    ranks, numerics = f"tp {layout.tp}", parity.numerics
     # A multiple of what the numerics by themselves change, except where there is no other to measure that by.
     is_low = parity.parameters_rounding is not None
-    unit = f" times what {precision} differs from fp32 by on one rank" if is_low else ""
+    unit = f" times what {numerics} differs from fp32 by on one rank" if is_low else ""
     lines = [
-        f"\n{precision}, tolerance {parity.tolerance:g}{unit}",
+        f"\n{numerics}, tolerance {parity.tolerance:g}{unit}",
         f"{'step':>4}  {'loss alone':>10} {'loss ' + ranks:>10} {'differs':>8}  {'norm alone':>10} "
         f"{'norm ' + ranks:>10} {'differs':>8}  {'limit':>8} {'differs':>8} worst gradient",
     ]

@@ -16,7 +16,7 @@ import yaml
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
 from colonnade.run_settings import RunSettings
-from colonnade.setting_values import brief, check_field, nearest, read_yaml
+from colonnade.setting_values import brief, check_field, multiples_near, nearest, read_yaml
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 
@@ -114,6 +114,17 @@ def complete_settings(given: Mapping[str, Any]) -> RunSettings:
             )
         settings = RunSettings(**override(load_preset(settings.preset)[1], given))
     return check_contradictions(settings)
+
+
+def sequences_of_step(tokens_per_step: int, block_size: int) -> int:
+    """The sequences that --tokens-per-step are. Raises UsageError where they are no whole number."""
+    sequences, rest = divmod(tokens_per_step, block_size)
+    if rest:
+        near = " or ".join(map(str, multiples_near(tokens_per_step, block_size)))
+        raise UsageError(
+            f"--tokens-per-step {tokens_per_step} is no multiple of --block-size {block_size}; nearest: {near}"
+        )
+    return sequences
 
 
 def check_contradictions(settings: RunSettings) -> RunSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Iterable
@@ -105,6 +106,18 @@ def wall_time_seconds(text: str) -> int:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor of a number of at least 1, ascending."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
+
+
+def multiples_near(value: int, step: int) -> list[int]:
+    """The multiples of `step` below and above a value that is none, those above 0."""
+    below = value // step * step
+    return [multiple for multiple in (below, below + step) if multiple]
 
 
 class _Loader(yaml.SafeLoader):

@@ -32,7 +32,7 @@ def tune_batch(
         plan = plan_search(initial, gradient_accumulation_steps=settings.gradient_accumulation_steps)
     else:
         plan = plan_search(initial, chunks_per_rank=global_batch // layout.dp)
-    on_cuda = layout.device.type == "cuda"
+    on_cuda, is_compiled = layout.device.type == "cuda", settings.compiles_on(layout.device.type)
     depends_on = {
         "device": torch.cuda.get_device_name(layout.device) if on_cuda else "cpu",
         "device_bytes": torch.cuda.mem_get_info(layout.device)[1] if on_cuda else None,
@@ -42,7 +42,7 @@ def tune_batch(
         "tp": layout.tp,
         "dp": layout.dp,
         "precision": settings.precision,
-        "compile": settings.compiles_on(layout.device.type),
+        "compile": is_compiled,
         "gradient_checkpointing": settings.checkpointing == "full",
         "replicate_embeddings": settings.replicate_embeddings,
         "document_mask": settings.document_mask,
@@ -62,7 +62,7 @@ def tune_batch(
         depends_on["data_parallel_replicate_size"] = settings.data_parallel_replicate_size
 
     def probe(size: int) -> float:
-        warm = on_cuda or settings.compiles_on(layout.device.type)
+        warm = on_cuda or is_compiled
         block, mask = settings.block_size or 0, settings.document_mask
         return _probe_seconds(model, size, block, warm=warm, document_mask=mask, plain=settings.plain_step)
 

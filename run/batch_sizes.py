@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from colonnade.config import sequences_of_step
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.run_settings import MAX_TOKENS_PER_STEP, RunSettings
@@ -23,14 +24,7 @@ def requested_global_batch(settings: RunSettings, dp: int) -> int | None:
     block = settings.block_size
     assert block is not None
     if settings.tokens_per_step is not None:
-        chunks, rest = divmod(settings.tokens_per_step, block)
-        if rest:
-            near = [count * block for count in (chunks, chunks + 1) if count]
-            raise UsageError(
-                f"--tokens-per-step {settings.tokens_per_step} is no multiple of --block-size {block}; "
-                f"nearest: {' or '.join(map(str, near))}"
-            )
-        return chunks
+        return sequences_of_step(settings.tokens_per_step, block)
     if settings.initial_batch_size == "auto":
         check_step_size(1, settings, dp)
         return None

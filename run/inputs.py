@@ -202,10 +202,8 @@ def require_same_run(
     changed += arithmetic_changes(record, settings, layout)
     changed += weight_changes(record, settings)
     if changed:
-        # Some switches are settings, and part of the arithmetic as well.
-        named = "; ".join(dict.fromkeys(changed))
         raise UsageError(
-            f"{settings.checkpoint_dir} holds a run with other settings: {named}. Give the run's own, "
+            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own, "
             "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
         )
     return record

@@ -61,6 +61,10 @@ class Numerics:
     precision: str
     float8: bool = False
 
+    @classmethod
+    def of(cls, settings: RunSettings) -> Numerics:
+        return cls(settings.precision, settings.float8)
+
     def __str__(self) -> str:
         return f"{self.precision} with float8" if self.float8 else self.precision
 

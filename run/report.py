@@ -55,10 +55,9 @@ def _changes(run: Run, record: Mapping[str, Any], libraries: Mapping[str, str]) 
     pairs += [(name, libraries.get(name), present.get(name)) for name in sorted({*libraries, *present})]
     lines = [f"{name} {then} -> {now}" for name, then, now in pairs if then != now]
     # Told above, of every run.
-    told = ("torch ", "micro_batch_size ")
+    told = ("torch ", "micro_batch_size ", "overlap_collectives ", "sequence_parallel ")
     lines += [line for line in arithmetic_changes(record, settings, layout) if not line.startswith(told)]
-    lines += weight_changes(record, settings) + _data_changes(run, record)
-    return list(dict.fromkeys(lines))  # some switches are settings, and part of the arithmetic as well
+    return lines + weight_changes(record, settings) + _data_changes(run, record)
 
 
 def _data_changes(run: Run, record: Mapping[str, Any]) -> list[str]:

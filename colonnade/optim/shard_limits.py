@@ -13,6 +13,7 @@ from colonnade.optim.optimizer import VECTOR_ELEMENTS
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.sharding import cut_of, default_slices, is_vocabulary, piece_count
 from colonnade.run_settings import RunSettings
+from colonnade.setting_values import divisors
 
 FLOAT32_ELEMENTS = 16  # of the widest vector register; parameters are float32
 
@@ -41,15 +42,14 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
         return
     flag, replicas = f"--data-parallel-shard {settings.data_parallel_shard}", settings.data_parallel_replicate_size
     if layout.dp % replicas:
-        sizes = [size for size in range(1, layout.dp + 1) if layout.dp % size == 0]
-        if len(sizes) == 1:
+        if layout.dp == 1:
             raise UsageError(
                 f"--data-parallel-replicate-size {replicas} groups data-parallel ranks, and there is one: leave it "
                 "out, or start more ranks than --tensor-parallel-size"
             )
         raise UsageError(
             f"--data-parallel-replicate-size {replicas} does not divide the {layout.dp} data-parallel ranks; sizes "
-            f"that do: {', '.join(map(str, sizes))}"
+            f"that do: {', '.join(map(str, divisors(layout.dp)))}"
         )
     if settings.optimizer == "muon":
         raise UsageError(f"{flag}: muon takes whole matrices; use --optimizer adamw, or --data-parallel-shard none")

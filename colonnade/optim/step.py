@@ -147,14 +147,7 @@ def optimizer_step(
     if overlapped is None:
         _sum_over_data_parallel_ranks(model, [gradient for gradient, _ in gradients], loss, fixed_order=deterministic)
     scaler.unscale_(optimizer)
-    flag = ~torch.isfinite(loss)
-    if skip_above is not None:
-        flag |= loss > skip_above
-    pieces = model.pieces if model.group.fixed_order else None
-    if shards is None:
-        norm, skipped = agreed_norm(gradients, model.group, flag, pieces)
-    else:
-        norm, skipped = agreed_norm_of_shards(list(model.parameters()), model.group, flag, shards, pieces)
+    norm, skipped = _norm_and_verdict(model, gradients, loss, skip_above)
     if max_grad_norm > 0:
         clip_by_norm(gradients, norm, max_grad_norm)
     # Not `scaler.step`: it would tell the optimizer of overflows alone. Each of them makes the norm infinite or NaN.
@@ -176,3 +169,16 @@ def _sum_over_data_parallel_ranks(
     if shards.replicate_group is not None and not shards.fixed_order:
         sum_over_data_parallel(gradients, shards.replicate_group)
     sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=fixed_order)
+
+
+def _norm_and_verdict(
+    model: SlicedModel, gradients: list[tuple[Tensor, bool]], loss: Tensor, skip_above: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The norm of the whole model's gradient, and whether the step is skipped, agreed on by all ranks."""
+    flag = ~torch.isfinite(loss)
+    if skip_above is not None:
+        flag |= loss > skip_above
+    pieces = model.pieces if model.group.fixed_order else None
+    if model.shards is None:
+        return agreed_norm(gradients, model.group, flag, pieces)
+    return agreed_norm_of_shards(list(model.parameters()), model.group, flag, model.shards, pieces)

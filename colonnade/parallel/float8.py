@@ -16,6 +16,7 @@ from torch import Tensor
 
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
+from colonnade.setting_values import multiples_near
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -65,15 +66,13 @@ def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fix
         fixed_slices: there are so many whatever the number of ranks (`--tensor-slices`).
     """
     if block_size % MULTIPLE:
-        below = block_size // MULTIPLE * MULTIPLE
-        near = [size for size in (below, below + MULTIPLE) if 0 < size <= config.max_position_embeddings]
+        near = [size for size in multiples_near(block_size, MULTIPLE) if size <= config.max_position_embeddings]
         advice = f"use {' or '.join(map(str, near))}, or" if near else "use another model, or"
         raise UsageError(f"--float8: --block-size {block_size} is no multiple of {MULTIPLE}; {advice} leave it out")
-    whole = _sizes(config, 1)
-    for name, size in {**whole, **_sizes(config, slices)}.items():
+    for name, size in _sizes(config, slices).items():
         if size % MULTIPLE:
             # Fewer slices help only what fits whole.
-            smaller = all(value % MULTIPLE == 0 for value in whole.values())
+            smaller = all(value % MULTIPLE == 0 for value in _sizes(config, 1).values())
             flag = "--tensor-slices" if fixed_slices else "--tensor-parallel-size"
             advice = f"another model, a smaller {flag}" if smaller else "another model"
             raise UsageError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colonnade.errors import LocalRunError, PeerError, UsageError
+from colonnade.setting_values import divisors
 
 STARTUP_SECONDS = 1800.0
 """How long ranks wait for each other at first: longer than reading a checkpoint or compiling takes the slowest."""
@@ -140,10 +141,9 @@ def resolve_tensor_parallel_size(world_size: int, requested: int | None) -> int:
     """
     tp = world_size if requested is None else requested
     if tp < 1 or world_size % tp:
-        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise UsageError(
             f"--tensor-parallel-size {tp} does not divide the {world_size} ranks of this launch; "
-            f"sizes that do: {', '.join(map(str, divisors))}"
+            f"sizes that do: {', '.join(map(str, divisors(world_size)))}"
         )
     return tp
 

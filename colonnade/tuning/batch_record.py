@@ -22,6 +22,7 @@ from typing import Any
 
 from colonnade.errors import RunError
 from colonnade.files import replace_file
+from colonnade.setting_values import divisors
 
 RECORD_NAME = "micro_batch.json"
 RECORD_VERSION = 1
@@ -51,9 +52,7 @@ def micro_batch_candidates(chunks_per_rank: int, at_most: int | None = None) -> 
     """
     if chunks_per_rank < 1 or (at_most is not None and at_most < 1):
         raise ValueError(f"chunks per rank and the limit must be at least 1, not {chunks_per_rank} and {at_most}")
-    small = [size for size in range(1, int(chunks_per_rank**0.5) + 1) if chunks_per_rank % size == 0]
-    divisors = sorted({*small, *(chunks_per_rank // size for size in small)})
-    return [size for size in divisors if at_most is None or size <= at_most]
+    return [size for size in divisors(chunks_per_rank) if at_most is None or size <= at_most]
 
 
 def stored_answer(directory: Path, key_fields: Mapping[str, Any]) -> int | None:

@@ -83,18 +83,20 @@ def _tensor_parallel(
     width = config.hidden_size * BYTES[placement.precision]
     whole = accumulation * width * sum(rows)
     calls = accumulation * halves
+    # In the layers one half computes while the other waits.
+    other_half: Computation | None = "step" if halves == 2 else None
 
     def passes(what: str, collective: str, times: int, behind: Computation | None = None) -> Traffic:
-        """So many times all halves, of which one computes while the other waits."""
-        if halves == 2 and what.startswith("layers"):
-            behind = "step"
+        """So many times all halves."""
         return Traffic("tp", what, collective, tp, calls * times, whole * times, behind)
 
     def of_f(collective: str) -> Iterator[Traffic]:
         """Backward, the sums of f."""
         late = placement.hides_sums
-        yield passes("layers, backward: attention", collective, layers, "gradients of q, k, v" if late else None)
-        yield passes("layers, backward: feed-forward", collective, layers, "gradients of gate, up" if late else None)
+        attention: Computation | None = other_half or ("gradients of q, k, v" if late else None)
+        feed_forward: Computation | None = other_half or ("gradients of gate, up" if late else None)
+        yield passes("layers, backward: attention", collective, layers, attention)
+        yield passes("layers, backward: feed-forward", collective, layers, feed_forward)
 
     embedded = 0 if placement.replicate_embeddings else 1
     is_full = placement.activation_checkpointing == "full"
@@ -103,19 +105,19 @@ def _tensor_parallel(
     if placement.sequence_parallel:
         yield passes("embedding", REDUCE_SCATTER, embedded)
         yield passes("embedding", ALL_GATHER, 1)  # backward; also where a rank takes its share of a whole embedding
-        yield passes("layers", ALL_GATHER, 4 * layers)
-        yield passes("layers", REDUCE_SCATTER, 2 * layers)
+        yield passes("layers", ALL_GATHER, 4 * layers, other_half)
+        yield passes("layers", REDUCE_SCATTER, 2 * layers, other_half)
         yield from of_f(REDUCE_SCATTER)
-        yield passes("layers, computed again", ALL_GATHER, 2 * layers * is_full)
-        yield passes("layers, computed again", REDUCE_SCATTER, again)
+        yield passes("layers, computed again", ALL_GATHER, 2 * layers * is_full, other_half)
+        yield passes("layers, computed again", REDUCE_SCATTER, again, other_half)
         yield passes("head", ALL_GATHER, 1)
         yield passes("head", REDUCE_SCATTER, embedded)
         yield _whole_parameters(config, placement, accumulation)
     else:
         yield passes("embedding", ALL_REDUCE, embedded)
-        yield passes("layers", ALL_REDUCE, 2 * layers)
+        yield passes("layers", ALL_REDUCE, 2 * layers, other_half)
         yield from of_f(ALL_REDUCE)
-        yield passes("layers, computed again", ALL_REDUCE, again)
+        yield passes("layers, computed again", ALL_REDUCE, again, other_half)
         yield passes("head", ALL_REDUCE, embedded)
     if not placement.replicate_embeddings:
         yield _statistics(placement, micro_batch * block, accumulation)

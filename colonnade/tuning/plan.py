@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from colonnade.command_settings import PlanSettings
+from colonnade.config import sequences_of_step
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
@@ -159,13 +160,7 @@ def _require_known(asked: PlanSettings) -> None:
 def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelConfig, tokens: int, block: int) -> int:
     """As given, or recommended for the compute of so many tokens, in whole sequences for each device."""
     if settings.tokens_per_step is not None:
-        if settings.tokens_per_step % block:
-            below = settings.tokens_per_step // block * block
-            near = " or ".join(str(tokens) for tokens in (below, below + block) if tokens)
-            raise UsageError(
-                f"--tokens-per-step {settings.tokens_per_step} is no multiple of --block-size {block}; nearest: {near}"
-            )
-        return settings.tokens_per_step
+        return sequences_of_step(settings.tokens_per_step, block) * block
     share = block * asked.gpus
     if share > MAX_TOKENS_PER_STEP:
         raise UsageError(
@@ -179,7 +174,8 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
 
 
 def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, warmup_is_given: bool) -> Iterator[str]:
-    placement = choice.candidates[0].placement
+    best = choice.candidates[0]
+    placement = best.placement
     if asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
     else:
@@ -194,7 +190,6 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "full": "one layer at a time computed again",
     }[placement.activation_checkpointing]
     yield f"memory: tensors of eager {placement.precision} steps, {kept}; without caches of allocator and libraries"
-    best = choice.candidates[0]
     shared = settings.replace(data_parallel_shard=placement.data_parallel_shard)
     yield from idle_switches(shared, placement.tp, placement.dp, best.micro_batch)
     if settings.float8:

@@ -20,6 +20,7 @@ from colonnade.parallel.column_parallel import can_hide_sums
 from colonnade.parallel.float8 import check_float8_sizes, require_bf16_beside_float8
 from colonnade.parallel.sharding import check_slices, default_slices, slice_counts
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
+from colonnade.setting_values import divisors
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.communication import Traffic, step_traffic
 from colonnade.tuning.cost_model import Memory, Placement, step_memory
@@ -203,7 +204,7 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
                 f"--float8 needs an NVIDIA GPU from Hopper on, and --gpu {asked.gpu} is none: leave it out"
             )
         require_bf16_beside_float8(precision)
-    late = can_hide_sums(
+    can_hide = can_hide_sums(
         compiled=settings.compiles_on("cpu" if asked.gpu is None else "cuda"),
         fixed_order=settings.deterministic or settings.tensor_slices is not None,
         cuda_graphs=settings.cuda_graphs,
@@ -215,7 +216,7 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
         activation_checkpointing=settings.checkpointing,
         sequence_parallel=settings.sequence_parallel,
         overlap_collectives=settings.overlap_collectives,
-        hides_sums=late and not settings.plain_step,
+        hides_sums=can_hide and not settings.plain_step,
         overlaps_gradients=not (settings.plain_step or settings.deterministic),
         data_parallel_shard=settings.data_parallel_shard,
         replicas=settings.data_parallel_replicate_size,
@@ -246,10 +247,9 @@ def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfi
         sizes = [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
     else:
         if asked.gpus % tp:
-            dividing = [size for size in range(1, asked.gpus + 1) if asked.gpus % size == 0]
             raise UsageError(
                 f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}; sizes that do: "
-                f"{', '.join(map(str, dividing))}"
+                f"{', '.join(map(str, divisors(asked.gpus)))}"
             )
         check_slices(config, tp, None)
         sizes = [tp]
