@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import document_kernel, document_layout
+from colonnade.parallel.attention import document_kernel, document_layout, takes_groups
 from colonnade.parallel.collectives import TensorGroup
 from colonnade.parallel.column_parallel import can_hide_sums
 from colonnade.parallel.data_parallel import DataParallelShards, shard_over_data_parallel
@@ -142,10 +142,12 @@ class TensorParallelModel(nn.Module):
         self.cuda_graphs = cuda_graphs
         self.weights = StepWeights(fixed_order=self.group.fixed_order, at_fixed_addresses=cuda_graphs)
         product = float8_linear(layout.device) if float8 else None
+        grouped = takes_groups(layout.device, self.compute_dtype)
         self.segments = Segments(
             config,
             compiled=compiled,
             cuda_graphs=cuda_graphs,
+            grouped=grouped,
             product=product,
             hides_sums=hides_sums
             and self.group.size > 1
@@ -154,7 +156,7 @@ class TensorParallelModel(nn.Module):
             ),
         )
         # For shapes that change with every call, as those of generation do.
-        self.eager_segments = Segments(config, compiled=False, product=product)
+        self.eager_segments = Segments(config, compiled=False, grouped=grouped, product=product)
         self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
         self.model = Decoder(make, config, self.group, self.weights)

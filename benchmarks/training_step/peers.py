@@ -91,7 +91,7 @@ class PlainAttention(nn.Module):
         )
         query, key = (rotated(heads, cos, sin) for heads in (query, key))
         group = query.shape[1] // key.shape[1]
-        if group > 1 and not takes_groups(query):
+        if group > 1 and not takes_groups(query.device, query.dtype):
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
             group = 1
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=group > 1)

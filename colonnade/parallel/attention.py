@@ -201,14 +201,15 @@ def attend_projected(
     mask: DocumentMask | None = None,
     *,
     linear: Linear = linear,
+    grouped: bool = False,
     **constants: Any,
 ) -> Tensor:
     """Causal grouped-query attention over the heads of one slice: [B, T, (n + 2 k) * D] -> partial [B, T, H].
 
-    `constants`, cos and sin are those of `split_heads`; mask None: over the whole block.
+    `constants`, cos and sin are those of `split_heads`, `grouped` is that of `attend`; mask None: over the whole block.
     """
     query, key, value = split_heads(projected, o, norms, cos, sin, **constants)
-    return _merge_heads(attend(query, key, value, mask), o, linear)
+    return _merge_heads(attend(query, key, value, mask, grouped=grouped), o, linear)
 
 
 def cached_attention_slice(
@@ -220,6 +221,7 @@ def cached_attention_slice(
     extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     *,
     linear: Linear = linear,
+    grouped: bool = False,
     **constants: Any,
 ) -> Tensor:
     """Attention of tokens that follow others: [B, T, H] -> partial [B, T, H].
@@ -232,7 +234,7 @@ def cached_attention_slice(
     query, key, value = split_heads(projected, weights.o, weights.norms, cos, sin, **constants)
     keys, values = extend(key, value)
     if visible is None and query.shape[2] > 1:
-        mixed = attend(query, keys, values, None)
+        mixed = attend(query, keys, values, None, grouped=grouped)
     else:
         group = query.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
@@ -244,15 +246,19 @@ def _merge_heads(mixed: Tensor, o: Tensor, linear: Linear) -> Tensor:
     return linear(mixed.transpose(1, 2).flatten(2), o, None)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
-    """Causal attention of query [B, n, T, D] over key and value [B, k, T, D], n a multiple of k: [B, n, T, D]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None, *, grouped: bool = False) -> Tensor:
+    """Causal attention of query [B, n, T, D] over key and value [B, k, T, D], n a multiple of k: [B, n, T, D].
+
+    Args:
+        grouped: the kernel without a mask is given k heads, not n copies of them (`takes_groups`).
+    """
     group = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockMask):
         alone = query.is_cuda and not torch.compiler.is_compiling()
         flex: Any = _compiled_flex_attention() if alone else flex_attention
         mixed: Tensor = flex(query, key, value, block_mask=mask, enable_gqa=group > 1)
         return mixed
-    if group > 1 and not (mask is None and takes_groups(query)):
+    if group > 1 and not (mask is None and grouped):
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         group = 1
     if isinstance(mask, list):
@@ -262,14 +268,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=group > 1)
 
 
-def takes_groups(query: Tensor) -> bool:
+def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a fused kernel of `scaled_dot_product_attention` takes fewer heads of keys than of queries, unmasked.
 
     Those that do are for half precision on GPUs since Ampere. Elsewhere a grouped call computes all scores, [B, n, T,
-    T]; repeated heads keep it fused.
+    T]; repeated heads keep it fused. Not to be asked within a compiled graph, where a device has no properties.
+
+    Args:
+        dtype: of the activations.
     """
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and is_half and torch.cuda.get_device_properties(query.device).major >= 8
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and torch.cuda.get_device_properties(device).major >= 8
 
 
 def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]]) -> Tensor:

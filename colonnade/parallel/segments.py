@@ -70,6 +70,7 @@ class Segments:
 
     Args:
         cuda_graphs: replay the compiled segments as CUDA graphs.
+        grouped: attention's kernel takes fewer heads of keys than of queries (`takes_groups`).
         product: of the projections; None for one in the activations' dtype.
         hides_sums: backward, gradients of weights are computed while f sums over ranks. The projections behind f are
             then outside of compiled segments, and in the activations' dtype.
@@ -81,6 +82,7 @@ class Segments:
         *,
         compiled: bool,
         cuda_graphs: bool = False,
+        grouped: bool = False,
         product: Linear | None = None,
         hides_sums: bool = False,
     ) -> None:
@@ -104,6 +106,7 @@ class Segments:
             "eps": config.rms_norm_eps,
             "interleaved": config.rope_interleaved,
             "linear": product,
+            "grouped": grouped,
         }
         attend, feed = partial(attend_projected, **heads), partial(feed_projected, linear=product)
         if hides_sums:

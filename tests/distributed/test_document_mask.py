@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -269,18 +268,16 @@ def test_kernel_follows_the_device():
 
 
 def test_heads_are_repeated_where_no_fused_kernel_takes_groups(monkeypatch):
-    assert not takes_groups(torch.empty(1, dtype=torch.bfloat16))
-    with FakeTensorMode():
-        half, single = (torch.empty(1, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert not takes_groups(torch.device("cpu"), torch.bfloat16)
+    cuda = torch.device("cuda")
     for major, expected in ((7, False), (8, True), (9, True)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
-        assert takes_groups(half) == expected
-        assert not takes_groups(single)
+        assert takes_groups(cuda, torch.bfloat16) == expected
+        assert not takes_groups(cuda, torch.float32)
 
 
 @pytest.mark.parametrize("takes", [False, True])
 def test_attention_repeats_heads_where_it_has_to(takes, monkeypatch):
-    monkeypatch.setattr(attention, "takes_groups", lambda query: takes)
     seen = []
 
     def recorded(query, key, value, *, enable_gqa=False, **options):
@@ -290,7 +287,7 @@ def test_attention_repeats_heads_where_it_has_to(takes, monkeypatch):
     real = attention.F.scaled_dot_product_attention
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
     query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
-    found = attend(query, key, value, None)
+    found = attend(query, key, value, None, grouped=takes)
     repeated = (each.repeat_interleave(2, dim=1) for each in (key, value))
     torch.testing.assert_close(found, real(query, *repeated, is_causal=True))
     assert seen == [(2, 2, True) if takes else (4, 4, False)]
