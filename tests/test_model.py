@@ -145,7 +145,8 @@ def test_gradients_of_local_parts_are_those_of_to_local(layout):
             gradients.append(parameter.grad)
         ours, theirs = gradients
         if name == "none":
-            assert ours is theirs is None
+            assert ours is None
+            assert theirs is None or not theirs.full_tensor().any()  # torch 2.11 makes zeros of it
             continue
         assert torch.equal(ours.to_local(), theirs.to_local()), name
         assert ours.to_local().is_contiguous()

@@ -228,7 +228,6 @@ def test_graphs_of_a_size_are_forgotten_before_the_next(cuda_graphs: bool, monke
     module = SimpleNamespace(
         mem_get_info=lambda device: (0, 0), empty_cache=lambda: None, reset_peak_memory_stats=lambda device: None
     )
-    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     compiled: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -236,9 +235,10 @@ def test_graphs_of_a_size_are_forgotten_before_the_next(cuda_graphs: bool, monke
         return graph.forward
 
     double = torch.compile(lambda x: 2 * x, backend=backend)
-    memory = AcceleratorMemory(torch.device("cuda"), cuda_graphs=cuda_graphs)
     for _ in range(2):
-        memory.start_trial()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "get_device_module", lambda device: module)
+            AcceleratorMemory(torch.device("cuda"), cuda_graphs=cuda_graphs).start_trial()
         assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
     assert len(compiled) == (2 if cuda_graphs else 1)
 

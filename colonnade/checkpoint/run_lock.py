@@ -10,11 +10,10 @@ import json
 import logging
 import os
 import socket
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
@@ -63,11 +62,10 @@ class RunLock:
             self._made_folder = True
         if not self.directory.is_dir():
             return
-        lock = FileLock(self.directory / LOCK_NAME)
+        # Without its own way where there are no locks, which outlives a job that is killed.
+        lock = FileLock(self.directory / LOCK_NAME, fallback_to_soft=False)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of its way without locks, which outlives a job that is killed
-                lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.1)
+            lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.1)
         except Timeout:
             raise UsageError(
                 f"--checkpoint-dir {self.directory} is in use by {self._owner()}; wait for that job, end it, or give "
@@ -79,13 +77,11 @@ class RunLock:
                     f"--checkpoint-dir {self.directory} cannot be locked ({error.strerror}); give a folder that can"
                 ) from error
             (self.directory / LOCK_NAME).unlink(missing_ok=True)
-            self._warn()
+            logger.warning(
+                "%s is on a file system without locks: nothing keeps a second job out of it", self.directory.absolute()
+            )
         else:
-            if isinstance(lock, SoftFileLock):
-                lock.release()
-                self._warn()
-            else:
-                self.is_held = True
+            self.is_held = True
         self._lock = lock
         if self.is_held:
             self._say_who()
@@ -103,11 +99,6 @@ class RunLock:
         if self._made_folder:
             with suppress(OSError):  # not empty
                 self.directory.rmdir()
-
-    def _warn(self) -> None:
-        logger.warning(
-            "%s is on a file system without locks: nothing keeps a second job out of it", self.directory.absolute()
-        )
 
     def _say_who(self) -> None:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
