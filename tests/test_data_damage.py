@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,26 @@ def test_a_row_group_of_nulls_is_passed_over(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.parquet", texts, group=GROUP)
     expected = plain_tokens([text for text in texts if text is not None])
     assert_same_blocks(blocks_of([shard]), plain_blocks(expected, BLOCK))
+
+
+def test_best_fit_passes_over_portions_without_a_document(tmp_path: Path) -> None:
+    """First, in between and last; and a stream that goes on after any of its blocks serves the rest."""
+    texts, nulls = stdlib_texts(3 * GROUP), [None] * GROUP
+    groups = [texts[begin : begin + GROUP] for begin in range(0, len(texts), GROUP)]
+    whole = [write_shard(tmp_path / f"{number}.parquet", group, group=GROUP) for number, group in enumerate(groups)]
+    holes = [*nulls, *groups[0], *nulls, *nulls, *groups[1], *groups[2], *nulls]
+    holed = write_shard(tmp_path / "holed.parquet", holes, group=GROUP)
+    with open_stream([holed], epochs=1, packing="best-fit") as stream:
+        served = [(chunk.tokens.tolist(), stream.position) for chunk in stream]
+    # The blocks of a row group come in an order of its own.
+    expected = [sorted(block.tolist() for block in blocks_of([shard], packing="best-fit")) for shard in whole]
+    ends = list(accumulate(map(len, expected), initial=0))
+    assert len(served) == ends[-1]
+    for (begin, end), group in zip(pairwise(ends), expected, strict=True):
+        assert sorted(tokens for tokens, _ in served[begin:end]) == group
+    for done, (_, position) in enumerate(served, 1):
+        with open_stream([holed], epochs=1, packing="best-fit", position=position) as rest:
+            assert [chunk.tokens.tolist() for chunk in rest] == [tokens for tokens, _ in served[done:]]
 
 
 # --- files, before the run -------------------------------------------------------------------------------------------

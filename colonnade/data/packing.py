@@ -145,8 +145,6 @@ class BestFitPacker:
         return self._next < len(self._order)
 
     def add(self, encoded: EncodedRows, begin: int = 0) -> None:
-        if not self.ready and self._next:
-            self._held, self._bins, self._order, self._next = [], [], np.zeros(0, np.int64), 0
         self._held.append(encoded)
 
     def end_portion(self, event: PortionEnded) -> None:
@@ -161,8 +159,7 @@ class BestFitPacker:
         self._order = keyed_permutation(len(self._bins), "blocks", *event.key)
         self._next, self._resume = self._resume, 0
         self._place = LaneCursor(event.epoch, event.unit, event.portion, 0)
-        if not len(self._order):
-            self._held = []
+        self._drop_delivered()
 
     def cut(self) -> Block:
         tokens, starts = np.zeros(self._width, np.int32), np.zeros(self._width, np.bool_)
@@ -174,9 +171,15 @@ class BestFitPacker:
             tokens[filled : filled + end - begin] = stretch
             filled += end - begin
         self._next += 1
+        self._drop_delivered()
         epoch, unit, portion, _ = self._place
         cursor = LaneCursor(epoch, unit, portion, self._next) if self.ready else LaneCursor(epoch, unit, portion + 1, 0)
         return Block(tokens, starts, filled, filled, cursor, epoch)
+
+    def _drop_delivered(self) -> None:
+        """Let go of a portion whose last block was cut: what is held then belongs to the next one."""
+        if not self.ready:
+            self._held = []
 
     def drop_tail(self) -> int:
         return 0  # a portion's blocks are complete when it ends
