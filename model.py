@@ -329,10 +329,11 @@ class TensorParallelModel(nn.Module):
         slices = self.weights.get("head", lambda: pieces(weight, self._head_slices), hidden.dtype)
         local = torch.cat([self.eager_segments.logits(hidden, part) for part in slices], dim=1)
         if self.group.size > 1 and not self.replicate_embeddings:
-            # Shards may be uneven; each rank announces its own width by the same rule.
-            widths = [part.shape[0] for part in torch.empty(self.config.padded_vocab_size).chunk(self.group.size)]
-            parts = [local.new_empty(local.shape[0], width) for width in widths]
-            dist.all_gather(parts, local, group=self.group.group)
+            # Where the vocabulary does not divide, the last ranks hold less: what fills them up lies behind it all.
+            width = -(-self.config.padded_vocab_size // self.group.size)
+            own = F.pad(local, (0, width - local.shape[1]))
+            parts = [torch.empty_like(own) for _ in range(self.group.size)]
+            dist.all_gather(parts, own, group=self.group.group)
             local = torch.cat(parts, dim=1)
         return local[:, : self.config.vocab_size].view(*hidden.shape[:2], -1)
 

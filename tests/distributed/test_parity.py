@@ -67,6 +67,15 @@ def test_step_equals_dense(rank_pool, tp, variant, dtype):
     assert_step_equals_dense(config, results, dtype)
 
 
+@pytest.mark.parametrize("tp", [3, 5])
+def test_step_equals_dense_where_the_vocabulary_does_not_divide(rank_pool, tp):
+    """512 padded rows and an odd number of ranks: the last one holds fewer."""
+    heads = {"num_attention_heads": 15, "num_key_value_heads": 15, "head_dim": 4, "intermediate_size": 90}
+    config = dataclasses.replace(CONFIG, **heads, vocab_size=500)
+    assert config.padded_vocab_size % tp
+    assert_step_equals_dense(config, rank_pool.run(tp, loss_and_gradients, config, tp, seed=5), torch.float32)
+
+
 @pytest.mark.parametrize(
     "options",
     [
