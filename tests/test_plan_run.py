@@ -15,8 +15,11 @@ import plan_run
 from colonnade.config import complete_settings, load_preset, preset_names
 from colonnade.errors import UsageError
 from colonnade.flags import parse_training
+from colonnade.parallel.determinism import check_micro_batches
+from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.tuning.plan import recommended_step, warmup_of
 from distributed.launching import MODEL, losses, make_inputs
+from run.inputs import named_model
 
 LARGE = ("--preset", "argonne-2b", "--vocab-size", "151669")
 
@@ -30,6 +33,20 @@ def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
     plan_run.main([*flags, "--json"])
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     return answer
+
+
+@pytest.mark.parametrize("slices", [None, 1, 2])
+@pytest.mark.parametrize("gpus", [4, 8])
+def test_a_deterministic_plan_is_one_that_a_run_takes(
+    slices: int | None, gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--gpus", str(gpus), "--gpu", "H100", "--deterministic", "--tokens-per-step", str(96 * 4096), "--no-write"]
+    if slices is not None:
+        flags += ["--tensor-slices", str(slices)]
+    plan = planned(capsys, *LARGE, *flags)
+    config = named_model(complete_settings({"preset": "argonne-2b"}), 151669)
+    check_slices(config, plan["placement"]["tp"], slices or default_slices(config))
+    check_micro_batches(96, plan["micro_batch"], plan["dp"])
 
 
 def test_the_numbers_of_a_plan_go_together(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,6 +274,15 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         (
             (*LARGE, "--tokens-per-step", "12288", "--gpus", "2", "--tensor-parallel-size", "1"),
             "12288 are 3 sequences, which 2 devices cannot share out at tp 1; give a multiple of 8192",
+        ),
+        ((*LARGE, "--deterministic", "--tensor-slices", "3"), "--tensor-slices 3 is not a power of two"),
+        (
+            (*LARGE, "--deterministic", "--tensor-slices", "2", "--tensor-parallel-size", "4", "--gpus", "4"),
+            "--tensor-slices 2 cannot be shared out over 4 tensor-parallel ranks",
+        ),
+        (
+            (*LARGE, "--deterministic", "--tokens-per-step", str(12 * 4096), "--gpus", "6"),
+            "the 12 sequences of a step can be halved for 1, 2, 4 .*, and --gpus 6 at tp 1, 2 are other numbers",
         ),
         ((*LARGE, "--tensor-parallel-size", "3", "--gpus", "8"), "3 does not divide --gpus 8; .*: 1, 2, 4, 8"),
         ((*LARGE, "--tensor-parallel-size", "16", "--gpus", "16"), "24 attention heads cannot be cut into 16"),

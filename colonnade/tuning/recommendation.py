@@ -17,6 +17,7 @@ from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import Ranks, check_shards
 from colonnade.parallel.column_parallel import can_hide_sums
+from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.float8 import check_float8_sizes, require_bf16_beside_float8
 from colonnade.parallel.sharding import check_slices, default_slices, slice_counts
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
@@ -128,12 +129,7 @@ def recommend(
     machine = _machine(asked, start.precision)
     chunks = per_step // block
     sizes = _tensor_sizes(asked, settings, config, block)
-    shared = [tp for tp in sizes if chunks % (asked.gpus // tp) == 0]
-    if not shared:
-        raise UsageError(
-            f"--tokens-per-step {per_step} are {chunks} sequences, which {asked.gpus} devices cannot share "
-            f"out at tp {', '.join(map(str, sizes))}; give a multiple of {block * asked.gpus}"
-        )
+    shared = _that_share_out(chunks, sizes, asked, settings, block)
     device = torch.device("cpu" if asked.gpu is None else "cuda")
     best, refused = [], None
     for tp in shared:
@@ -241,24 +237,54 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
 
 
 def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
-    tp = settings.tensor_parallel_size
+    tp, slices = settings.tensor_parallel_size, _fixed_slices(settings, config)
     if tp is None:
+        check_slices(config, 1, slices)
         node = min(asked.gpus, asked.gpus_per_node)
         sizes = [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
+        sizes = [size for size in sizes if slices is None or slices % size == 0]
     else:
         if asked.gpus % tp:
             raise UsageError(
                 f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}; sizes that do: "
                 f"{', '.join(map(str, divisors(asked.gpus)))}"
             )
-        check_slices(config, tp, None)
+        check_slices(config, tp, slices)
         sizes = [tp]
     return _that_float8_takes(sizes, settings, config, block) if settings.float8 else sizes
 
 
+def _fixed_slices(settings: RunSettings, config: ModelConfig) -> int | None:
+    """V, where sums have a fixed order; tensor-parallel sizes are its divisors then."""
+    return settings.tensor_slices or (default_slices(config) if settings.deterministic else None)
+
+
+def _that_share_out(chunks: int, sizes: list[int], asked: PlanSettings, settings: RunSettings, block: int) -> list[int]:
+    """The tensor-parallel sizes whose data-parallel ranks can share out `chunks` sequences of a step, as a run would.
+
+    Raises:
+        UsageError: there is none.
+    """
+    workable = halving_sizes(chunks) if settings.deterministic else divisors(chunks)
+    shared = [tp for tp in sizes if asked.gpus // tp in workable]
+    if shared:
+        return shared
+    at = f"at tp {', '.join(map(str, sizes))}"
+    if settings.deterministic:
+        raise UsageError(
+            f"--deterministic: the {chunks} sequences of a step can be halved for {', '.join(map(str, workable))} "
+            f"data-parallel ranks, and --gpus {asked.gpus} {at} are other numbers of them; give other --gpus or "
+            "--tokens-per-step"
+        )
+    raise UsageError(
+        f"--tokens-per-step {chunks * block} are {chunks} sequences, which {asked.gpus} devices cannot share out "
+        f"{at}; give a multiple of {block * asked.gpus}"
+    )
+
+
 def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
     """The tensor-parallel sizes at which products can be in float8. Raises UsageError where there is none."""
-    slices = settings.tensor_slices or (default_slices(config) if settings.deterministic else None)
+    slices = _fixed_slices(settings, config)
     taken, refusal = [], None
     for tp in sizes:
         try:
