@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,8 +41,10 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=75, metavar="MILLIONS", help="size of the model (75)")
     parser.add_argument("--directory", metavar="DIR", help="where to write (a new folder in this one)")
     given = parser.parse_args()
+    from benchmarks.training_step.ranks import on_ranks
+
     with tempfile.TemporaryDirectory(prefix=".checkpoint-benchmark-", dir=given.directory or ".") as folder:
-        measured, size = on_ranks(_measure, Path(folder), given.parameters, given.rounds)
+        measured, size = on_ranks(RANKS, _measure, Path(folder), given.parameters, given.rounds)
     print(f"{size / 1e6:.0f} MB from {RANKS} ranks, {given.rounds} rounds")
     for way in (*WAYS, "async, until durable"):
         seconds = statistics.median(row[way] for row in measured)
@@ -58,30 +59,6 @@ def main() -> None:
         print(f"{name}  {ratio:.3f}")
     if given.json:
         Path(given.json).write_text(json.dumps({"ratios": ratios}, indent=2) + "\n")
-
-
-def on_ranks(measure: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 returns of `measure(*args)`, called on all ranks."""
-    import torch.multiprocessing as multiprocessing
-
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, args=(f"{folder}/meet", results, measure, args), nprocs=RANKS)
-    return results.get()
-
-
-def _rank(rank: int, meeting: str, results: Any, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
-    value = measure(*args)
-    if rank == 0:
-        results.put(value)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _measure(folder: Path, millions: int, rounds: int) -> tuple[list[dict[str, float]], int]:

@@ -5,6 +5,7 @@ Everything here returns what it found or raises a `UsageError` that names the fo
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -45,15 +46,20 @@ def clear_leftovers(lock: RunLock) -> bool:
     return [info.path for info in find_checkpoints(lock.directory)] != before
 
 
+def folder_of_resumed(resume: ResumeSettings, checkpoint_dir: str | None) -> Path:
+    """The run's folder, as a start says it: its --checkpoint-dir, or the folder that the checkpoint lies in."""
+    path = Path(resume.checkpoint_path)
+    is_checkpoint = os.path.isfile(path) or step_of_name(path.name) is not None
+    return Path(checkpoint_dir or (path.parent if is_checkpoint else path))
+
+
 def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
     """`resume`, or what a second attempt of the same launch has to do: go on exactly with what the first one saved.
 
     torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
     """
-    path = Path(resume.checkpoint_path)
+    directory = folder_of_resumed(resume, checkpoint_dir)
     try:
-        of_run = path.parent if path.is_file() or step_of_name(path.name) is not None else path
-        directory = Path(checkpoint_dir or of_run)
         began = step_of_launch(directory, launched_by)
         saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
     except OSError:  # the search for the checkpoint will say what is wrong with the path

@@ -38,6 +38,7 @@ from run.data import resolve_data, weight_changes
 from run.folder import (
     attempt_of_launch,
     clear_leftovers,
+    folder_of_resumed,
     newest_checkpoint,
     require_no_other_run,
     require_own_model,
@@ -141,7 +142,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: no usable checkpoint, or settings that cannot work with it.
     """
-    layout = _join_ranks(given)
+    layout = _join_ranks(given, resume)
     notes: list[str] = []
     names = launchers()
     if is_artifact(resume.checkpoint_path):
@@ -241,13 +242,14 @@ def _resume(
     return assemble(settings, config, layout, notes, origin, lock)
 
 
-def _join_ranks(given: Mapping[str, Any]) -> ParallelLayout:
+def _join_ranks(given: Mapping[str, Any], resume: ResumeSettings | None = None) -> ParallelLayout:
     """Before anything is known but the settings given: a checkpoint's own come too late for this."""
     defaults = RunSettings(**given)
+    folder = Path(defaults.checkpoint_dir)
+    if resume is not None:
+        folder = folder_of_resumed(resume, given.get("checkpoint_dir"))
     return init_parallel(
-        defaults.tensor_parallel_size,
-        timeout=defaults.startup_timeout,
-        trace_folder=Path(defaults.checkpoint_dir) / HANGS_NAME,
+        defaults.tensor_parallel_size, timeout=defaults.startup_timeout, trace_folder=folder / HANGS_NAME
     )
 
 

@@ -88,6 +88,21 @@ def test_a_local_copy_goes_once_it_is_confirmed_and_never_the_newest(tmp_path: P
     assert made[2].name not in uploaded(tmp_path)
 
 
+def test_a_step_saved_once_more_is_not_taken_for_what_was_uploaded_of_it(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append, drop=True)
+    twice = make(tmp_path, 2)
+    uploads.add(twice)
+    gate.let()
+    uploads.add(twice)
+    gate.let(ValueError("no room"))
+    uploads.add(make(tmp_path, 3))
+    later = gate.let()
+    uploads.close(30)
+    assert local(tmp_path) == [2, 3]
+    assert uploaded(tmp_path).keys() == {later.name}
+
+
 def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
     made = [make(tmp_path, step) for step in (1, 2, 3, 9)]

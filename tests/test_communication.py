@@ -219,6 +219,8 @@ def test_links() -> None:
     assert link_of("--network", "ethernet-100g", 0).bandwidth == 100e9 / 8
     assert link_of("--network", "2.5", 0).bandwidth == 2.5e9
     devices = ("NVIDIA H200", "H100", "NVIDIA H100 PCIe", "A100 80GB", "NVIDIA A100-PCIE-40GB", "L4", "B200")
+    pcie = ("NVIDIA A100 80GB PCIe", "NVIDIA H200 NVL")
+    assert [interconnect_of(gpu) for gpu in pcie] == ["pcie4", "pcie4"]
     assert [interconnect_of(gpu) for gpu in devices] == [
         "nvlink4",
         "nvlink4",

@@ -132,7 +132,7 @@ def measure_tensor_parallel(fractions: Sequence[float], rounds: int, sequence_pa
     Returns:
         segments: seconds of half a micro-batch's attention and feed-forward, in the forward pass.
         delay: 1.0 of it: the shorter of the two.
-        collectives: of a pass with overlap, by place; and without it.
+        started: collectives of a pass with overlap, by place; and without it.
         rounds: seconds of a pass by case, and of them the first rank's sleep, of each round.
     """
     job = dataclasses.replace(work(VOCABULARY, "fp32"), block=BLOCK)

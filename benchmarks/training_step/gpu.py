@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -156,7 +157,7 @@ def _tried(one: Contender, work: Work, plan: Plan, shards: int) -> dict[str, Any
             one.step()
         _await(plan.device)
         seconds.append((time.perf_counter() - began) / plan.window_steps)
-    taken = sorted(seconds)[len(seconds) // 2]
+    taken = statistics.median(seconds)
     return {
         "micro_batch": work.micro_batch,
         "tokens_per_second": work.tokens / taken,

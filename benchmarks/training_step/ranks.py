@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +33,13 @@ PRODUCT_FLOPS = {"cpu": 4e10, "cuda": 4e13}
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
     """What rank 0 returns of `measure(*args)`, called on all of so many new processes with one thread each."""
-    context = multiprocessing.get_context("spawn")
-    results, barrier = context.SimpleQueue(), context.Barrier(ranks)
+    barrier = multiprocessing.get_context("spawn").Barrier(ranks)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
-    multiprocessing.spawn(_rank, args=(ranks, _free_port(), results, barrier, measure, args), nprocs=ranks)
-    return results.get()
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer")
+        multiprocessing.spawn(_rank, args=(ranks, _free_port(), answer, barrier, measure, args), nprocs=ranks)
+        return pickle.loads(answer.read_bytes())
 
 
 def _free_port() -> int:
@@ -46,7 +50,7 @@ def _free_port() -> int:
 
 
 def _rank(
-    rank: int, ranks: int, port: int, results: Any, barrier: Any, measure: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, ranks: int, port: int, answer: Path, barrier: Any, measure: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
@@ -55,7 +59,7 @@ def _rank(
     _Turns.barrier = barrier
     value = measure(*args)
     if rank == 0:
-        results.put(value)
+        answer.write_bytes(pickle.dumps(value))
     shutdown_parallel()
 
 

@@ -12,6 +12,7 @@ import queue
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -80,6 +81,10 @@ class CheckpointUploads:
             if self._is_closed:
                 return
             self._waiting.append(path)
+            # A step that is saved once more is not what the store has under its name.
+            if self._uploaded.pop(path.name, None) is not None:
+                with suppress(OSError):
+                    self._record()
             if len(self._waiting) > MOST_WAITING:
                 given_up = self._waiting.pop(0)
         if given_up is not None:
@@ -119,8 +124,10 @@ class CheckpointUploads:
                 self._under_way = path
             try:
                 name = self._upload(path)
-                self._uploaded[path.name] = name
-                replace_file(self._directory / UPLOADED_NAME, json.dumps(self._uploaded, indent=2) + "\n")
+                with self._lock:
+                    if path not in self._waiting:  # else it was saved once more meanwhile
+                        self._uploaded[path.name] = name
+                        self._record()
                 self._say(f"uploaded {path.name} as {name}")
             except StoreClosed as error:
                 with self._lock:
@@ -135,12 +142,15 @@ class CheckpointUploads:
             if self._drop:
                 self._drop_uploaded()
 
+    def _record(self) -> None:
+        replace_file(self._directory / UPLOADED_NAME, json.dumps(self._uploaded, indent=2) + "\n")
+
     def _drop_uploaded(self) -> None:
         """Remove confirmed checkpoints that the run does not need to start again."""
         newest_first = [info for info in find_checkpoints(self._directory) if not info.is_single_file]
         for info in newest_first[1:]:
             is_kept = self._keep_every and (info.step or 0) % self._keep_every == 0
-            if is_kept or info.path.name not in self._uploaded:
+            if is_kept or info.path.name not in self._uploaded or info.path in self.pending:
                 continue
             try:
                 shutil.rmtree(move_aside(info.path))

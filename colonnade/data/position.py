@@ -132,7 +132,7 @@ class StreamHead:
         mine, theirs = ({corpus.name: corpus for corpus in head.corpora} for head in (self, other))
         lines = [f"corpus {name} is gone" for name in mine if name not in theirs]
         lines += [f"corpus {name} is new" for name in theirs if name not in mine]
-        for name in mine.keys() & theirs.keys():
+        for name in [name for name in mine if name in theirs]:
             if mine[name].manifest != theirs[name].manifest:
                 title = "data" if name == ONLY_CORPUS else f"corpus {name}"
                 lines.append(f"{title} {mine[name].difference(theirs[name], (names or {}).get(name, ()))}")

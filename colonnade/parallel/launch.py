@@ -48,6 +48,8 @@ def launch(main: Callable[[], None]) -> NoReturn:
         code = 130
     except SystemExit as leaving:  # argparse, after --help
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        if isinstance(leaving.code, str):  # as the interpreter does
+            print(leaving.code, file=sys.stderr)
     except BrokenPipeError:  # who reads the output has left, as `head` does
         os._exit(128 + signal.SIGPIPE)
     except BaseException:  # noqa: BLE001 - a bug: its traceback is wanted, and the exit must not hang on its threads

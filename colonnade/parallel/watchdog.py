@@ -98,6 +98,9 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        if self._on_cuda:  # where NCCL writes, which makes no folder
+            with contextlib.suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
         self._thread.start()
         if self._store is not None:
             threading.Thread(target=self._listen, name="peer-watch", daemon=True).start()
@@ -116,11 +119,13 @@ class Watchdog:
         self._thread.join()
         self._wakeup.close()
         self._signalled.close()
+        with contextlib.suppress(OSError):  # not there, or not empty
+            self.folder.rmdir()
 
     def enter(self, what: str, limit: float, *, is_step: bool = False, is_first: bool = False) -> None:
         """The main thread begins something else, which may take `limit` seconds (0: any time)."""
         now, last = time.monotonic(), self._phase
-        if last.is_step:
+        if last.is_step and not last.is_first:
             self._longest_step = max(self._longest_step, now - last.began)
         self._phase = Phase(what, last.order + 1, limit, is_step, is_first, now)
 
@@ -179,6 +184,12 @@ class Watchdog:
         return None
 
     def _leave_hung(self, late: str | None) -> None:
+        try:
+            self._say_where(late)
+        finally:
+            _leave(1)
+
+    def _say_where(self, late: str | None) -> None:
         self._dump_stacks()
         phase = self._phase
         here = {"what": phase.what, "order": phase.order, "seconds": time.monotonic() - phase.began}
@@ -188,13 +199,13 @@ class Watchdog:
             exchange = threading.Thread(target=self._exchange, args=(late, places, told), daemon=True)
             exchange.start()
             exchange.join(GATHER_SECONDS + POLL_SECONDS)
+            places = dict(places)  # a store that is slow may still answer
         if self._rank == min(places):
             where = f"{self.folder}/rank_*.txt"
             print(f"error: {told[-1]}: {describe_places(places, self._world)}; stacks: {where}", file=sys.stderr)
         sys.stderr.flush()
         if self._on_cuda:
             time.sleep(NCCL_DUMP_SECONDS)
-        _leave(1)
 
     def _exchange(self, late: str | None, places: dict[int, dict[str, Any]], told: list[str]) -> None:
         """Tell the others where this rank is, and gather what they say in time, and what the first noticed."""

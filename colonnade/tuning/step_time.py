@@ -43,8 +43,8 @@ LINKS: dict[str, float] = {
 }
 _OF_DEVICES = (
     (r"\bB200\b", "nvlink5"),
-    (r"\bG?H[12]00\b(?! (PCIe|NVL))", "nvlink4"),
-    (r"\bA100\b(?!.PCIE)", "nvlink3"),
+    (r"\bG?H[12]00\b(?!.*(PCIe|NVL))", "nvlink4"),
+    (r"\bA100\b(?!.*PCIe)", "nvlink3"),
 )
 WITHOUT_NVLINK = "pcie4"
 LATENCY_IN_NODE, LATENCY_ACROSS = 10e-6, 30e-6
