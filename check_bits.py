@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 def reference_run(directory: Path, ranks: int, tp: int, data: tuple[str, ...]) -> tuple[str, str, str]:
     """Fingerprint, loss and gradient norm, all in hexadecimal, after the last step of the reference run."""
     from colonnade.telemetry.metrics import read_metrics
+    from colonnade.telemetry.report import METRICS_NAME
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     flags = [*REFERENCE, *data, "--tensor-parallel-size", str(tp), "--checkpoint-dir", str(directory)]
@@ -68,7 +69,7 @@ def reference_run(directory: Path, ranks: int, tp: int, data: tuple[str, ...]) -
     )
     if done.returncode:
         raise RunError(f"the reference run at tp {tp} on {ranks} ranks failed:\n{done.stdout}")
-    row = read_metrics(directory / "metrics.jsonl")[-1]
+    row = read_metrics(directory / METRICS_NAME)[-1]
     return row["fingerprint"], row["loss_bits"], row["grad_norm_bits"]
 
 

@@ -131,7 +131,8 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
     settings = resolve_model_settings(settings, config)
     with vote():
         check_sizes(settings, config, layout)
-        require_memory_for_both(config, layout, 0 if Numerics.of(settings) == EXACT else parity.steps + 1)
+        kept = 0 if Numerics.of(settings) == EXACT else parity.steps + 1
+        require_memory_for_both(config, settings.optimizer, layout, kept)
         micro_batch, global_batch = batch_of(settings, layout)
     blocks = on_first_rank(lambda: read_blocks(settings, config, alone, parity.steps, global_batch, notes))
     notes += idle_switches(settings, layout.tp, layout.dp, micro_batch)
@@ -159,8 +160,8 @@ def batch_of(settings: RunSettings, layout: ParallelLayout) -> tuple[int, int]:
     return next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0), global_batch
 
 
-def require_memory_for_both(config: ModelConfig, layout: ParallelLayout, kept: int) -> None:
-    """Refuse a model that the first rank cannot hold whole beside its share of it, at 16 bytes a parameter each.
+def require_memory_for_both(config: ModelConfig, optimizer: str, layout: ParallelLayout, kept: int) -> None:
+    """Refuse a model that the first rank cannot hold whole beside its share of it.
 
     Args:
         kept: copies of the whole model's size, 4 bytes a parameter, that stay in host memory for a second precision.
@@ -168,18 +169,13 @@ def require_memory_for_both(config: ModelConfig, layout: ParallelLayout, kept: i
     Raises:
         UsageError: parameters, gradients and moments alone exceed the memory there is.
     """
-    import torch
-
-    from colonnade.parallel.mesh import local_world_size_from_environment
+    from colonnade.tuning.cost_model import Placement, state_memory
     from colonnade.tuning.memory import GIB
+    from run.inputs import memory_here
 
-    if layout.device.type == "cuda":
-        shares, memory = 1, torch.cuda.mem_get_info(layout.device)[1]
-    else:
-        import psutil
-
-        shares, memory = local_world_size_from_environment(), psutil.virtual_memory().total
-    needed = 16 * config.num_parameters * (layout.tp + shares) // layout.tp
+    ranks, memory = memory_here(layout.device)
+    whole, share = (sum(state_memory(config, Placement(tp=tp, optimizer=optimizer))) for tp in (1, layout.tp))
+    needed = whole + ranks * share
     if layout.device.type == "cpu":
         needed += 4 * config.num_parameters * kept
     if needed > memory:

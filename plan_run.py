@@ -28,11 +28,11 @@ from colonnade.flags import PLANNED, parse_plan
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
 from colonnade.parallel.launch import launch
 from colonnade.run_settings import RunSettings
+from colonnade.tuning.memory import GIB
 
 if TYPE_CHECKING:
     from colonnade.tuning.plan import Plan
 
-GIB = 2**30
 SHOWN = 6  # candidates in the table
 
 

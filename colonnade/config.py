@@ -154,7 +154,7 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
     if settings.min_learning_rate is not None and settings.min_learning_rate > settings.learning_rate:
         raise UsageError(
             f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "
-            "lower it, or leave it out for a tenth of the peak"
+            f"give one that is not, as a tenth of it ({settings.learning_rate / 10:g})"
         )
     horizon = settings.schedule_steps or settings.total_steps
     if settings.decay_steps is not None and settings.decay_steps > horizon - settings.warmup_steps:

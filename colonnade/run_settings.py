@@ -134,7 +134,7 @@ class RunSettings:
     memory_limit_gib: float | None = setting(
         None,
         "batch",
-        "GiB a rank may use when the micro-batch is tuned on the CPU (default free memory / ranks)",
+        "GiB a rank may use when the micro-batch is tuned (default free memory / ranks; 0.95 of a GPU's)",
         above=0.0,
         maximum=2.0**20,
     )

@@ -24,6 +24,7 @@ from colonnade.checkpoint.hugging_face_export import (
     write_single_file,
     write_weights,
 )
+from colonnade.checkpoint.single_file import WEIGHTS_KEY
 from colonnade.errors import RunError, UsageError
 from colonnade.files import write_text
 from colonnade.parallel.vote import on_first_rank, one_line, vote
@@ -205,7 +206,7 @@ def export_single_file(trained: TrainedModel, layout: ParallelLayout, output: Pa
 
 def _read_back(path: Path) -> dict[str, torch.Tensor]:
     try:
-        weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True, mmap=True)["model_state_dict"]
+        weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True, mmap=True)[WEIGHTS_KEY]
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise RunError(f"{path} cannot be read back ({one_line(error)}); nothing was exported") from error
     return weights

@@ -152,14 +152,18 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
     _require_memory(settings, config, layout)
 
 
+def memory_here(device: torch.device) -> tuple[int, int]:
+    """The ranks that share this rank's memory, and all the bytes of it: a GPU's own, or the machine's."""
+    if device.type == "cuda":
+        return 1, torch.cuda.mem_get_info(device)[1]
+    import psutil
+
+    return local_world_size_from_environment(), psutil.virtual_memory().total
+
+
 def _require_memory(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
     """Refuse a model whose parameters, gradients and optimizer state exceed all the memory there is."""
-    if layout.device.type == "cuda":
-        ranks, memory = 1, torch.cuda.mem_get_info(layout.device)[1]
-    else:
-        import psutil
-
-        ranks, memory = local_world_size_from_environment(), psutil.virtual_memory().total
+    ranks, memory = memory_here(layout.device)
     placement = Placement(
         tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
     )

@@ -56,6 +56,8 @@ class Meter:
             config.vocab_size,
             config.hidden_size,
         )
+        if run.layout.device.type == "cuda":  # what was tried before took more, or less
+            torch.cuda.reset_peak_memory_stats(run.layout.device)
         self.restart()
 
     def restart(self) -> None:

@@ -130,10 +130,10 @@ def _restore(
     record, path = origin.record, origin.path
     if not record:
         with vote():
-            info = load_single_file(path, model=model, vocabulary_size=model.config.vocab_size)
-            if info.step is not None and info.step < 0:
-                raise UsageError(f"{path} says it is at step {info.step}; a step is at least 0")
-        return info.step or origin.step
+            step = load_single_file(path, model=model, vocabulary_size=model.config.vocab_size)
+            if step is not None and step < 0:
+                raise UsageError(f"{path} says it is at step {step}; a step is at least 0")
+        return step or origin.step
     try:
         load_model_and_optimizer(path, model=model, optimizer=optimizer if origin.keep_optimizer else None)
     except RunError as error:  # on all ranks

@@ -19,7 +19,7 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
 from colonnade.checkpoint import prune as prune_module
-from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, incomplete_checkpoints
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, survey
 from colonnade.checkpoint.manifest import Manifest, checkpoint_name, read_manifest, write_manifest
 from colonnade.checkpoint.prune import collect_leftovers, prune_checkpoints
 from colonnade.checkpoint.verify import newest_verified, verified
@@ -86,7 +86,7 @@ def test_newest_first_by_number_not_by_text(tmp_path: Path) -> None:
     ]
     assert found[0].manifest is not None
     assert found[0].manifest.run == {"loss": 1.5}
-    assert incomplete_checkpoints(tmp_path) == []
+    assert survey(tmp_path)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_newest_first_by_number_not_by_text(tmp_path: Path) -> None:
 def test_foreign_names_are_not_checkpoints(tmp_path: Path, name: str) -> None:
     make(tmp_path, 3, name)
     assert find_checkpoints(tmp_path) == []
-    assert incomplete_checkpoints(tmp_path) == []
+    assert survey(tmp_path)[1] == []
     assert latest_checkpoint(tmp_path) is None
 
 
@@ -146,7 +146,7 @@ def test_damaged_newest_falls_back_with_one_line(tmp_path: Path, caplog: pytest.
     assert str(newest) in message
     assert reason in message
     assert message.endswith("; going back to step 2, 1 step lost")
-    assert [item.path for item in incomplete_checkpoints(tmp_path)] == [newest]
+    assert [item.path for item in survey(tmp_path)[1]] == [newest]
     with pytest.raises(UsageError, match=reason):  # asked for by name: no fallback
         resolve_checkpoint(newest)
 

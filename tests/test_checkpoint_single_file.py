@@ -45,10 +45,8 @@ def test_names_with_wrappers_and_other_dtypes(tmp_path: Path, prefix: str, dtype
         tmp_path / "a.pth", weights, global_step=12, loss=2.5, args={"lr": 1e-3, "names": ["a"]}, rng=torch.ones(3)
     )
     model = cut_model(values(7), mesh())
-    info = load_single_file(path, model=model)
+    assert load_single_file(path, model=model) == 12
     assert_weights(model, {name: value.float() for name, value in whole.items()})
-    assert info.step == 12
-    assert info.metadata == {"global_step": 12, "loss": 2.5, "args": {"lr": 1e-3, "names": ["a"]}}
 
 
 def test_a_vocabulary_without_padding(tmp_path: Path) -> None:
@@ -56,7 +54,7 @@ def test_a_vocabulary_without_padding(tmp_path: Path) -> None:
     cut = {name: value[:7].clone() if value.shape[0] == 11 else value for name, value in whole.items()}
     path = write(tmp_path / "a.pth", cut, step=4)
     model = cut_model(values(7), mesh())
-    assert load_single_file(path, model=model, vocabulary_size=7).step == 4
+    assert load_single_file(path, model=model, vocabulary_size=7) == 4
     assert_weights(
         model, {n: torch.cat((v[:7], torch.zeros(4, 4))) if v.shape[0] == 11 else v for n, v in whole.items()}
     )

@@ -152,9 +152,8 @@ def test_a_unit_without_any_object_is_damaged_and_others_are_not(
     path = write_lines(tmp_path / "a.jsonl", [good, good, b"x" * 49, b"y" * 49, good, b"z" * 49])
     shard, reader = opened(path), UnitReader("text")
     assert rows_of(reader, shard, 0) == ["0123456789"] * 2
-    with pytest.raises(DamagedUnit, match="none of its 2 lines is a JSON object") as caught:
+    with pytest.raises(DamagedUnit, match="none of its 2 lines is a JSON object"):
         rows_of(reader, shard, 1)
-    assert caught.value.rows == 2
     assert rows_of(reader, shard, 2) == ["0123456789", None]
 
 

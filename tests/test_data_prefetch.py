@@ -97,23 +97,6 @@ def test_close_wakes_a_consumer_that_waits() -> None:
     assert not closer.is_alive()
 
 
-def test_waiting_is_measured() -> None:
-    def slow() -> Iterator[int]:
-        yield 0
-        time.sleep(0.2)
-        yield 1
-
-    with Prefetcher(slow(), depth=2) as prefetcher:
-        prefetcher.get()
-        at_first = prefetcher.wait_seconds
-        prefetcher.get()
-        assert 0.1 < prefetcher.wait_seconds - at_first < 2
-    with Prefetcher(iter(range(3)), depth=3) as prefetcher:
-        time.sleep(0.1)
-        assert list(prefetcher) == [0, 1, 2]
-        assert prefetcher.wait_seconds < 0.1
-
-
 def test_depth_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="depth is 0"):
         Prefetcher(iter([]), depth=0)

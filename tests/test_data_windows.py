@@ -79,9 +79,8 @@ def test_damage_at_the_end_of_a_large_unit_shows_before_its_first_window(tmp_pat
     data = bytearray(path.read_bytes())
     data[data.index(b"(document 399)")] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(DamagedUnit, match="CRC") as caught:
+    with pytest.raises(DamagedUnit, match="CRC"):
         next(UnitReader("text").windows(opened(path), 0))
-    assert caught.value.rows == 400
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -63,11 +63,6 @@ def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
     return survey(directory)[0]
 
 
-def incomplete_checkpoints(directory: Path) -> list[IncompleteCheckpoint]:
-    """What is named like a checkpoint inside `directory` and is not a complete one, newest first."""
-    return survey(directory)[1]
-
-
 def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
     """The line that refuses a folder whose checkpoints are all damaged; None where there are none at all."""
     if not damaged:
@@ -117,7 +112,7 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
 
 
 def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
-    """`find_checkpoints` and `incomplete_checkpoints` of one look at the folder."""
+    """`find_checkpoints`, and what is named like a checkpoint and is not a complete one, both newest first."""
     complete: list[tuple[int, bool, CheckpointInfo]] = []
     incomplete: list[IncompleteCheckpoint] = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

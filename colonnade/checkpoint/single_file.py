@@ -6,7 +6,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,7 @@ WEIGHTS_KEY = "model_state_dict"
 _REMEDY = "give the --preset or --model-config these weights belong to"
 
 
-@dataclass(frozen=True)
-class SingleFileInfo:
-    """What a single-file checkpoint says besides its weights.
-
-    Attributes:
-        step: its `global_step` or `step`; None when it has neither.
-        metadata: its other plain values (numbers, text, and lists and mappings of them), by key.
-    """
-
-    step: int | None
-    metadata: dict[str, Any]
-
-
-def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | None = None) -> SingleFileInfo:
+def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | None = None) -> int | None:
     """Read the weights of a `.pth` file with a `model_state_dict` into `model`. Each rank by itself, no collective.
 
     Tensors are whole and have Hugging Face names, maybe behind `_orig_mod.` or `module.`. The file is mapped, not read:
@@ -48,6 +34,9 @@ def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | Non
         path: the file.
         model: its parameters are `DTensor`s.
         vocabulary_size: rows that embedding and head must have at least; None to pad from any number.
+
+    Returns:
+        The file's `global_step` or `step`; None when it has neither.
 
     Raises:
         UsageError: the file cannot be read without running code, is damaged or has no weights, or a parameter is
@@ -64,9 +53,7 @@ def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | Non
     with torch.no_grad():
         for name, source in sources.items():
             copy_part(source, parameters[name])
-    step = next((content[key] for key in ("global_step", "step") if type(content.get(key)) is int), None)
-    plain = {key: value for key, value in content.items() if key != WEIGHTS_KEY and _is_plain(value)}
-    return SingleFileInfo(step, plain)
+    return next((content[key] for key in ("global_step", "step") if type(content.get(key)) is int), None)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -140,11 +127,3 @@ def _fits(name: str, source: Tensor, parameter: DTensor, vocabulary_size: int | 
     if not is_vocabulary(name) or source.shape[1:] != parameter.shape[1:]:
         return False
     return (vocabulary_size or 1) <= source.shape[0] < parameter.shape[0]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -35,11 +35,7 @@ _NOUNS: dict[Layout, str] = {
 
 
 class DamagedUnit(Exception):
-    """One unit cannot be decoded. `rows` is how many it was said to hold (0 where that cannot be told)."""
-
-    def __init__(self, reason: str, rows: int = 0) -> None:
-        super().__init__(reason)
-        self.rows = rows
+    """One unit cannot be decoded; says why."""
 
 
 @dataclass(frozen=True, slots=True)

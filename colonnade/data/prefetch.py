@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
@@ -20,15 +19,11 @@ class Prefetcher(Generic[Item]):
 
     An exception of the iterator is raised by `get` once the items before it have been taken, and again by every later
     `get`. The iterator itself is not closed: it belongs to the caller, who closes it after the prefetcher.
-
-    Attributes:
-        wait_seconds: time that `get` has spent waiting for an item so far.
     """
 
     def __init__(self, iterator: Iterator[Item], depth: int) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}, it must be at least 1")
-        self.wait_seconds = 0.0
         self._iterator = iterator
         self._depth = depth
         self._ready: deque[Item] = deque()
@@ -45,9 +40,7 @@ class Prefetcher(Generic[Item]):
         after `close`."""
         with self._changed:
             if not self._ready and self._end is None and not self._closed:
-                begin = time.perf_counter()
                 self._changed.wait_for(lambda: self._ready or self._end is not None or self._closed)
-                self.wait_seconds += time.perf_counter() - begin
             if self._closed:
                 raise ValueError("the prefetcher is closed")
             if self._ready:

@@ -215,17 +215,12 @@ class Encoder:
     Attributes:
         digest: identifies the tokenizer in a data position, whichever library encodes.
         control_tokens: spellings of the special tokens but the unknown one.
-        fast: the encoder of `fastokens` where that is used, else None.
+        fast: the encoder of `fastokens` where that is used, else None: set by `colonnade.data.tokenizer_backend`, once
+            its ids are shown to be the same.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: str = "hf") -> None:
-        """`backend`: "hf" for the tokenizer's own library, or "fastokens" without any check that its ids are the same
-        (see `colonnade.data.tokenizer_backend`).
-
-        Raises:
-            UsageError: text that spells a special token could not be kept apart from the token itself.
-            BackendUnavailableError: with "fastokens".
-        """
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UsageError where text that spells a special token could not be kept apart from the token itself."""
         # Each call encodes on the thread that makes it: the number of threads is then exactly what was set for this
         # rank, where the library's own pool would take every core of the machine in each rank. A user's setting wins.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -242,8 +237,6 @@ class Encoder:
         self._leaking = _leaking_tokens(tokenizer, self._encode)
         if self._leaking:
             self._require_split_works(tokenizer)
-        if backend != "hf":
-            self.fast = self.load_fast()
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""

@@ -266,13 +266,13 @@ class _FanOut(torch.autograd.Function):
 
 class _ReducePartials(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: TensorGroup, total: Tensor, *partials: Tensor) -> Tensor:
+    def forward(ctx: Any, total: Tensor, *partials: Tensor) -> Tensor:
         ctx.count = len(partials)
         return total.view_as(total)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *([gradient] * ctx.count))
+        return (None, *([gradient] * ctx.count))
 
 
 class _FanOutLocal(torch.autograd.Function):
@@ -320,7 +320,7 @@ def reduce_partials(partials: Sequence[Tensor], group: TensorGroup) -> Pending[T
         return Pending(partials[0])
     with torch.no_grad():
         pending = group.start_sum(tree_sum([partial.detach() for partial in partials]))
-    return Pending(finish=lambda: _ReducePartials.apply(group, pending.wait(), *partials))
+    return Pending(finish=lambda: _ReducePartials.apply(pending.wait(), *partials))
 
 
 def fan_out_locally(x: Tensor, count: int) -> tuple[Tensor, ...]:

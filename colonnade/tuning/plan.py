@@ -15,7 +15,7 @@ from colonnade.optim.idle_switches import idle_switches
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.communication import Traffic
 from colonnade.tuning.cost_model import Memory, Placement, run_flops
-from colonnade.tuning.memory import SAFETY_MARGIN
+from colonnade.tuning.memory import GIB, SAFETY_MARGIN
 from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
@@ -196,7 +196,7 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         yield "float8: neither the time nor the memory it saves is counted"
     memory = memory_of_device(asked)
     if memory is not None:
-        size = memory / 2**30
+        size = memory / GIB
         yield (
             f"memory: {asked.gpu} has {size:g} GiB, of which {SAFETY_MARGIN:.0%} are left free; compiled segments may "
             "need less"

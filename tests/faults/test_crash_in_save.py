@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from checkpoint_reference import assert_same_run, cut_model, mesh, values
 from colonnade.checkpoint import save as save_module
-from colonnade.checkpoint.discover import find_checkpoints, incomplete_checkpoints
+from colonnade.checkpoint.discover import find_checkpoints, survey
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.save import save_checkpoint
@@ -116,7 +116,7 @@ def test_a_kill_leaves_whole_checkpoints_only(scenes: Path, place: str) -> None:
 def assert_found(directory: Path, seeds: dict[int, int]) -> None:
     found = find_checkpoints(directory)
     assert {info.step for info in found} == set(seeds)
-    assert incomplete_checkpoints(directory) == []
+    assert survey(directory)[1] == []
     for info in found:
         assert info.step is not None
         model = cut_model(values(7), mesh())

@@ -124,7 +124,7 @@ def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
             yield pa.array(texts, pa.large_binary())
             texts, size = [], 0
     if count and not valid:
-        raise DamagedUnit(f"none of its {count} lines is a JSON object", count)
+        raise DamagedUnit(f"none of its {count} lines is a JSON object")
     if texts:
         yield pa.array(texts, pa.large_binary())
 

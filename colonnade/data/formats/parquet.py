@@ -123,9 +123,9 @@ class ParquetFile(ShardFile):
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise DamagedUnit(" ".join(str(error).split()), expected) from error
+            raise DamagedUnit(" ".join(str(error).split())) from error
         if rows != expected:
-            raise DamagedUnit(f"{rows} rows where the footer promises {expected}", expected)
+            raise DamagedUnit(f"{rows} rows where the footer promises {expected}")
 
     def _batch_rows(self, number: int, rows: int) -> int:
         size = max(self.shard.unit_bytes[number] if number < self.shard.units else 0, 1)

@@ -117,5 +117,5 @@ class TokenFile(ShardFile):
         begin, end = self.byte_range(number)
         data = self.source.read_at(begin, end - begin)
         if len(data) < end - begin:
-            raise DamagedUnit(f"the file ends at byte {begin + len(data)} and had {self.shard.size}", 1)
+            raise DamagedUnit(f"the file ends at byte {begin + len(data)} and had {self.shard.size}")
         yield np.frombuffer(data, self.shard.dtype)
