@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import statistics
 import sys
@@ -152,7 +151,7 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
     if config.max_position_embeddings < given.block:
         config = dataclasses.replace(config, max_position_embeddings=given.block)
     check_slices(config, given.shards, None)
-    variants = dict(parsed_variant(text) for text in given.variant or [f"ours:compiled={str(on_gpu).lower()}"])
+    variants = parsed_variants(given.variant or [f"ours:compiled={str(on_gpu).lower()}"])
     ladder = sorted(map(int, sizes))
     device = "cuda" if on_gpu else "cpu"
     if given.profile:
@@ -160,31 +159,17 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
     return Plan(config, given.block, ladder, given.windows, given.window_steps, device, given.profile), variants
 
 
-def parsed_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """(name, keyword arguments of the model) from NAME:KEY=VALUE,KEY=VALUE. Raises UsageError."""
-    import yaml
+def parsed_variants(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of the model by name, and the kernel of its attention as `attention`. Raises UsageError."""
+    from benchmarks.training_step.variants import parsed_variant
 
-    from model import TensorParallelModel
-
-    name, _, pairs = text.partition(":")
-    if not name or name == TRANSFORMERS or "/" in name:
-        raise UsageError(
-            f"--variant {text!r}: the name before the colon may not be empty, {TRANSFORMERS!r} or hold a /"
-        )
-    known = [
-        key
-        for key, parameter in inspect.signature(TensorParallelModel).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not key.endswith("dtype")
-    ] + ["attention"]
-    options = {}
-    for pair in filter(None, pairs.split(",")):
-        key, equals, value = pair.partition("=")
-        if key not in known or not equals:
-            raise UsageError(f"--variant {text!r}: {pair!r} is not KEY=VALUE with a KEY of {', '.join(known)}")
-        options[key] = yaml.safe_load(value)
-    if options.get("attention", ATTENTION[0]) not in ATTENTION:
-        raise UsageError(f"--variant {text!r}: attention is one of {', '.join(ATTENTION)}")
-    return name, options
+    variants = dict(parsed_variant(text, (TRANSFORMERS,), ("attention",)) for text in texts)
+    for name, options in variants.items():
+        if options.get("attention", ATTENTION[0]) not in ATTENTION:
+            raise UsageError(
+                f"--variant {name}: attention is {options['attention']!r}; it is one of {', '.join(ATTENTION)}"
+            )
+    return variants
 
 
 def shard_name(variant: str, shards: int) -> str:

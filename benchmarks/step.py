@@ -16,8 +16,8 @@ A step is all of it: forward and backward of one micro-batch, norm, clip and fus
     ours_over_transformers    ours on one process over `LlamaForCausalLM` on one process
     fraction_of_matmul_rate   the rate of matrix products and attention in our step (`step_flops`) over that of bare
                               products on the same ranks: of the shape that the machine is fastest at
-    compiled_over_ours        ours with its segments compiled over ours; only when --only names it, since it needs a
-                              compiler and a minute
+    NAME_over_ours            a variant of ours (--variant) over ours: compiled:compiled=true, which on the CPU needs a
+                              compiler and a minute; sockets:shares_memory=false; or what else the model takes
     deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one: smaller sizes, CPU
 
 Keys end in precision and vocabulary, as in `ours_over_torch_tp/fp32/32k`. With one GPU there is one rank, and only the
@@ -34,6 +34,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 RANKS = 2
 PRECISIONS = ("fp32", "bf16")
-MODES, COMPILED = "deterministic", "compiled"
+MODES = "deterministic"
 # What --only may name, and the ratio it asks for: (name, numerator, denominator).
 RATIOS = {
     "torch_tp": ("ours_over_torch_tp", "ours", "torch_tp"),
@@ -57,9 +58,8 @@ RATIOS = {
     "matmul": ("fraction_of_matmul_rate", "ours", "matmul"),
     "ours_tp1": ("tp2_over_tp1", "ours", "ours_tp1"),
     "transformers": ("ours_over_transformers", "ours_tp1", "transformers"),
-    COMPILED: ("compiled_over_ours", COMPILED, "ours"),
 }
-GROUPS = (("ours", "torch_tp", "predecessor", "matmul"), ("ours", "ours_tp1", "transformers", COMPILED))
+GROUPS = (("ours", "torch_tp", "predecessor", "matmul"), ("ours", "ours_tp1", "transformers"))
 # With one rank: what needs no second.
 ONE_RANK_RATIOS = {
     "matmul": ("fraction_of_matmul_rate", "ours_tp1", "matmul"),
@@ -70,7 +70,6 @@ ONE_RANK_GROUPS = (("ours_tp1", "transformers", "matmul"),)
 
 def main() -> None:
     given = parsed()
-    chosen = names(given.only, (*RATIOS, MODES), "--only")
     vocabularies = names(given.vocabularies, ("32k", "152k"), "--vocabularies")
     asked = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
     for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
@@ -78,31 +77,77 @@ def main() -> None:
             raise UsageError(f"{flag} is {value}; it must be at least 1")
     if given.json and not Path(given.json).parent.is_dir():
         raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
-    device_type, ranks = device_and_ranks(given.device)
-    if COMPILED in chosen and device_type == "cpu":
-        require_compiler()
-    table = RATIOS if ranks > 1 else ONE_RANK_RATIOS
-    wanted = [table[name] for name in chosen if name in table]
-    if not wanted and MODES not in chosen:
-        raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
-    precisions = asked or default_precisions(device_type)
-    report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(device_type, ranks)}
-    if wanted:
+    cases, modes_too = asked_for(given)
+    precisions = asked or default_precisions(cases.device_type)
+    report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(cases.device_type, cases.ranks)}
+    if cases.wanted:
         for precision in precisions:
             for vocabulary in vocabularies:
-                case = measured_case(precision, vocabulary, wanted, given.rounds, device_type, ranks)
+                case = measured_case(precision, vocabulary, cases)
                 report["cases"][f"{precision}/{vocabulary}"] = case
                 report["ratios"] |= case.pop("ratios")
                 write(report, given.json)
-    if MODES in chosen:
+    if modes_too:
         modes = deterministic_over_default(precisions, given.mode_rounds)
         report["ratios"] |= modes
         print_ratios(modes)
     write(report, given.json)
 
 
+@dataclass(frozen=True)
+class Cases:
+    """What every precision and vocabulary is measured with.
+
+    Attributes:
+        wanted: (ratio, numerator, denominator).
+        variants: options of our model, by the name of a contender.
+        profile_folder: where tables of kernels go; None for no profile.
+    """
+
+    wanted: list[tuple[str, str, str]]
+    variants: dict[str, dict[str, Any]]
+    rounds: int
+    device_type: str
+    ranks: int
+    profile_folder: Path | None
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Contenders that are in memory together: of each group those that a wanted ratio needs there."""
+        groups = []
+        first, *others = GROUPS if self.ranks > 1 else ONE_RANK_GROUPS
+        for group in (first, *((*other, *self.variants) for other in others)):
+            needed = {name for _, *pair in self.wanted if set(pair) <= set(group) for name in pair}
+            if needed:
+                groups.append(tuple(name for name in group if name in needed))
+        return groups
+
+
+def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
+    """What is to be measured, and whether the deterministic mode is as well. Raises UsageError."""
+    from benchmarks.training_step.variants import parsed_variant
+
+    usual = (*RATIOS, MODES)
+    variants = dict(parsed_variant(text, ("ours", *RATIOS)) for text in given.variant)
+    chosen = names(given.only, usual, "--only") if given.only else [] if variants else list(usual)
+    device_type, ranks = device_and_ranks(given.device)
+    if device_type == "cpu" and any(options.get("compiled") for options in variants.values()):
+        require_compiler()
+    if variants and ranks < RANKS:
+        raise UsageError(f"--variant needs {RANKS} ranks; on one GPU it is benchmarks/gpu_step.py that takes variants")
+    table = RATIOS if ranks > 1 else ONE_RANK_RATIOS
+    wanted = [table[name] for name in chosen if name in table]
+    wanted += [(f"{name}_over_ours", name, "ours") for name in variants]
+    if not wanted and MODES not in chosen:
+        raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
+    folder = None if given.profile is None else Path(given.profile)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Cases(wanted, variants, given.rounds, device_type, ranks, folder), MODES in chosen
+
+
 def parsed() -> argparse.Namespace:
-    usual = ",".join(name for name in (*RATIOS, MODES) if name != COMPILED)
+    usual = ",".join((*RATIOS, MODES))
     parser = argparse.ArgumentParser(description="Speed of a training step; the higher a ratio, the better.")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each contender (5)")
@@ -110,7 +155,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--precisions", metavar="NAMES", help="fp32,bf16; without bf16 where its products are slower than those of fp32"
     )
-    parser.add_argument("--only", default=usual, metavar="NAMES", help=f"compare with: {usual}; or {COMPILED}")
+    parser.add_argument("--only", metavar="NAMES", help=f"compare with: {usual} (all, or with --variant none)")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME:KEY=VALUE,...",
+        help="compare with ours with these keyword arguments of TensorParallelModel; may be given again",
+    )
+    parser.add_argument("--profile", metavar="FOLDER", help="write each contender's most expensive kernels there")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     parser.add_argument("--mode-rounds", type=int, default=11, metavar="N", help="of deterministic_over_default (11)")
     return parser.parse_args()
@@ -190,36 +243,22 @@ def deterministic_over_default(precisions: list[str], rounds: int) -> dict[str, 
 # --------------------------------------------------------------------------------------------------------- one case
 
 
-def measured_case(
-    precision: str, vocabulary: str, wanted: list[tuple[str, str, str]], rounds: int, device_type: str, ranks: int
-) -> dict[str, Any]:
+def measured_case(precision: str, vocabulary: str, cases: Cases) -> dict[str, Any]:
     """Ratios, tokens a second and memory of one precision and vocabulary; printed as a table as well."""
     from benchmarks.training_step.ranks import measure_case, on_ranks
     from benchmarks.training_step.work import VOCABULARIES, work
 
     step = work(VOCABULARIES[vocabulary], precision)
-    groups = groups_of(wanted, ranks)
+    profiles = None if cases.profile_folder is None else str(cases.profile_folder / f"{precision}_{vocabulary}_")
     print(f"{precision}, vocabulary {vocabulary}", file=sys.stderr)
-    measured = on_ranks(ranks, measure_case, step, groups, rounds, device_type)
-    case = summary(step, measured, wanted, device_type, ranks)
+    arguments = (step, cases.groups, cases.rounds, cases.device_type, cases.variants, profiles)
+    case = summary(step, on_ranks(cases.ranks, measure_case, *arguments), cases)
     case["ratios"] = {f"{name}/{precision}/{vocabulary}": value for name, value in case["ratios"].items()}
     print_case(f"{precision}/{vocabulary}", case)
     return case
 
 
-def groups_of(wanted: list[tuple[str, str, str]], ranks: int) -> list[tuple[str, ...]]:
-    """Of each group the contenders that a wanted ratio needs there."""
-    groups = []
-    for group in GROUPS if ranks > 1 else ONE_RANK_GROUPS:
-        needed = {name for _, *pair in wanted if set(pair) <= set(group) for name in pair}
-        if needed:
-            groups.append(tuple(name for name in group if name in needed))
-    return groups
-
-
-def summary(
-    step: Work, measured: list[dict[str, Measured]], wanted: list[tuple[str, str, str]], device_type: str, ranks: int
-) -> dict[str, Any]:
+def summary(step: Work, measured: list[dict[str, Measured]], cases: Cases) -> dict[str, Any]:
     """Medians over the rounds, of what the ranks have measured group by group."""
     from benchmarks.training_step.ranks import MATMUL
     from benchmarks.training_step.work import step_flops
@@ -232,11 +271,11 @@ def summary(
             case["tokens_per_second"].setdefault(name, step.tokens / statistics.median(one.seconds))
             case["peak_mib"].setdefault(name, one.memory / 2**20)
             case["loss"].setdefault(name, one.loss)
-        for ratio, first, second in wanted:
+        for ratio, first, second in cases.wanted:
             if first in steps and second in steps:
                 pairs = zip(steps[first].seconds, steps[second].seconds, strict=True)
                 case["ratios"][ratio] = statistics.median(theirs / own for own, theirs in pairs)
-        rates = product_rates(group, device_type, ranks)
+        rates = product_rates(group, cases.device_type, cases.ranks)
         if rates:
             best = max(rates, key=lambda name: statistics.median(rates[name]))
             case["matmul_gflops"] = {name: statistics.median(found) / 1e9 for name, found in rates.items()}
@@ -244,10 +283,10 @@ def summary(
                 name: statistics.median(flops / s / rate for s, rate in zip(one.seconds, rates[best], strict=True))
                 for name, one in steps.items()
             }
-    for ratio, first, second in wanted:
+    for ratio, first, second in cases.wanted:
         if second == MATMUL:
             case["ratios"][ratio] = case["fraction_of_matmul_rate"][first]
-    case["ratios"] = {name: case["ratios"][name] for name, *_ in wanted}
+    case["ratios"] = {name: case["ratios"][name] for name, *_ in cases.wanted}
     check_losses(case["loss"], math.log(step.config.vocab_size))
     return case
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu_step import parsed_variant, ratios_of
+from benchmarks.gpu_step import parsed_variants, ratios_of
 from benchmarks.training_step.gpu import DTYPE, Plan, our_shard
 from benchmarks.training_step.ours import our_contender, our_optimizer
 from benchmarks.training_step.work import Work, step_flops
@@ -29,9 +29,8 @@ def test_a_shard_without_its_peers_computes_its_share() -> None:
 
 
 def test_a_variant_is_a_name_and_arguments_of_the_model() -> None:
-    assert parsed_variant("eager:compiled=false,slices=4") == ("eager", {"compiled": False, "slices": 4})
-    assert parsed_variant("plain") == ("plain", {})
-    assert parsed_variant("c:attention=cudnn") == ("c", {"attention": "cudnn"})
+    found = parsed_variants(["eager:compiled=false,slices=4", "plain", "c:attention=cudnn"])
+    assert found == {"eager": {"compiled": False, "slices": 4}, "plain": {}, "c": {"attention": "cudnn"}}
     for text in (
         "eager:compile=true",
         ":compiled=true",
@@ -40,7 +39,7 @@ def test_a_variant_is_a_name_and_arguments_of_the_model() -> None:
         "c:attention=best",
     ):
         with pytest.raises(UsageError, match="--variant"):
-            parsed_variant(text)
+            parsed_variants([text])
 
 
 def test_ratios_are_of_what_was_measured() -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training_step.ours import our_contender, our_optimizer
 from benchmarks.training_step.peers import Contender, adamw, contender, llama_loss, llama_model
-from benchmarks.training_step.ranks import bare_product, product_flops, step_memory
+from benchmarks.training_step.ranks import bare_product, kernels, product_flops, step_memory
 from benchmarks.training_step.work import Work, step_flops
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.mesh import init_parallel
@@ -37,7 +36,6 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-PROFILED_STEPS, PROFILED_ROWS = 2, 60
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _measure(plan: Plan, name: str, shards: int, make: Callable[[Work], Contende
     best = max(tried, key=lambda one: one["tokens_per_second"])
     if plan.profile_folder is not None:
         work = Work(plan.config, best["micro_batch"], plan.block, DTYPE)
-        table = kernels(make(work), plan.device)
+        table = kernels(make(work).step, plan.device)
         path = Path(plan.profile_folder, f"{name.replace('/', '_')}.txt")
         path.write_text(table + "\n", encoding="utf-8")
     return {"best": best, "tried": tried, "does_not_fit": does_not_fit, "matmul_flops_per_second": rates}
@@ -187,18 +185,3 @@ def matmul_rate(device: torch.device) -> float:
         rates.append(repeats * product_flops(shape) / (time.perf_counter() - began))
     _release()
     return max(rates)
-
-
-def kernels(one: Contender, device: torch.device) -> str:
-    """A table of what takes the most time in some steps."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    one.step()
-    _await(device)
-    with profile(activities=activities, record_shapes=True) as recorded:
-        for _ in range(PROFILED_STEPS):
-            one.step()
-        _await(device)
-    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    by_shape = recorded.key_averages(group_by_input_shape=device.type == "cpu")
-    table: str = by_shape.table(sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=90)
-    return table

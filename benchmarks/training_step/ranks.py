@@ -9,14 +9,16 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training_step.ours import ours
 from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
@@ -29,6 +31,7 @@ MATMUL = "matmul"
 PRODUCTS = ((2048, 512, 1376), (2048, 512, 16_000), (2048, 2048, 2048))
 # Operations of one turn of a product: half a second on a core, a twentieth on a GPU.
 PRODUCT_FLOPS = {"cpu": 4e10, "cuda": 4e13}
+PROFILED_STEPS, PROFILED_ROWS = 2, 60
 
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
@@ -89,12 +92,21 @@ class Measured:
 
 
 def measure_case(
-    work: Work, groups: Iterable[tuple[str, ...]], rounds: int, device_type: str
+    work: Work,
+    groups: Iterable[tuple[str, ...]],
+    rounds: int,
+    device_type: str,
+    variants: Mapping[str, dict[str, Any]],
+    profiles: str | None = None,
 ) -> list[dict[str, Measured]]:
     """Seconds and memory of the contenders of each group, which stay in memory together and take turns. Collective.
 
     A round is one step of each; every other round goes backwards. A first step warms up, a second one is measured for
     its memory, and the rounds begin.
+
+    Args:
+        variants: options of our model, by the name of a contender.
+        profiles: what the files begin with that tables of the first rank's kernels go to.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
@@ -104,10 +116,11 @@ def measure_case(
     layout = init_parallel(ranks, device)
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: ours(work, layout),
-        "compiled": lambda: ours(work, layout, compiled=True),
         "torch_tp": lambda: torch_plan(work, layout.tp_mesh, device),
         "predecessor": lambda: predecessor(work, ranks, device),
     }
+    for name, options in variants.items():
+        makers[name] = partial(ours, work, layout, **options)
     alone = first_rank_alone(device)
     if rank == 0:
         makers["ours_tp1"] = lambda: ours(work, alone, alone=True)
@@ -121,6 +134,11 @@ def measure_case(
                 repeats = product_repeats(shape, device.type)
                 contenders[product_name(shape)] = bare_product(shape, work.dtype, device, repeats)
         found.append(_take_turns(contenders, rounds, device))
+        for name, contender in contenders.items() if profiles is not None else ():
+            if not name.startswith(MATMUL):
+                table = kernels(partial(_step, contender), device)
+                if rank == 0:
+                    Path(f"{profiles}{name}.txt").write_text(table + "\n", encoding="utf-8")
         contenders.clear()
         gc.collect()
     return found
@@ -174,6 +192,20 @@ def _await_all(device: torch.device) -> None:
 def step_memory(contender: Contender, device: torch.device) -> int:
     """Bytes held between steps and the most that one step has above them: as torch allocates them, on this rank."""
     return sum(tensor.nbytes for tensor in contender.held()) + most_above(lambda: _step(contender), device)
+
+
+def kernels(step: Callable[[], object], device: torch.device) -> str:
+    """A table of what takes the most time on this rank in some steps."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    step()
+    with profile(activities=activities) as recorded:
+        for _ in range(PROFILED_STEPS):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    table: str = recorded.key_averages().table(sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=90)
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------- bare products
