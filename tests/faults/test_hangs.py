@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from colonnade.command_settings import ResumeSettings
 from colonnade.parallel.mesh import record_collectives
+from colonnade.parallel.watchdog import Watchdog
 from faults import inject
 from forked_commands import begin, start
+from run.folder import folder_of_resumed
 
 
 def test_a_rank_that_never_joins_is_named(flags: list[str], tmp_path: Path) -> None:
@@ -60,3 +63,32 @@ def test_nccl_records_into_the_folder_of_the_run(monkeypatch: pytest.MonkeyPatch
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         assert os.environ[name] == str(tmp_path / "hangs" / "nccl_trace_rank_")
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_the_folder_it_records_into_is_there_while_a_gpu_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "hangs"
+    with Watchdog(folder, on_cuda=True):
+        assert folder.is_dir()
+    assert not folder.exists()
+    with Watchdog(folder, on_cuda=True):
+        (folder / "nccl_trace_rank_0").touch()
+    assert os.listdir(folder) == ["nccl_trace_rank_0"]
+
+
+@pytest.mark.parametrize(
+    ("path", "checkpoint_dir", "expected"),
+    [
+        ("runs/a", None, "runs/a"),
+        ("runs/a/streaming_checkpoint_step_4", None, "runs/a"),
+        ("runs/a/weights.pth", None, "runs/a"),
+        ("runs/a", "runs/b", "runs/b"),
+    ],
+)
+def test_the_folder_of_a_resumed_run(
+    path: str, checkpoint_dir: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/weights.pth").touch()
+    assert folder_of_resumed(ResumeSettings(checkpoint_path=path), checkpoint_dir) == Path(expected)
