@@ -275,8 +275,9 @@ class TensorParallelModel(nn.Module):
         """
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        ends = self._ends(input_ids, document_starts)
-        weight, start = self._head()
+        table = local_part(self.model.embed_tokens.weight)
+        ends = self._ends(input_ids, document_starts, table)
+        weight, start = self._head(table)
         weights = pieces(weight, self._head_slices)
         products = self.weights.get("head", lambda: [part.detach() for part in weights], self.compute_dtype)
         starts = [start]
@@ -301,7 +302,7 @@ class TensorParallelModel(nn.Module):
     @torch.no_grad()
     def logits(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the whole vocabulary on every rank, for checks; not for training."""
-        ends = self._ends(input_ids, document_starts)
+        ends = self._ends(input_ids, document_starts, local_part(self.model.embed_tokens.weight))
         return self._whole_logits(torch.cat([residual.whole(end) for residual, end in ends]))
 
     @torch.no_grad()
@@ -318,7 +319,8 @@ class TensorParallelModel(nn.Module):
             for table in self._rotary_tables(cache.places)
         )
         passage = Passage(ReplicatedResidual(self.group), self.eager_segments, cos, sin, cache=cache)
-        x = self._embedded([input_ids], [passage.residual])[0].wait()
+        table = local_part(self.model.embed_tokens.weight)
+        x = self._embedded([input_ids], [passage.residual], table)[0].wait()
         (stream,) = self._through_layers([Stream(x, None, passage)])
         cache.advance(count)
         return self._whole_logits(add_and_norm(stream, self.model.norm)[1][:, -1:])[:, 0]
@@ -338,16 +340,19 @@ class TensorParallelModel(nn.Module):
         return local[:, : self.config.vocab_size].view(*hidden.shape[:2], -1)
 
     def _ends(
-        self, input_ids: Tensor, document_starts: Tensor | None
+        self, input_ids: Tensor, document_starts: Tensor | None, table: Tensor
     ) -> list[tuple[ReplicatedResidual | ShardedResidual, Tensor]]:
-        """The last norm's output for token ids [B, T]: of each stream, as its residual holds it."""
+        """The last norm's output for token ids [B, T]: of each stream, as its residual holds it.
+
+        `table`: this rank's part of the embedding, as `local_part` gives it.
+        """
         # A micro-batch of one sequence has no halves. One rank has nothing to wait for, but the sums of a fixed order.
         overlaps = self.overlap_collectives and (self.group.size > 1 or self.group.fixed_order)
         halves = 2 if overlaps and len(input_ids) > 1 else 1
         parts = input_ids.chunk(halves)
         starts = [None] * halves if document_starts is None else document_starts.chunk(halves)
         passages = [self._passage(part, own) for part, own in zip(parts, starts, strict=True)]
-        embedded = self._embedded(parts, [passage.residual for passage in passages])
+        embedded = self._embedded(parts, [passage.residual for passage in passages], table)
         streams: Sequence[Stream] = [
             Stream(x.wait(), None, passage) for x, passage in zip(embedded, passages, strict=True)
         ]
@@ -355,16 +360,16 @@ class TensorParallelModel(nn.Module):
         return [(stream.passage.residual, add_and_norm(stream, self.model.norm)[1]) for stream in streams]
 
     def _embedded(
-        self, parts: Sequence[Tensor], residuals: Sequence[ReplicatedResidual | ShardedResidual]
+        self, parts: Sequence[Tensor], residuals: Sequence[ReplicatedResidual | ShardedResidual], table: Tensor
     ) -> list[Pending[Tensor]]:
         """Token ids, one [B, T] a residual -> the beginning of each stream, in the dtype of the products."""
-        weight = self.model.embed_tokens.weight
         # One look-up for all: its backward pass writes a gradient as large as the table.
         input_ids, sizes = torch.cat(list(parts)), [len(part) for part in parts]
         if self.replicate_embeddings:
-            whole = F.embedding(input_ids, local_part(weight)).to(self.compute_dtype).split(sizes)
+            whole = F.embedding(input_ids, table).to(self.compute_dtype).split(sizes)
             return [Pending(residual.own(part)) for part, residual in zip(whole, residuals, strict=True)]
-        partial_ = embed_tokens(input_ids, local_part(weight), self._vocabulary_start(weight), self.group)
+        start = self._vocabulary_start(self.model.embed_tokens.weight)
+        partial_ = embed_tokens(input_ids, table, start, self.group)
         pieces = partial_.to(self.compute_dtype).split(sizes)
         return [residual.collect([piece]) for piece, residual in zip(pieces, residuals, strict=True)]
 
@@ -405,10 +410,16 @@ class TensorParallelModel(nn.Module):
                 streams = layer(streams)
         return streams
 
-    def _head(self) -> tuple[Tensor, int]:
-        """This rank's rows of the output matrix, and the id of the first."""
+    def _head(self, table: Tensor | None = None) -> tuple[Tensor, int]:
+        """This rank's rows of the output matrix, and the id of the first.
+
+        Args:
+            table: the embedding's, which is the head where they are tied. One and the same tensor for both lets
+                autograd add the second gradient to the first, in its place.
+        """
         parameter = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
-        return local_part(parameter), self._vocabulary_start(parameter)
+        local = local_part(parameter) if table is None or self.lm_head is not None else table
+        return local, self._vocabulary_start(parameter)
 
     def _vocabulary_start(self, parameter: nn.Parameter) -> int:
         assert isinstance(parameter, DTensor)

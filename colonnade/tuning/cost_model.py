@@ -312,6 +312,25 @@ class _Step:
         gathered = self.placement.gather_bytes
         return (gathered + (FLOAT32 if self.is_half else 0)) * self.elements.block + self.head_waiting
 
+    @property
+    def embedding(self) -> int:
+        """In the embedding's backward pass, the last one: gradients that are there or arrive, and the stream's."""
+        elements, is_tied = self.elements, self.config.tie_word_embeddings
+        stream = FLOAT32 * self.tokens * self.config.hidden_size
+        table, outside = FLOAT32 * elements.table, FLOAT32 * elements.outside
+        # A tied head's gradient is there, and the embedding's is added to it.
+        arriving = 2 * table if is_tied else table
+        shards = self.placement.shards
+        if shards == 1:
+            return self.gradients + stream + arriving - (table if self.accumulation == 1 else 0)
+        # The last block's gradients are on their way to the ranks that keep their parts.
+        there = stream + FLOAT32 * (elements.own - elements.outside // shards + elements.block) + outside
+        if self.adds_whole_gradients:
+            there += arriving
+        else:
+            there += arriving - table + (FLOAT32 * elements.outside // shards if self.accumulation > 1 else 0)
+        return there - (self.weights - outside)  # of the weights those of the blocks are gone
+
     def worst(self) -> int:
         """Gradients, activations and what lives beside them at the worst moment."""
         placement, elements = self.placement, self.elements
@@ -321,9 +340,10 @@ class _Step:
         # With tied embeddings the head's gradient waits for the embedding's.
         is_tied = self.config.tie_word_embeddings
         head = FLOAT32 * elements.table
-        waiting = head if is_tied else 0
+        waiting = head if is_tied and not self.head_waiting else 0
         if self.accumulation > 1:
-            return self.gradients + max(self.activations + self.logits, in_layer + waiting)
+            in_pass = self.gradients + max(self.activations + self.logits, in_layer + waiting)
+            return max(in_pass, self.embedding)
         # The only micro-batch of a step makes gradients while its activations go.
         is_shared = placement.shards > 1
         missing = 0 if is_shared else FLOAT32 * elements.block + (0 if is_tied else head)
@@ -331,6 +351,7 @@ class _Step:
             self.activations + self.logits,
             in_layer + (0 if is_shared else head),  # where it is shared out the layer's moment has it
             first_layer + self.layer + self.gradients - missing,
+            self.embedding,
         )
 
 
