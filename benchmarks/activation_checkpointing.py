@@ -24,6 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_at_least_one, require_writable
+from colonnade.parallel.launch import launch
+
 BLOCK = 256
 # Name of the group: processes, micro-batches, what the others are compared with, and all variants.
 GROUPS: dict[str, tuple[int, int, str, dict[str, dict[str, Any]]]] = {
@@ -44,6 +47,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (fp32)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the ratios there")
     options = parser.parse_args()
+    require_at_least_one("--rounds", options.rounds)
+    require_writable("--json", options.json)
 
     from benchmarks.training_step.ranks import on_ranks
     from benchmarks.training_step.recompute import measure
@@ -65,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

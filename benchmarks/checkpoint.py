@@ -30,6 +30,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_at_least_one, require_writable
+from colonnade.parallel.launch import launch
+
 RANKS = 2
 WAYS = ("async", "sync", "dcp", "torch")
 
@@ -41,6 +44,8 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=75, metavar="MILLIONS", help="size of the model (75)")
     parser.add_argument("--directory", metavar="DIR", help="where to write (a new folder in this one)")
     given = parser.parse_args()
+    require_at_least_one("--rounds", given.rounds)
+    require_writable("--json", given.json)
     from benchmarks.training_step.ranks import on_ranks
 
     with tempfile.TemporaryDirectory(prefix=".checkpoint-benchmark-", dir=given.directory or ".") as folder:
@@ -180,4 +185,4 @@ def _ways(folder: Path, millions: int) -> tuple[dict[str, Callable[[], None]], C
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

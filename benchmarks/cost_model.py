@@ -4,8 +4,8 @@
     python benchmarks/cost_model.py --preset argonne-2b --block 4096 --micro-batch 2 --device cuda
 
 Each placement has a process of its own, with torch's fake process group in place of the other ranks. On the CPU the
-bytes are the profiler's, on CUDA `torch.cuda.max_memory_allocated`. Steps are eager, two micro-batches each, and the
-ratio is that of everything: parameters, moments and the most that the step holds above them.
+bytes are the profiler's, on CUDA `torch.cuda.max_memory_allocated`. Steps are eager, of one and of two micro-
+batches. The ratio is that of everything: parameters, moments and the most that the step holds above them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_writable
 from colonnade.config import load_preset
+from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.launch import launch
 
@@ -34,6 +37,8 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "overlap/full/tp8": {"tp": 8, "overlap_collectives": True},
     "zero2/full/dp8": {"dp": 8, "data_parallel_shard": "zero2"},
     "zero3/full/dp8": {"dp": 8, "data_parallel_shard": "zero3"},
+    "tied/full/tp1": {"tied": True},
+    "tied/zero3/full/dp8": {"tied": True, "dp": 8, "data_parallel_shard": "zero3"},
     "zero3/none/dp4/tp2": {"dp": 4, "tp": 2, "data_parallel_shard": "zero3", "activation_checkpointing": "none"},
 }
 SMALL = ModelConfig(
@@ -54,6 +59,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=151_936, metavar="N", help="where a preset has none (151936)")
     parser.add_argument("--block", type=int, default=256, metavar="T", help="tokens a sequence (256)")
     parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences at once (4)")
+    parser.add_argument("--accumulations", default="1,2", metavar="N,N", help="micro-batches of a step (1,2)")
     parser.add_argument("--precisions", default="fp32,bf16", metavar="NAME,NAME", help="fp32, bf16 (both)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
@@ -67,26 +73,49 @@ def main() -> None:
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = SMALL if given.preset is None else _preset(given.preset, given.vocab_size)
+    accumulations, precisions = _checked(given, device, config)
     ratios: dict[str, float] = {}
     found: dict[str, Any] = {}
-    print(f"{'':<36} {'predicted':>12} {'allocated':>12} {'ratio':>6}   MiB a rank")
-    for precision in given.precisions.split(","):
-        for name, options in PLACEMENTS.items():
-            placement = replace(Placement(**options), precision=precision, on_cpu=device == "cpu")
-            measured = on_ranks(1, allocated, config, placement, given.micro_batch, given.block, 2, device)
-            memory = step_memory(config, placement, given.micro_batch, given.block)
-            key = f"predicted_over_allocated/{precision}/{name}"
-            ratios[key] = memory.total / measured.total
-            found[key] = {"predicted": memory.to_dict(), "allocated": measured.total}
-            print(
-                f"{precision + '/' + name:<36} {memory.total / 2**20:12.1f} {measured.total / 2**20:12.1f} "
-                f"{ratios[key]:6.3f}",
-                flush=True,
-            )
+    print(f"{'micro-batches/precision/...':<38} {'predicted':>12} {'allocated':>12} {'ratio':>6}   MiB a rank")
+    for count, precision, (name, options) in product(accumulations, precisions, PLACEMENTS.items()):
+        known = {key: value for key, value in options.items() if key != "tied"}
+        placement = replace(Placement(**known), precision=precision, on_cpu=device == "cpu")
+        own = replace(config, tie_word_embeddings=True) if "tied" in options else config
+        measured = on_ranks(1, allocated, own, placement, given.micro_batch, given.block, count, device)
+        memory = step_memory(own, placement, given.micro_batch, given.block, count)
+        row = f"{count}/{precision}/{name}"
+        key = f"predicted_over_allocated/{row}"
+        ratios[key] = memory.total / measured.total
+        found[key] = {"predicted": memory.to_dict(), "allocated": measured.total}
+        mib = f"{memory.total / 2**20:12.1f} {measured.total / 2**20:12.1f}"
+        print(f"{row:<38} {mib} {ratios[key]:6.3f}", flush=True)
     if given.json:
         device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         report = {"ratios": ratios, "found": found, "device": device_name, "torch": torch.__version__}
         Path(given.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _checked(given: argparse.Namespace, device: str, config: ModelConfig) -> tuple[list[int], list[str]]:
+    """Numbers of micro-batches, and precisions. Raises UsageError where nothing could be measured."""
+    import torch
+
+    counts = given.accumulations.split(",")
+    for flag, text in (
+        *(("--accumulations", text) for text in counts),
+        ("--micro-batch", str(given.micro_batch)),
+        ("--block", str(given.block)),
+    ):
+        if not text.isdecimal() or int(text) < 1:
+            raise UsageError(f"{flag} is {text}; it must be a whole number from 1 on")
+    if given.block > config.max_position_embeddings:
+        raise UsageError(f"--block {given.block} is above the model's context of {config.max_position_embeddings}")
+    precisions = given.precisions.split(",")
+    if unknown := [name for name in precisions if name not in ("fp32", "bf16")]:
+        raise UsageError(f"--precisions names {unknown[0]!r}; it takes fp32,bf16")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
+    require_writable("--json", given.json)
+    return [int(text) for text in counts], precisions
 
 
 def _preset(name: str, vocab_size: int) -> ModelConfig:

@@ -38,7 +38,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from colonnade.errors import UsageError  # noqa: E402  (needs the path)
+from benchmarks.flag_checks import require_at_least_one, require_writable  # noqa: E402  (needs the path)
+from colonnade.errors import UsageError  # noqa: E402
+from colonnade.parallel.launch import launch  # noqa: E402
 
 BLOCK_SIZE, VOCABULARY = 4096, 32_768
 ROWS_A_GROUP, SHARDS, TRAINING_MB = 1000, 4, 20
@@ -107,6 +109,8 @@ def main() -> None:
     )
     parser.add_argument("--contender", choices=CONTENDERS, help="measure this one once, in this process")
     given = parser.parse_args()
+    require_at_least_one("--rounds", given.rounds)
+    require_writable("--json", given.json)
     if given.contender:
         print(json.dumps(CONTENDERS[given.contender](given.work)))
         return
@@ -370,4 +374,4 @@ CONTENDERS: dict[str, Callable[[Path], Measured]] = {
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

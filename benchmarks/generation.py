@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_at_least_one, require_writable
 from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.parallel.launch import launch
 from colonnade.parallel.mesh import init_parallel
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default 1)")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
+    require_at_least_one("--rounds", given.rounds)
+    require_writable("--json", given.json)
     layout = init_parallel(1)
     torch.set_num_threads(given.threads)
     prompt = torch.randint(0, 32000, (given.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()

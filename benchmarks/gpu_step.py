@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import make_folder, require_at_least_one, require_writable
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.launch import launch
 
@@ -118,23 +119,20 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--profile", metavar="FOLDER", help="write each contender's most expensive kernels there")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU where there is no GPU")
-    given = parser.parse_args()
-    if given.smoke:
-        vars(given).update(SMOKE)
-    return given
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes as defaults; also where there is no GPU")
+    if parser.parse_args().smoke:
+        parser.set_defaults(**SMOKE)
+    return parser.parse_args()
 
 
 def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]:
     """What is to be measured, with the options of each variant. Raises UsageError."""
     for flag in ("block", "vocab_size", "windows", "window_steps", "shards"):
-        if getattr(given, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} is {getattr(given, flag)}; it must be at least 1")
+        require_at_least_one(f"--{flag.replace('_', '-')}", getattr(given, flag))
     sizes = given.micro_batches.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise UsageError(f"--micro-batches is {given.micro_batches!r}; it takes numbers above 0, as in 1,2,4")
-    if given.json and not Path(given.json).parent.is_dir():
-        raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
+    require_writable("--json", given.json)
     import torch
 
     from benchmarks.training_step.gpu import Plan
@@ -151,19 +149,18 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
     if config.max_position_embeddings < given.block:
         config = dataclasses.replace(config, max_position_embeddings=given.block)
     check_slices(config, given.shards, None)
-    variants = parsed_variants(given.variant or [f"ours:compiled={str(on_gpu).lower()}"])
+    variants = variants_of(given.variant or [f"ours:compiled={str(on_gpu).lower()}"], "cuda" if on_gpu else "cpu")
     ladder = sorted(map(int, sizes))
     device = "cuda" if on_gpu else "cpu"
-    if given.profile:
-        Path(given.profile).mkdir(parents=True, exist_ok=True)
+    make_folder("--profile", given.profile)
     return Plan(config, given.block, ladder, given.windows, given.window_steps, device, given.profile), variants
 
 
-def parsed_variants(texts: list[str]) -> dict[str, dict[str, Any]]:
+def variants_of(texts: list[str], device_type: str) -> dict[str, dict[str, Any]]:
     """Keyword arguments of the model by name, and the kernel of its attention as `attention`. Raises UsageError."""
-    from benchmarks.training_step.variants import parsed_variant
+    from benchmarks.training_step.variants import parsed_variants
 
-    variants = dict(parsed_variant(text, (TRANSFORMERS,), ("attention",)) for text in texts)
+    variants = parsed_variants(texts, (TRANSFORMERS,), ("attention",), device_type=device_type)
     for name, options in variants.items():
         if options.get("attention", ATTENTION[0]) not in ATTENTION:
             raise UsageError(

@@ -33,6 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_at_least_one, require_writable
+from colonnade.parallel.launch import launch
+
 RANKS = 2
 DELAYS = (0.25, 0.5, 1.0)
 LINK_SHARES = (0.25, 0.5)
@@ -47,6 +50,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), metavar="CASES", help=f"of {','.join(CASES)} (all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the shares and seconds there")
     options = parser.parse_args()
+    require_at_least_one("--rounds", options.rounds)
+    require_writable("--json", options.json)
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(CASES):
         parser.error(f"--only {sorted(unknown)[0]}: choose from {', '.join(CASES)}")
@@ -113,4 +118,4 @@ def report(case: str, found: dict[str, Any], shares: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

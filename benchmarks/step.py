@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import make_folder, require_at_least_one, require_writable
 from colonnade.errors import UsageError
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.launch import launch
@@ -73,10 +74,8 @@ def main() -> None:
     vocabularies = names(given.vocabularies, ("32k", "152k"), "--vocabularies")
     asked = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
     for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; it must be at least 1")
-    if given.json and not Path(given.json).parent.is_dir():
-        raise UsageError(f"--json {given.json}: there is no folder {Path(given.json).parent}; make it first")
+        require_at_least_one(flag, value)
+    require_writable("--json", given.json)
     cases, modes_too = asked_for(given)
     precisions = asked or default_precisions(cases.device_type)
     report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(cases.device_type, cases.ranks)}
@@ -125,12 +124,12 @@ class Cases:
 
 def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
     """What is to be measured, and whether the deterministic mode is as well. Raises UsageError."""
-    from benchmarks.training_step.variants import parsed_variant
+    from benchmarks.training_step.variants import parsed_variants
 
     usual = (*RATIOS, MODES)
-    variants = dict(parsed_variant(text, ("ours", *RATIOS)) for text in given.variant)
-    chosen = names(given.only, usual, "--only") if given.only else [] if variants else list(usual)
     device_type, ranks = device_and_ranks(given.device)
+    variants = parsed_variants(given.variant, ("ours", *RATIOS), device_type=device_type)
+    chosen = names(given.only, usual, "--only") if given.only else [] if variants else list(usual)
     if device_type == "cpu" and any(options.get("compiled") for options in variants.values()):
         require_compiler()
     if variants and ranks < RANKS:
@@ -141,8 +140,7 @@ def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
     if not wanted and MODES not in chosen:
         raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
     folder = None if given.profile is None else Path(given.profile)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder("--profile", folder)
     return Cases(wanted, variants, given.rounds, device_type, ranks, folder), MODES in chosen
 
 
@@ -264,13 +262,14 @@ def summary(step: Work, measured: list[dict[str, Measured]], cases: Cases) -> di
     from benchmarks.training_step.work import step_flops
 
     flops = step_flops(step.config, step.micro_batch, step.block)
-    case: dict[str, Any] = {"ratios": {}, "tokens_per_second": {}, "peak_mib": {}, "loss": {}}
+    case: dict[str, Any] = {"ratios": {}, "tokens_per_second": {}, "peak_mib": {}, "loss": {}, "seconds": {}}
     for group in measured:
         steps = {name: one for name, one in group.items() if not name.startswith(MATMUL)}
         for name, one in steps.items():
             case["tokens_per_second"].setdefault(name, step.tokens / statistics.median(one.seconds))
             case["peak_mib"].setdefault(name, one.memory / 2**20)
             case["loss"].setdefault(name, one.loss)
+            case["seconds"].setdefault(name, one.seconds)
         for ratio, first, second in cases.wanted:
             if first in steps and second in steps:
                 pairs = zip(steps[first].seconds, steps[second].seconds, strict=True)

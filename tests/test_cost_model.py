@@ -87,6 +87,17 @@ def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precisio
     compare(rank_pool, CONFIG, Placement(precision=precision, on_cpu=True, **PLACEMENTS[name]))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("shard", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_memory_where_the_embedding_decides(rank_pool: RankPool, is_tied: bool, shard: str, accumulation: int) -> None:
+    """Few tokens and a large table: its gradient comes last, and a tied head's waits for it."""
+    config = dataclasses.replace(CONFIG, vocab_size=12_000, num_hidden_layers=2, tie_word_embeddings=is_tied)
+    sharing: dict[str, Any] = {} if shard == "none" else {"dp": 8, "data_parallel_shard": shard}
+    for precision in ("fp32", "bf16"):
+        compare(rank_pool, config, Placement(precision=precision, on_cpu=True, **sharing), accumulation, 1)
+
+
 @pytest.mark.parametrize(
     ("sizes", "accumulation", "micro_batch"),
     [

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu_step import parsed_variants, ratios_of
+from benchmarks.gpu_step import ratios_of, variants_of
 from benchmarks.training_step.gpu import DTYPE, Plan, our_shard
 from benchmarks.training_step.ours import our_contender, our_optimizer
 from benchmarks.training_step.work import Work, step_flops
@@ -29,17 +29,23 @@ def test_a_shard_without_its_peers_computes_its_share() -> None:
 
 
 def test_a_variant_is_a_name_and_arguments_of_the_model() -> None:
-    found = parsed_variants(["eager:compiled=false,slices=4", "plain", "c:attention=cudnn"])
-    assert found == {"eager": {"compiled": False, "slices": 4}, "plain": {}, "c": {"attention": "cudnn"}}
+    found = variants_of(["eager:compiled=false,slices=4", "plain", "c:attention=cudnn,z_loss=1"], "cpu")
+    assert found == {"eager": {"compiled": False, "slices": 4}, "plain": {}, "c": {"attention": "cudnn", "z_loss": 1.0}}
     for text in (
         "eager:compile=true",
         ":compiled=true",
         "transformers:compiled=true",
         "eager:compiled",
         "c:attention=best",
+        "a:compiled=maybe",
+        "a:activation_checkpointing=bogus",
+        "a:z_loss=abc",
+        "a:cuda_graphs=true",
     ):
         with pytest.raises(UsageError, match="--variant"):
-            parsed_variants([text])
+            variants_of([text], "cpu")
+    with pytest.raises(UsageError, match="one of that name already"):
+        variants_of(["a:compiled=true", "a:overlap_collectives=true"], "cpu")
 
 
 def test_ratios_are_of_what_was_measured() -> None:

@@ -255,12 +255,13 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
             (*LARGE, "--gpu", "H1000"),
             "--gpu 'H1000': its memory is not known; give --gpu-memory-gib, or a name such as H200",
         ),
+        ((*LARGE, "--gpu", "V100-SXM2", "--precision", "bf16"), "V100-SXM2 only emulates its products; give fp16"),
         ((*LARGE, "--gpu-tflops", "100"), "--gpu-tflops 100 is of no device: name it with --gpu, or leave it out"),
         (
             (*LARGE, "--gpu", "H1000", "--gpu-memory-gib", "8"),
-            "a rank would need .* and may use 7.6 of H1000; give more --gpus",
+            "moments alone take 43.0 GiB .* and may use 7.6 of H1000; give more --gpus",
         ),
-        ((*LARGE, "--gpu", "L4"), "a rank would need .* and may use 22.8 of L4; give more --gpus"),
+        ((*LARGE, "--gpu", "L4"), "moments alone take 43.0 GiB .* and may use 22.8 of L4; give more --gpus"),
         ((*LARGE, "--tokens-per-step", "4097"), "4097 is no multiple of --block-size 4096; nearest: 4096 or 8192"),
         (
             (*LARGE, "--float8", "--gpu", "V100-SXM2-32GB"),
@@ -273,7 +274,7 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         ((*LARGE, "--tokens-per-step", "4096", "--gpus", "2"), None),  # at tp 2
         (
             (*LARGE, "--tokens-per-step", "12288", "--gpus", "2", "--tensor-parallel-size", "1"),
-            "12288 are 3 sequences, which 2 devices cannot share out at tp 1; give a multiple of 8192",
+            "12288 tokens of a step are 3 sequences, which 2 devices .* at tp 1; .* multiple of 8192, or --gpus 1, 3",
         ),
         ((*LARGE, "--deterministic", "--tensor-slices", "3"), "--tensor-slices 3 is not a power of two"),
         (

@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import yaml
 
 from colonnade.errors import UsageError
+from colonnade.run_settings import CHECKPOINTING
 from model import TensorParallelModel
 
 HELP = "ours with these keyword arguments of TensorParallelModel; may be given again"
 
 
-def parsed_variant(text: str, reserved: Collection[str], also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
-    """(name, keyword arguments of the model) from NAME:KEY=VALUE,KEY=VALUE.
+def parsed_variants(
+    texts: Sequence[str], reserved: Collection[str], also: Collection[str] = (), *, device_type: str
+) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of the model by name, each from NAME:KEY=VALUE,KEY=VALUE.
 
     Args:
         reserved: names that mean something else.
-        also: keys that the benchmark itself takes.
+        also: keys that the benchmark itself takes, with text as their value.
 
     Raises:
-        UsageError: it is not of that form, or names what is not known.
+        UsageError: one is not of that form, or names or holds what the model does not take here.
     """
-    name, _, pairs = text.partition(":")
-    if not name or name in reserved or "/" in name:
-        raise UsageError(
-            f"--variant {text!r}: the name before the colon may not be empty, {', '.join(map(repr, reserved))} or hold "
-            "a /"
-        )
+    variants: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, _, pairs = text.partition(":")
+        if not name or name in reserved or "/" in name:
+            taken = ", ".join(map(repr, reserved))
+            raise UsageError(f"--variant {text!r}: the name before the colon may not be empty, {taken} or hold a /")
+        if name in variants:
+            raise UsageError(f"--variant {text!r}: there is one of that name already; give each its own")
+        variants[name] = dict(_option(text, pair, also) for pair in pairs.split(",") if pair)
+        if variants[name].get("cuda_graphs") and device_type != "cuda":
+            raise UsageError(f"--variant {text!r}: cuda_graphs are for a GPU; leave them out")
+    return variants
+
+
+def _option(text: str, pair: str, also: Collection[str]) -> tuple[str, Any]:
     parameters = inspect.signature(TensorParallelModel).parameters.items()
-    known = [
-        key
+    defaults = {
+        key: parameter.default
         for key, parameter in parameters
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not key.endswith("dtype")
-    ]
-    known += also
-    options = {}
-    for pair in filter(None, pairs.split(",")):
-        key, equals, value = pair.partition("=")
-        if key not in known or not equals:
-            raise UsageError(f"--variant {text!r}: {pair!r} is not KEY=VALUE with a KEY of {', '.join(known)}")
-        options[key] = yaml.safe_load(value)
-    return name, options
+    }
+    defaults |= dict.fromkeys(also, "")
+    key, equals, given = pair.partition("=")
+    if key not in defaults or not equals:
+        raise UsageError(f"--variant {text!r}: {pair!r} is not KEY=VALUE with a KEY of {', '.join(defaults)}")
+    value = yaml.safe_load(given)
+    wanted = int if defaults[key] is None else type(defaults[key])
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[wanted]
+        raise UsageError(f"--variant {text!r}: {key} is {given!r}; it takes {kind}")
+    if key == "activation_checkpointing" and value not in CHECKPOINTING:
+        raise UsageError(f"--variant {text!r}: {key} is {given!r}; it is one of {', '.join(CHECKPOINTING)}")
+    return key, value

@@ -165,6 +165,12 @@ def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
     placement = closest.placement
     assert limit is not None
     advice = "" if placement.activation_checkpointing == "full" else ", or --activation-checkpointing full"
+    state = closest.memory.parameters + closest.memory.gradients + closest.memory.optimizer
+    if state > limit:
+        raise UsageError(
+            f"parameters, gradients and moments alone take {state / GIB:.1f} GiB of a rank at tp {placement.tp}, and "
+            f"may use {limit / GIB:.1f} of {asked.gpu}; give more --gpus, or a smaller model"
+        )
     raise UsageError(
         f"a rank would need {closest.memory.total / GIB:.1f} GiB at tp {placement.tp}, and may use {limit / GIB:.1f} "
         f"of {asked.gpu}; give more --gpus, a smaller --block-size or --micro-batch-size{advice}"
@@ -194,6 +200,8 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
     precision = settings.precision
     if precision == "auto":  # as `training.py` decides, once it sees the device
         precision = "bf16" if _has_bf16(asked.gpu) else "fp32"
+    if precision == "bf16" and asked.gpu is not None and not _has_bf16(asked.gpu):
+        raise UsageError(f"--precision bf16: {asked.gpu} only emulates its products; give fp16 or fp32")
     if settings.float8 and asked.gpu is not None:
         if not has_float8_of_rows(asked.gpu):
             raise UsageError(
@@ -276,9 +284,11 @@ def _that_share_out(chunks: int, sizes: list[int], asked: PlanSettings, settings
             f"data-parallel ranks, and --gpus {asked.gpus} {at} are other numbers of them; give other --gpus or "
             "--tokens-per-step"
         )
+    near = sorted(workable, key=lambda count: abs(count - asked.gpus / sizes[0]))[:3]
     raise UsageError(
-        f"--tokens-per-step {chunks * block} are {chunks} sequences, which {asked.gpus} devices cannot share out "
-        f"{at}; give a multiple of {block * asked.gpus}"
+        f"the {chunks * block} tokens of a step are {chunks} sequences, which {asked.gpus} devices cannot share out "
+        f"{at}; give --tokens-per-step as a multiple of {block * asked.gpus}, or --gpus "
+        f"{', '.join(str(count * sizes[0]) for count in sorted(near))}"
     )
 
 

@@ -177,12 +177,15 @@ def step_time(
     }
     lasting |= {name: 2 * tokens * elements / rate for name, elements in _column_weights(config).items()}
     total = 0.0
-    behind: dict[tuple[str, Computation], float] = defaultdict(float)
+    behind: dict[tuple[Link, str, Computation], float] = defaultdict(float)
     for one in traffic:
         link = machine.link(one, placement)
         seconds = one.sent / link.bandwidth + one.calls * link.latency
         total += seconds
         if one.behind is not None:
-            behind[one.group, one.behind] += seconds
-    hidden = sum(min(seconds, lasting[computation]) for (_, computation), seconds in behind.items())
-    return StepTime(compute, total, hidden)
+            behind[link, one.group, one.behind] += seconds
+    # Groups that share a link take turns there: together they hide no more than there is computation.
+    hidden: dict[Link, float] = defaultdict(float)
+    for (link, _, computation), seconds in behind.items():
+        hidden[link] += min(seconds, lasting[computation])
+    return StepTime(compute, total, sum(min(seconds, compute) for seconds in hidden.values()))

@@ -29,14 +29,14 @@ from distributed.workers import deterministic_steps, drift_of
 
 MODES = ("zero2", "zero3")
 CPU = torch.device("cpu")
-LAYOUTS = [(4, 2, 1), (4, 1, 1), (4, 1, 2)]  # ranks, tp, replicas
+LAYOUTS = [(4, 2, 1), (4, 1, 1), (4, 1, 2), (8, 2, 2)]  # ranks, tp, replicas
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("ranks", "tp", "replicas"), LAYOUTS)
 def test_steps_equal_dense(rank_pool: RankPool, ranks: int, tp: int, replicas: int, mode: str) -> None:
     for dtype in (torch.float64, torch.float32):
-        if dtype == torch.float32 and tp == 1:
+        if dtype == torch.float32 and (tp == 1 or replicas > 1):
             continue
         results = rank_pool.run(
             ranks, sharded_steps, CONFIG, tp, 4, shard={"mode": mode}, replicas=replicas, param_dtype=dtype, seed=5
