@@ -166,6 +166,18 @@ def test_time_is_computation_and_what_is_not_hidden() -> None:
     assert replicated.hidden == pytest.approx(model * 2 / 3 / 2)
 
 
+def test_groups_that_share_a_link_take_turns() -> None:
+    """Alone each would be hidden; a step cannot be shorter than all that its link sends."""
+    placement = Placement(tp=2, dp=2, activation_checkpointing="none")
+    compute = run_flops(CONFIG, 10**6, 64) / (4 * 0.5e12)
+    sent = int(0.8 * compute * 1e11)
+    layers = Traffic("tp", "layers", ALL_GATHER, 2, 0, 2 * sent, "step")
+    blocks = Traffic("dp", "blocks", ALL_GATHER, 2, 0, 2 * sent, "step")
+    assert time_of(placement, layers).seconds == pytest.approx(compute)
+    assert time_of(placement, blocks).seconds == pytest.approx(compute)
+    assert time_of(placement, layers, blocks).seconds == pytest.approx(1.6 * compute)
+
+
 def test_sums_of_f_hide_behind_gradients_of_column_parallel_weights() -> None:
     placement = Placement(tp=2, activation_checkpointing="none")
     # Two layers, hidden 64, 4 + 2 * 2 heads of 16, 2 * 96 channels; two FLOPs an element and token, on two ranks.
