@@ -15,7 +15,6 @@ processor with instructions for bf16.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import require_at_least_one, require_writable
+from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 BLOCK = 256
@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[int, int, str, dict[str, dict[str, Any]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory relative to keeping everything.")
+    parser = OneLineParser(description="Time and memory relative to keeping everything.")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="passes of each variant (5)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of products (fp32)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the ratios there")

@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -31,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import require_at_least_one, require_writable
+from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 RANKS = 2
@@ -38,7 +38,7 @@ WAYS = ("async", "sync", "dcp", "torch")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time to save a checkpoint; the lower a ratio, the better.")
+    parser = OneLineParser(description="Time to save a checkpoint; the lower a ratio, the better.")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}} to this file')
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="saves of each way (5)")
     parser.add_argument("--parameters", type=int, default=75, metavar="MILLIONS", help="size of the model (75)")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.flag_checks import require_writable
 from colonnade.config import load_preset
 from colonnade.errors import UsageError
+from colonnade.flags import OneLineParser
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.launch import launch
 
@@ -54,7 +55,7 @@ SMALL = ModelConfig(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predicted memory of a step over what torch allocates.")
+    parser = OneLineParser(description="Predicted memory of a step over what torch allocates.")
     parser.add_argument("--preset", metavar="NAME", help="sizes of the model (a small one)")
     parser.add_argument("--vocab-size", type=int, default=151_936, metavar="N", help="where a preset has none (151936)")
     parser.add_argument("--block", type=int, default=256, metavar="T", help="tokens a sequence (256)")

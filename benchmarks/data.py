@@ -19,7 +19,6 @@ encoder of it inside the measured time, once a run. Every contender may use all 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -40,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.flag_checks import require_at_least_one, require_writable  # noqa: E402  (needs the path)
 from colonnade.errors import UsageError  # noqa: E402
+from colonnade.flags import OneLineParser  # noqa: E402
 from colonnade.parallel.launch import launch  # noqa: E402
 
 BLOCK_SIZE, VOCABULARY = 4096, 32_768
@@ -93,9 +93,7 @@ class Measured(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="CPU seconds a million tokens, and tokens a second, of the data plane."
-    )
+    parser = OneLineParser(description="CPU seconds a million tokens, and tokens a second, of the data plane.")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}} to this file')
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each contender (3)")
     parser.add_argument("--size-mb", type=int, default=100, metavar="MB", help="text in the corpus, at least (100)")

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import require_at_least_one, require_writable
 from colonnade.checkpoint.hugging_face import load_hugging_face
+from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 from colonnade.parallel.mesh import init_parallel
 from model import ModelConfig, TensorParallelModel
@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokens a second of greedy generation, ours and transformers'.")
+    parser = OneLineParser(description="Tokens a second of greedy generation, ours and transformers'.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import make_folder, require_at_least_one, require_writable
 from colonnade.errors import RunError, UsageError
+from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def take_turn(
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed and memory of a preset's training step on one GPU.")
+    parser = OneLineParser(description="Speed and memory of a preset's training step on one GPU.")
     parser.add_argument("--preset", default="argonne-2b", metavar="NAME", help="sizes of the model (argonne-2b)")
     parser.add_argument("--vocab-size", type=int, default=151_936, metavar="N", help="where a preset has none (151936)")
     parser.add_argument("--block", type=int, default=4096, metavar="T", help="tokens a sequence (4096)")

@@ -24,7 +24,6 @@ A share is the median of the rounds' shares.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -34,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import require_at_least_one, require_writable
+from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 RANKS = 2
@@ -43,9 +43,7 @@ CASES = ("tp", "tp/sequence_parallel", "dp")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Share of the collectives' time that is hidden; the higher, the better."
-    )
+    parser = OneLineParser(description="Share of the collectives' time that is hidden; the higher, the better.")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="passes of each kind (7)")
     parser.add_argument("--only", default=",".join(CASES), metavar="CASES", help=f"of {','.join(CASES)} (all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the shares and seconds there")

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import make_folder, require_at_least_one, require_writable
 from colonnade.errors import UsageError
+from colonnade.flags import OneLineParser
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.launch import launch
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from benchmarks.training_step.work import Work
 
 RANKS = 2
+FEWEST_ROUNDS = 5
 PRECISIONS = ("fp32", "bf16")
 MODES = "deterministic"
 # What --only may name, and the ratio it asks for: (name, numerator, denominator).
@@ -76,6 +78,8 @@ def main() -> None:
     for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
         require_at_least_one(flag, value)
     require_writable("--json", given.json)
+    if given.rounds < FEWEST_ROUNDS:
+        print(f"note: the median of {given.rounds} rounds says little; give --rounds {FEWEST_ROUNDS}", file=sys.stderr)
     cases, modes_too = asked_for(given)
     precisions = asked or default_precisions(cases.device_type)
     report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(cases.device_type, cases.ranks)}
@@ -146,7 +150,7 @@ def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
 
 def parsed() -> argparse.Namespace:
     usual = ",".join((*RATIOS, MODES))
-    parser = argparse.ArgumentParser(description="Speed of a training step; the higher a ratio, the better.")
+    parser = OneLineParser(description="Speed of a training step; the higher a ratio, the better.")
     parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}, ...} to this file')
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each contender (5)")
     parser.add_argument("--vocabularies", default="32k,152k", metavar="NAMES", help="32k,152k")

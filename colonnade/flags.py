@@ -200,7 +200,9 @@ class OneLineParser(argparse.ArgumentParser):
         return vars(namespace)
 
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message[:300]}; --help lists the flags")
+        # argparse says that it ignored what it refuses.
+        told = message.replace("ignored explicit argument", "takes no value, and was given")
+        raise UsageError(f"{told[:300]}; --help lists the flags")
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
         if os.environ.get("RANK", "0") == "0":

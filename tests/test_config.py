@@ -318,6 +318,7 @@ def test_unknown_names_come_with_the_nearest_known_one(tmp_path: Path) -> None:
     assert "unknown key 3" in in_file(3)
     assert refusal("--blok-size", "3") == "unknown flag --blok-size; the nearest known one is --block-size"
     assert refusal("--blok-size=3") == "unknown flag --blok-size; the nearest known one is --block-size"
+    assert "takes no value, and was given 'yes'" in refusal("--sequence-parallel=yes")
     assert "nearest known one is --checkpoint-path" in refusal("--checkpoint-pth", "x", parse=parse_resume)
     for name in ("tinny", "../presets/argonne-2b"):
         assert f"--preset {name!r} does not exist; there are aixsim-1.1b, " in refusal("--preset", name)
