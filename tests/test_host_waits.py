@@ -1,11 +1,13 @@
-"""A training step never waits for its device: nothing in it reads a value that a device computes.
+"""A training step never waits for its device: nothing in it reads a value that a device computes, or sends it one.
 
 Run on torch's meta device, whose tensors have shapes and no values: a read (`.item()`, `bool()`, a mask as an index)
-raises there, and where the code asks for the kind of device it gets what a GPU gets, not what the CPU does.
+raises there, and where the code asks for the kind of device it gets what a GPU gets, not what the CPU does. A copy from
+the host's ordinary memory waits as well; what is copied once, in the first step, may stay.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon
@@ -48,6 +51,30 @@ def fused_on_any_device(monkeypatch):
     monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
 
 
+class NoTransfers(TorchDispatchMode):
+    """Refuses what copies values from the host to the device."""
+
+    def __enter__(self):
+        self._made = torch.tensor  # which no mode sees
+        torch.tensor = self._tensor  # type: ignore[assignment]
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        torch.tensor = self._made
+        return super().__exit__(*raised)
+
+    def _tensor(self, values, **options):
+        assert torch.device(options.get("device") or "cpu") != META, f"{values} are sent to the device"
+        return self._made(values, **options)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        source = {"copy_": 1, "_to_copy": 0}.get(function.overloadpacket.__name__)
+        if source is not None and result.device == META and arguments[source].ndim:
+            assert arguments[source].device == META, f"{tuple(result.shape)} values are sent to the device"
+        return result
+
+
 def steps(
     layout: ParallelLayout,
     model_options: dict[str, Any],
@@ -64,19 +91,20 @@ def steps(
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     share = torch.zeros((CHUNKS, BLOCK + 1), dtype=torch.int64, device=META)
     window = LossWindow(4, META)
-    for _ in range(2):
-        outcome = optimizer_step(
-            model,
-            optimizer,
-            scaler,
-            share,
-            accumulation=MICRO_BATCHES,
-            targets=2 * CHUNKS * BLOCK,
-            max_grad_norm=1.0,
-            skip_above=window.statistics(3.0).limit,
-            **step_options,
-        )
-        window.append(outcome.loss, outcome.skipped)
+    for watch in (nullcontext(), NoTransfers()):
+        with watch:
+            outcome = optimizer_step(
+                model,
+                optimizer,
+                scaler,
+                share,
+                accumulation=MICRO_BATCHES,
+                targets=2 * CHUNKS * BLOCK,
+                max_grad_norm=1.0,
+                skip_above=window.statistics(3.0).limit,
+                **step_options,
+            )
+            window.append(outcome.loss, outcome.skipped)
     assert outcome.loss.device == outcome.grad_norm.device == META
     return outcome.loss
 

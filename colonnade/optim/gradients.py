@@ -10,6 +10,7 @@ number of ranks does not change:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -207,7 +208,7 @@ def _fixed_order_norm_and_flag(
             copies = torch.zeros((), dtype=torch.float64, device=device)
         parts, places, start = _own_pieces(gradients, pieces[first : first + len(gradients)], group, start)
         first += len(gradients)
-        squares[torch.tensor(places, dtype=torch.int64, device=device)] = _squared_norms(parts, device)
+        squares[_index(tuple(places), device)] = _squared_norms(parts, device)
         if group.rank > 0:
             copies += _squared_norms([gradient for gradient, sharded in gradients if not sharded], device).sum()
     squares[total] = flag
@@ -217,6 +218,12 @@ def _fixed_order_norm_and_flag(
         dist.all_reduce(squares, group=group.group)
     flags = squares[total]
     return (squares[:total].sum().sqrt() + flags * 0).to(dtype), flags
+
+
+@cache
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """An index on the device: kept, since the host waits when it sends one, and the same in every step."""
+    return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 def _own_pieces(
