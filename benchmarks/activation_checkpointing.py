@@ -23,7 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import require_at_least_one, require_writable
+from benchmarks.flag_checks import require_at_least_one
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the ratios there")
     options = parser.parse_args()
     require_at_least_one("--rounds", options.rounds)
-    require_writable("--json", options.json)
+    require_place("--json", options.json)
 
     from benchmarks.training_step.ranks import on_ranks
     from benchmarks.training_step.recompute import measure

@@ -29,7 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import require_at_least_one, require_writable
+from benchmarks.flag_checks import require_at_least_one
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--directory", metavar="DIR", help="where to write (a new folder in this one)")
     given = parser.parse_args()
     require_at_least_one("--rounds", given.rounds)
-    require_writable("--json", given.json)
+    require_place("--json", given.json)
     from benchmarks.training_step.ranks import on_ranks
 
     with tempfile.TemporaryDirectory(prefix=".checkpoint-benchmark-", dir=given.directory or ".") as folder:

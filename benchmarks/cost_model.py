@@ -20,9 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import require_writable
+from benchmarks.flag_checks import counts, names, require_at_least_one
 from colonnade.config import load_preset
 from colonnade.errors import UsageError
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.launch import launch
@@ -100,23 +101,15 @@ def _checked(given: argparse.Namespace, device: str, config: ModelConfig) -> tup
     """Numbers of micro-batches, and precisions. Raises UsageError where nothing could be measured."""
     import torch
 
-    counts = given.accumulations.split(",")
-    for flag, text in (
-        *(("--accumulations", text) for text in counts),
-        ("--micro-batch", str(given.micro_batch)),
-        ("--block", str(given.block)),
-    ):
-        if not text.isdecimal() or int(text) < 1:
-            raise UsageError(f"{flag} is {text}; it must be a whole number from 1 on")
+    require_at_least_one("--micro-batch", given.micro_batch)
+    require_at_least_one("--block", given.block)
     if given.block > config.max_position_embeddings:
         raise UsageError(f"--block {given.block} is above the model's context of {config.max_position_embeddings}")
-    precisions = given.precisions.split(",")
-    if unknown := [name for name in precisions if name not in ("fp32", "bf16")]:
-        raise UsageError(f"--precisions names {unknown[0]!r}; it takes fp32,bf16")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU; use --device cpu")
-    require_writable("--json", given.json)
-    return [int(text) for text in counts], precisions
+    require_place("--json", given.json)
+    accumulations = counts("--accumulations", given.accumulations)
+    return accumulations, names("--precisions", given.precisions, ("fp32", "bf16"))
 
 
 def _preset(name: str, vocab_size: int) -> ModelConfig:

@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.flag_checks import require_at_least_one, require_writable  # noqa: E402  (needs the path)
-from colonnade.errors import UsageError  # noqa: E402
+from colonnade.errors import UsageError  # noqa: E402  (needs the path)
+from colonnade.files import require_place  # noqa: E402
 from colonnade.flags import OneLineParser  # noqa: E402
 from colonnade.parallel.launch import launch  # noqa: E402
 
@@ -107,8 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--contender", choices=CONTENDERS, help="measure this one once, in this process")
     given = parser.parse_args()
-    require_at_least_one("--rounds", given.rounds)
-    require_writable("--json", given.json)
+    require_place("--json", given.json)
     if given.contender:
         print(json.dumps(CONTENDERS[given.contender](given.work)))
         return

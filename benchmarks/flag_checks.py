@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from colonnade.errors import UsageError
@@ -12,14 +13,21 @@ def require_at_least_one(flag: str, value: int) -> None:
         raise UsageError(f"{flag} is {value}; it must be at least 1")
 
 
-def require_writable(flag: str, path: str | Path | None) -> None:
-    """Refuse a file that could not be written when all is measured; None is no file."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise UsageError(f"{flag} {path} is a folder; name a file")
-    if not Path(path).parent.is_dir():
-        raise UsageError(f"{flag} {path}: there is no folder {Path(path).parent}; make it first")
+def names(flag: str, text: str, known: Collection[str]) -> list[str]:
+    """The names of a comma-separated list, in the order they are known in."""
+    found = text.split(",")
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise UsageError(f"{flag} names {unknown[0]!r}; it takes {','.join(known)}")
+    return [name for name in known if name in found]
+
+
+def counts(flag: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list, each above 0."""
+    found = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in found):
+        raise UsageError(f"{flag} is {text!r}; it takes numbers above 0, as in 1,2,4")
+    return [int(count) for count in found]
 
 
 def make_folder(flag: str, path: str | Path | None) -> None:

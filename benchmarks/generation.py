@@ -23,8 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import require_at_least_one, require_writable
+from benchmarks.flag_checks import require_at_least_one
 from colonnade.checkpoint.hugging_face import load_hugging_face
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 from colonnade.parallel.mesh import init_parallel
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
     require_at_least_one("--rounds", given.rounds)
-    require_writable("--json", given.json)
+    require_place("--json", given.json)
     layout = init_parallel(1)
     torch.set_num_threads(given.threads)
     prompt = torch.randint(0, 32000, (given.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()

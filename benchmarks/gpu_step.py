@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import make_folder, require_at_least_one, require_writable
+from benchmarks.flag_checks import counts, make_folder, require_at_least_one
 from colonnade.errors import RunError, UsageError
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
@@ -130,10 +131,8 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
     """What is to be measured, with the options of each variant. Raises UsageError."""
     for flag in ("block", "vocab_size", "windows", "window_steps", "shards"):
         require_at_least_one(f"--{flag.replace('_', '-')}", getattr(given, flag))
-    sizes = given.micro_batches.split(",")
-    if not all(size.isdecimal() and int(size) for size in sizes):
-        raise UsageError(f"--micro-batches is {given.micro_batches!r}; it takes numbers above 0, as in 1,2,4")
-    require_writable("--json", given.json)
+    ladder = sorted(counts("--micro-batches", given.micro_batches))
+    require_place("--json", given.json)
     import torch
 
     from benchmarks.training_step.gpu import Plan
@@ -151,7 +150,6 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
         config = dataclasses.replace(config, max_position_embeddings=given.block)
     check_slices(config, given.shards, None)
     variants = variants_of(given.variant or [f"ours:compiled={str(on_gpu).lower()}"], "cuda" if on_gpu else "cpu")
-    ladder = sorted(map(int, sizes))
     device = "cuda" if on_gpu else "cpu"
     make_folder("--profile", given.profile)
     return Plan(config, given.block, ladder, given.windows, given.window_steps, device, given.profile), variants

@@ -32,7 +32,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import require_at_least_one, require_writable
+from benchmarks.flag_checks import require_at_least_one
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the shares and seconds there")
     options = parser.parse_args()
     require_at_least_one("--rounds", options.rounds)
-    require_writable("--json", options.json)
+    require_place("--json", options.json)
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(CASES):
         parser.error(f"--only {sorted(unknown)[0]}: choose from {', '.join(CASES)}")

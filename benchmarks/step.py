@@ -40,8 +40,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import make_folder, require_at_least_one, require_writable
+from benchmarks.flag_checks import make_folder, names, require_at_least_one
 from colonnade.errors import UsageError
+from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.launch import launch
@@ -73,11 +74,11 @@ ONE_RANK_GROUPS = (("ours_tp1", "transformers", "matmul"),)
 
 def main() -> None:
     given = parsed()
-    vocabularies = names(given.vocabularies, ("32k", "152k"), "--vocabularies")
-    asked = names(given.precisions, PRECISIONS, "--precisions") if given.precisions else None
+    vocabularies = names("--vocabularies", given.vocabularies, ("32k", "152k"))
+    asked = names("--precisions", given.precisions, PRECISIONS) if given.precisions else None
     for flag, value in (("--rounds", given.rounds), ("--mode-rounds", given.mode_rounds)):
         require_at_least_one(flag, value)
-    require_writable("--json", given.json)
+    require_place("--json", given.json)
     if given.rounds < FEWEST_ROUNDS:
         print(f"note: the median of {given.rounds} rounds says little; give --rounds {FEWEST_ROUNDS}", file=sys.stderr)
     cases, modes_too = asked_for(given)
@@ -133,7 +134,7 @@ def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
     usual = (*RATIOS, MODES)
     device_type, ranks = device_and_ranks(given.device)
     variants = parsed_variants(given.variant, ("ours", *RATIOS), device_type=device_type)
-    chosen = names(given.only, usual, "--only") if given.only else [] if variants else list(usual)
+    chosen = names("--only", given.only, usual) if given.only else [] if variants else list(usual)
     if device_type == "cpu" and any(options.get("compiled") for options in variants.values()):
         require_compiler()
     if variants and ranks < RANKS:
@@ -169,15 +170,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     parser.add_argument("--mode-rounds", type=int, default=11, metavar="N", help="of deterministic_over_default (11)")
     return parser.parse_args()
-
-
-def names(text: str, known: Any, flag: str) -> list[str]:
-    """The names of a comma-separated list, in the order they are known in."""
-    found = text.split(",")
-    unknown = [name for name in found if name not in known]
-    if unknown:
-        raise UsageError(f"{flag} names {unknown[0]!r}; it takes {','.join(known)}")
-    return [name for name in known if name in found]
 
 
 def device_and_ranks(asked: str | None) -> tuple[str, int]:

@@ -30,10 +30,18 @@ def replace_file(path: Path, content: str | bytes) -> None:
         raise
 
 
-def require_place(flag: str, path: str | None) -> None:
+def require_place(flag: str, path: str | Path | None) -> None:
     """Refuse a file that could not be written when all is done; None is no file. Raises UsageError."""
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise UsageError(f"{flag} {path} cannot be a file: give one in a folder that exists")
+    if path is None:
+        return
+    place = Path(path).absolute()
+    if place.is_dir():
+        why = "this is a folder"
+    elif not place.parent.is_dir():
+        why = f"there is no folder {place.parent}"
+    else:
+        return
+    raise UsageError(f"{flag} {path} cannot be a file: give one in a folder that exists ({why})")
 
 
 def require_free(flag: str, path: Path) -> None:

@@ -12,8 +12,6 @@ from colonnade.errors import UsageError
 from colonnade.run_settings import CHECKPOINTING
 from model import TensorParallelModel
 
-HELP = "ours with these keyword arguments of TensorParallelModel; may be given again"
-
 
 def parsed_variants(
     texts: Sequence[str], reserved: Collection[str], also: Collection[str] = (), *, device_type: str
