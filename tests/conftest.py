@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def rank_pool():
-    """Spawned gloo ranks (`distributed.pool.RankPool`), shared by the whole session."""
+    """Gloo ranks (`distributed.pool.RankPool`), shared by the whole session."""
     from distributed.pool import RankPool
 
     pool = RankPool()

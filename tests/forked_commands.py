@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ("training", "resume_pretrain_tensor", "run.start", "torch._dynamo", "pyarrow.parquet")
 _LATE_IMPORTS = (
     "transformers.tokenization_utils_tokenizers",
@@ -29,7 +29,7 @@ _LATE_IMPORTS = (
     "matplotlib.backends.backend_agg",
     "mpl_toolkits.mplot3d",
 )
-_CONTEXT.set_forkserver_preload([*_PRELOAD, *_LATE_IMPORTS])
+CONTEXT.set_forkserver_preload([*_PRELOAD, *_LATE_IMPORTS])
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -140,7 +140,7 @@ def begin(
         own.mkdir()
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         arguments = (script, list(flags), str(own), {**common, **place}, prepare)
-        process = _CONTEXT.Process(target=_enter, args=arguments)
+        process = CONTEXT.Process(target=_enter, args=arguments)
         process.start()
         processes[rank] = process
     return Running(processes, folder)

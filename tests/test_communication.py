@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_step.work import PRECISIONS
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
+from colonnade.optim.muon import newton_schulz, newton_schulz_flops
 from colonnade.optim.step import optimizer_step
-from colonnade.tuning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Computation, Traffic, step_traffic
+from colonnade.tuning.communication import step_traffic
 from colonnade.tuning.cost_model import Placement, run_flops
 from colonnade.tuning.step_time import Machine, interconnect_of, link_of, repeated_flops, step_time
+from colonnade.tuning.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, REDUCE_SCATTER, Computation, Traffic
 from distributed.pool import RankPool
 from distributed.workers import build, make_optimizer
 
@@ -31,7 +34,13 @@ CONFIG = ModelConfig(
     head_dim=16,
     max_position_embeddings=64,
 )
-NAMES = {"allreduce_": ALL_REDUCE, "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER}
+NAMES = {
+    "allreduce_": ALL_REDUCE,
+    "_allgather_base_": ALL_GATHER,
+    "_reduce_scatter_base_": REDUCE_SCATTER,
+    "alltoall_base_": ALL_TO_ALL,
+    "broadcast_": BROADCAST,
+}
 
 
 class Counted(TorchDispatchMode):
@@ -68,7 +77,8 @@ def counted(
         replicate_embeddings=placement.replicate_embeddings,
         shares_memory=False,
     )
-    optimizer = make_optimizer("adamw", model, layout)
+    kind = "muon in bf16" if placement.optimizer == "muon" else "adamw"
+    optimizer = make_optimizer(kind, model, layout)
     share = torch.randint(0, config.vocab_size, (micro_batch * accumulation, block + 1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with Counted() as seen:
@@ -110,6 +120,10 @@ def predicted(traffic: list[Traffic]) -> dict[str, tuple[int, int]]:
         ({"dp": 2, "data_parallel_shard": "zero3", "precision": "bf16"}, {}),
         ({"dp": 4, "data_parallel_shard": "zero3", "replicas": 2}, {}),
         ({"dp": 2, "tp": 2, "data_parallel_shard": "zero3", "sequence_parallel": True}, {}),
+        ({"dp": 2, "tp": 2, "optimizer": "muon"}, {}),
+        ({"tp": 4, "optimizer": "muon"}, {"num_key_value_heads": 1}),
+        ({"dp": 3, "data_parallel_shard": "zero2", "optimizer": "muon"}, {}),
+        ({"dp": 4, "tp": 2, "data_parallel_shard": "zero3", "replicas": 2, "optimizer": "muon"}, {}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "plain",
 )
@@ -245,3 +259,21 @@ def test_links() -> None:
     for value in ("fast", "0", "nan", "-1"):
         with pytest.raises(UsageError, match=r"--network .* is no link that is known; give one of nvlink3"):
             link_of("--network", value, 0)
+
+
+def test_muon_adds_its_iterations() -> None:
+    """The matrices of two layers over four ranks, the largest first: six of feed-forward, q and o, k and v."""
+    placement = Placement(tp=2, dp=2, activation_checkpointing="none")
+    operations = 0
+    for longer, shorter in [(96, 64), (96, 64), (64, 64), (64, 32)]:  # the first matrix of each round of four
+        # Five times [m, n] [n, m], [m, m] [m, m] and [m, m] [m, n], two operations a product and sum.
+        operations += 5 * 2 * (shorter * longer * shorter + shorter**3 + shorter * shorter * longer)
+    plain, muon = (time_of(dataclasses.replace(placement, optimizer=name)).compute for name in ("adamw", "muon"))
+    assert muon - plain == pytest.approx(operations / 0.5e12, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
+def test_operations_of_the_iterations_are_those_that_torch_counts(shape: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(torch.ones(shape), torch.float32)
+    assert newton_schulz_flops(shape) == counter.get_total_flops()

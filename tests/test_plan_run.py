@@ -288,10 +288,6 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         ((*LARGE, "--tensor-parallel-size", "3", "--gpus", "8"), "3 does not divide --gpus 8; .*: 1, 2, 4, 8"),
         ((*LARGE, "--tensor-parallel-size", "16", "--gpus", "16"), "24 attention heads cannot be cut into 16"),
         (
-            (*LARGE, "--optimizer", "muon", "--data-parallel-shard", "zero2", "--gpus", "2"),
-            "--data-parallel-shard zero2: muon takes whole matrices",
-        ),
-        (
             (*LARGE, "--gpus", "4", "--data-parallel-shard", "zero2", "--data-parallel-replicate-size", "3"),
             "3 does not divide the 4 data-parallel ranks; sizes that do: 1, 2, 4",
         ),

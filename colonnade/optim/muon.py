@@ -3,18 +3,9 @@
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the update M of a matrix, its momentum,
 by the nearest matrix with orthonormal rows or columns: U V^T of M = U S V^T, which a few Newton-Schulz iterations come
 close to. That is a function of the whole matrix, so orthogonalising the shards of ranks would be another optimizer at
-every tensor-parallel size. Here shards of the momentum's update are brought together, and the ranks share out the
-matrices:
+every tensor-parallel size. Here each rank updates its part of the momentum; then parts are brought together, each
+matrix on one rank (`whole_matrices.py`), and orthogonalised there, once a step whatever the number of ranks.
 
-1. Each rank updates its shard of the momentum.
-2. Matrices are dealt in rounds of one a rank. An all-to-all over the tensor-parallel group gives each rank the whole of
-   its own, from the shards of that group; data-parallel ranks, which hold the same shards, take different matrices.
-3. Each rank orthogonalises its matrix, from the same bits and in the same shape whoever it is.
-4. A second all-to-all gives each rank its part of the results of its group, and a broadcast those of the other
-   data-parallel ranks.
-
-So each matrix is orthogonalised once a step whatever the number of ranks, and a rank holds one whole matrix at a time
-beside its parts of a round's results.
 `torch.optim.Muon` does the same for whole matrices on one rank (`tests/distributed/test_muon.py` compares); its own
 iteration is no public function.
 """
@@ -23,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard
+
+from colonnade.optim.whole_matrices import WholeMatrices
+from colonnade.parallel.mesh import ParallelLayout
 
 # The attribute through which a gradient scaler tells an optimizer to skip a step.
 FOUND_INF = "found_inf"
@@ -59,6 +50,13 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor
     return x.T if is_tall else x
 
 
+def newton_schulz_flops(shape: Sequence[int]) -> int:
+    """Floating-point operations of `newton_schulz` for a matrix of this shape."""
+    shorter, longer = sorted(shape)
+    # Each iteration multiplies [m, n] by [n, m], [m, m] by [m, m], and that by [m, n].
+    return ITERATIONS * 2 * shorter * shorter * (2 * longer + shorter)
+
+
 def matched_rate(learning_rate: float, shape: Sequence[int]) -> float:
     """The rate at which an orthogonal update of this shape has the root mean square of AdamW's, about 0.2.
 
@@ -78,11 +76,11 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - rate * decay) * W - rate * 0.2 * sqrt(max(rows, columns)) * newton_schulz(M)
 
     Args:
-        matrices: two-dimensional `DTensor`s on one mesh of a single dimension, each cut evenly or whole on every rank.
+        matrices: two-dimensional `DTensor`s, each cut evenly over the tensor-parallel ranks or whole on each of them;
+            data-parallel ranks may share them out.
         adamw: over the other parameters.
         lr, momentum, weight_decay: of the matrices.
-        tp_group: the ranks of that mesh.
-        dp_group: the ranks that hold the same shards.
+        layout: the ranks they lie on.
         dtype: of the iterations.
 
     Raises:
@@ -97,8 +95,7 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float,
         weight_decay: float,
-        tp_group: dist.ProcessGroup,
-        dp_group: dist.ProcessGroup,
+        layout: ParallelLayout,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         own: dict[str, Any] = {"params": list(matrices), "momentum": momentum, "lr": lr, "weight_decay": weight_decay}
@@ -109,9 +106,9 @@ class Muon(torch.optim.Optimizer):
         self.param_groups.extend(adamw.param_groups)
         adamw.state = self.state
         self._matrices = own
-        self._dealer = _Dealer(tp_group, dp_group, dtype)
+        self._whole, self._dtype = WholeMatrices(layout), dtype
         for parameter in own["params"]:
-            self._dealer.check(parameter)
+            self._whole.check(parameter)
 
     def allocate_momentum(self) -> None:
         """Give each matrix its momentum, zeros, as the first step would."""
@@ -120,7 +117,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient. Collective over both groups.
+        """One update of all parameters that have a gradient. Collective over all ranks.
 
         Told of an infinity (`found_inf`, 0 or 1 on the parameters' device, the same on all ranks) it leaves parameters
         and state as they are, to the bit.
@@ -138,7 +135,7 @@ class Muon(torch.optim.Optimizer):
         group = self._matrices
         rate, momentum = group["lr"], group["momentum"]
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for batch in self._dealer.rounds(parameters):
+        for batch in self._whole.rounds(parameters):
             updates = []
             for number, parameter in enumerate(batch):
                 gradient, state = _local(parameter.grad), self.state[parameter]
@@ -146,14 +143,18 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
                 buffer = _local(state["momentum_buffer"])
                 moved = buffer.lerp(gradient, 1 - momentum)
-                if self._dealer.is_ours(number):
+                if self._whole.is_ours(number):
                     updates.append(gradient.lerp(moved, momentum))
                 buffer.copy_(_chosen(skipped, buffer, moved))
-            for parameter, direction in zip(batch, self._dealer.orthogonalised(batch, updates), strict=True):
+            directions = self._whole.computed(batch, updates, self._orthogonalised, self._dtype)
+            for parameter, direction in zip(batch, directions, strict=True):
                 weight = _local(parameter)
                 moved = weight * (1 - rate * group["weight_decay"])
                 moved.add_(direction, alpha=-matched_rate(rate, parameter.shape))
                 weight.copy_(_chosen(skipped, weight, moved))
+
+    def _orthogonalised(self, matrix: Tensor) -> Tensor:
+        return newton_schulz(matrix, self._dtype)
 
 
 def _chosen(skipped: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
@@ -165,120 +166,3 @@ def _local(tensor: Tensor | None) -> Tensor:
     """This rank's part, which shares memory with the whole."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a rank holds of a matrix: its shard, or all of it.
-
-    Attributes:
-        dim: the dimension it is cut along; None where it is whole on every rank.
-        shape: of this rank's part, as of every other's.
-    """
-
-    dim: int | None
-    shape: torch.Size
-
-    @property
-    def numel(self) -> int:
-        return self.shape.numel()
-
-
-class _Dealer:
-    """Deals matrices to ranks, and brings each together on its own."""
-
-    def __init__(self, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-        self._tp_group, self._dp_group, self._dtype = tp_group, dp_group, dtype
-        self._tp, self._tp_rank = dist.get_world_size(tp_group), dist.get_rank(tp_group)
-        self._dp, self._dp_rank = dist.get_world_size(dp_group), dist.get_rank(dp_group)
-
-    def check(self, parameter: Tensor) -> None:
-        """Raises ValueError where a parameter cannot be dealt."""
-        if not isinstance(parameter, DTensor) or parameter.ndim != 2 or parameter.device_mesh.ndim != 1:
-            raise ValueError(f"Muon takes matrices that are DTensors on one mesh dimension, not {type(parameter)}")
-        placement = parameter.placements[0]
-        if isinstance(placement, Shard) and parameter.shape[placement.dim] % self._tp:
-            raise ValueError(f"a matrix of shape {tuple(parameter.shape)} cannot be cut evenly over {self._tp} ranks")
-
-    def rounds(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """The parameters in rounds of at most one a rank; of like size, so that no rank waits for a larger one."""
-        ordered = sorted(parameters, key=lambda parameter: (-parameter.numel(), tuple(parameter.shape)))
-        size = self._tp * self._dp
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-    def is_ours(self, number: int) -> bool:
-        """Whether this tensor-parallel group has matrix `number` of a round; else another data-parallel rank's does."""
-        return number // self._tp == self._dp_rank
-
-    def orthogonalised(self, parameters: Sequence[nn.Parameter], updates: Sequence[Tensor]) -> list[Tensor]:
-        """The whole matrices of a round, orthogonalised: this rank's part of each. Collective.
-
-        Args:
-            parameters: at most one a rank; number i goes to rank i mod tp of data-parallel rank i // tp.
-            updates: this rank's part of each matrix that is its group's.
-        """
-        parts = [_part_of(parameter) for parameter in parameters]
-        device = parameters[0].device
-        results = [torch.empty(part.shape, dtype=self._dtype, device=device) for part in parts]
-        begin = self._dp_rank * self._tp
-        ours = slice(begin, begin + self._tp)
-        if parts[ours]:
-            whole = self._gathered(parts[ours], updates)
-            direction = None if whole is None else newton_schulz(whole, self._dtype)
-            for result, found in zip(results[ours], self._scattered(parts[ours], direction, device), strict=True):
-                result.copy_(found)
-        if self._dp > 1:
-            pending = [
-                dist.broadcast(result, group=self._dp_group, group_src=number // self._tp, async_op=True)
-                for number, result in enumerate(results)
-            ]
-            for work in pending:
-                work.wait()
-        return results
-
-    def _gathered(self, parts: Sequence[_Part], updates: Sequence[Tensor]) -> Tensor | None:
-        """The whole of this tensor-parallel rank's matrix, from the parts of all; None where it has none."""
-        own = parts[self._tp_rank] if self._tp_rank < len(parts) else None
-        if self._tp == 1:
-            return updates[0]
-        # Of a matrix that every rank holds whole its rank needs none from the others.
-        sent = [part.numel if part.dim is not None or rank == self._tp_rank else 0 for rank, part in enumerate(parts)]
-        received = [0] * self._tp
-        if own is not None:
-            received = [own.numel if own.dim is not None or rank == self._tp_rank else 0 for rank in range(self._tp)]
-        pieces = [update.reshape(-1) for update, count in zip(updates, sent, strict=True) if count]
-        flat = torch.cat(pieces) if pieces else updates[0].new_empty(0)
-        arrived = flat.new_empty(sum(received))
-        dist.all_to_all_single(arrived, flat, received, self._padded(sent), group=self._tp_group)
-        if own is None:
-            return None
-        shards = [piece.view(own.shape) for piece in arrived.split([count for count in received if count])]
-        return torch.cat(shards, own.dim) if own.dim is not None else shards[0]
-
-    def _scattered(self, parts: Sequence[_Part], direction: Tensor | None, device: torch.device) -> list[Tensor]:
-        """This rank's part of each matrix, from the ranks that hold the whole of them."""
-        if self._tp == 1:
-            assert direction is not None
-            return [direction]
-        sent = [0] * self._tp
-        flat = torch.empty(0, dtype=self._dtype, device=device)
-        if direction is not None:
-            own = parts[self._tp_rank]
-            pieces = [direction] * self._tp if own.dim is None else direction.chunk(self._tp, own.dim)
-            sent = [own.numel] * self._tp
-            flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        received = self._padded([part.numel for part in parts])
-        arrived = flat.new_empty(sum(received))
-        dist.all_to_all_single(arrived, flat, received, sent, group=self._tp_group)
-        pieces = arrived.split(received)
-        return [piece.view(part.shape) for piece, part in zip(pieces[: len(parts)], parts, strict=True)]
-
-    def _padded(self, counts: Sequence[int]) -> list[int]:
-        """One count a rank: none for the ranks that a last round leaves out."""
-        return [*counts, *([0] * (self._tp - len(counts)))]
-
-
-def _part_of(parameter: nn.Parameter) -> _Part:
-    assert isinstance(parameter, DTensor)
-    placement = parameter.placements[0]
-    return _Part(placement.dim if isinstance(placement, Shard) else None, parameter.to_local().shape)

@@ -95,8 +95,7 @@ def create_muon(
         lr=learning_rate,
         momentum=momentum,
         weight_decay=weight_decay,
-        tp_group=layout.tp_group,
-        dp_group=layout.dp_group,
+        layout=layout,
         dtype=dtype,
     )
 

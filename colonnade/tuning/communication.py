@@ -2,7 +2,8 @@
 
 The collectives are those of one `optimizer_step` in the library's order of sums; the deterministic mode has others.
 `tests/test_communication.py` counts them on real ranks. Bytes are those of the largest tensor of a call: what an
-all-reduce sums, the gathered tensor of an all-gather, what goes into a reduce-scatter.
+all-reduce sums, the gathered tensor of an all-gather, what goes into a reduce-scatter, the larger of what goes into an
+all-to-all and what comes out of it.
 
 Letters as in `cost_model.py`; G is the number of ranks of a group.
 """
@@ -11,47 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from colonnade.model_config import ModelConfig, layer_shapes
 from colonnade.optim.overlapped_sum import SMALLEST_ALONE
 from colonnade.parallel.head_loss import stretch_of
 from colonnade.tuning.cost_model import BYTES, FLOAT32, Elements, Placement, local_shapes
+from colonnade.tuning.orthogonalisation import matrix_traffic
+from colonnade.tuning.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Computation, Traffic
 
-ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 DOUBLE = 8
-
-Computation = Literal["step", "micro-batch", "last backward pass", "gradients of q, k, v", "gradients of gate, up"]
-"""What may go on during a collective: all of a step, of one micro-batch, of the last one's backward pass; or, in all
-backward passes, the products that give the gradients of these column-parallel weights."""
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Calls of one collective in a step.
-
-    Attributes:
-        group: "tp"; "dp" (all data-parallel ranks, or those that share out one copy), or "replicas".
-        what: what is sent.
-        ranks: of the group.
-        size: bytes of all calls together.
-        behind: the computation that goes on meanwhile; None for none.
-    """
-
-    group: str
-    what: str
-    collective: str
-    ranks: int
-    calls: int
-    size: int
-    behind: Computation | None = None
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a rank sends in a ring: 2 (G - 1) / G of an all-reduce, (G - 1) / G of the others."""
-        rounds = 2 if self.collective == ALL_REDUCE else 1
-        return rounds * (self.ranks - 1) / self.ranks * self.size
 
 
 def step_traffic(
@@ -65,6 +34,8 @@ def step_traffic(
         found += _shared_out(config, placement, accumulation)
     elif placement.dp > 1:
         found.append(_gradients(config, placement))
+    if placement.optimizer == "muon":
+        found += matrix_traffic(config, placement)
     return [traffic for traffic in found if traffic.calls]
 
 

@@ -13,7 +13,6 @@ from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
-from colonnade.tuning.communication import Traffic
 from colonnade.tuning.cost_model import Memory, Placement, run_flops
 from colonnade.tuning.memory import GIB, SAFETY_MARGIN
 from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
@@ -25,6 +24,7 @@ from colonnade.tuning.step_time import (
     StepTime,
     interconnect_of,
 )
+from colonnade.tuning.traffic import Traffic
 
 LONGEST_WARMUP, SHORTEST_WARMUP = 2000, 10
 

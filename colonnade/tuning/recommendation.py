@@ -23,7 +23,7 @@ from colonnade.parallel.sharding import check_slices, default_slices, slice_coun
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
 from colonnade.setting_values import divisors
 from colonnade.tuning.batch_record import micro_batch_candidates
-from colonnade.tuning.communication import Traffic, step_traffic
+from colonnade.tuning.communication import step_traffic
 from colonnade.tuning.cost_model import Memory, Placement, step_memory
 from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
 from colonnade.tuning.memory import GIB, accelerator_memory_limit
@@ -37,6 +37,7 @@ from colonnade.tuning.step_time import (
     link_of,
     step_time,
 )
+from colonnade.tuning.traffic import Traffic
 
 
 @dataclass(frozen=True)

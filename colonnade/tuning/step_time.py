@@ -2,16 +2,17 @@
 
     seconds = FLOPs / (ranks x peak x utilisation) + sum over collectives of (sent / bandwidth + latency) - hidden
 
-FLOPs are those of the model and of what checkpointing computes again. `sent` is what a rank sends in a ring (Thakur et
-al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). Hidden is what goes on behind computation (`Traffic.behind`),
-and at most as long as that takes:
+FLOPs are those of the model, of what checkpointing computes again and of Muon's iterations. `sent` is what a rank sends
+in a ring (Thakur et al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). Hidden is what goes on behind computation
+(`Traffic.behind`), and at most as long as that takes:
 
     tp    collectives of layers, with overlap: all computation; otherwise backward the sums of f: the products for the
           gradients of the column-parallel weights
     dp    gradients that each rank holds: the last micro-batch's backward pass; zero2: the first forward and the last
           backward pass; zero3: all computation
 
-Kernels, the optimizer's update, the data and what ranks wait for each other are in `utilisation`, or nowhere.
+Kernels, what an optimizer does to each element, the data and what ranks wait for each other are in `utilisation`, or
+nowhere.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from dataclasses import asdict, dataclass
 
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.tuning.communication import Computation, Traffic
 from colonnade.tuning.cost_model import Placement, run_flops
 from colonnade.tuning.flops import device_memory
+from colonnade.tuning.orthogonalisation import orthogonalisation_flops
+from colonnade.tuning.traffic import Computation, Traffic
 
 # GB/s (10^9 bytes) that a GPU sends in one direction, from the vendors' data sheets. Theirs name both directions of
 # NVLink together: 600 (A100), 900 (H100, H200), 1800 (B200). PCIe with 16 lanes; networks with one port a GPU.
@@ -188,4 +190,7 @@ def step_time(
     hidden: dict[Link, float] = defaultdict(float)
     for (link, _, computation), seconds in behind.items():
         hidden[link] += min(seconds, lasting[computation])
-    return StepTime(compute, total, sum(min(seconds, compute) for seconds in hidden.values()))
+    covered = sum(min(seconds, compute) for seconds in hidden.values())
+    if placement.optimizer == "muon":  # after all that; each rank has a matrix of its own at a time
+        compute += orthogonalisation_flops(config, placement) / (machine.peak * machine.utilisation)
+    return StepTime(compute, total, covered)

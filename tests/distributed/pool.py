@@ -1,14 +1,14 @@
-"""Gloo ranks on the CPU, spawned once and used by many tests.
+"""Gloo ranks on the CPU, started once and used by many tests.
 
 A test hands `RankPool.run` a module-level function; it is called on each of the first `world_size` ranks inside a
-fresh process group, and its results come back as a list in rank order. Starting a rank costs seconds (importing
-torch), a task on a running one costs milliseconds.
+fresh process group, and its results come back as a list in rank order. A rank is forked from a process that has
+imported torch, and kept: a task on it costs milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import gc
 import os
 import tempfile
 import traceback
@@ -17,12 +17,15 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from forked_commands import CONTEXT
+
 
 def _serve(rank: int, connection: Connection) -> None:
     """A rank's life: take (function, world size, rendezvous file, arguments), answer (ok, result or traceback)."""
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # a collection would touch, and so copy, every page shared with the process this one was forked from
     torch.set_num_threads(1)
     while True:
         try:
@@ -58,10 +61,9 @@ class RankPool:
         self._ranks: list[tuple[Any, Connection]] = []
 
     def _grow(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         while len(self._ranks) < world_size:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(len(self._ranks), theirs), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(len(self._ranks), theirs), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import forked_commands
 from colonnade.optim.muon import newton_schulz
 from colonnade.optim.optimizer import allocate_state
-from colonnade.parallel.mesh import init_parallel
+from colonnade.optim.step import optimizer_step
+from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from dense_reference import dense_loss
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
+from distributed.sharding_workers import every_token
 from distributed.test_bits import MODELS, STEPS, differing
 from distributed.test_elastic import CONFIG as ELASTIC
 from distributed.test_elastic import load_all, save_at
@@ -59,15 +61,35 @@ def drawn(name: str, shape: torch.Size, step: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * step + sum(map(ord, name))))
 
 
-def steps_on_drawn_gradients(config: ModelConfig, tp: int, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def laid_out_as(parameter: Tensor, whole: Tensor, layout: ParallelLayout) -> Tensor:
+    """A whole tensor as `DTensor` with the parameter's placements."""
+    assert isinstance(parameter, DTensor)
+    local = distribute_tensor(whole, layout.tp_mesh, parameter.placements[-1:]).to_local()
+    if layout.shard_mesh is not None:  # its rows cut once more
+        rank, count = layout.replica_mesh.get_local_rank(), layout.replica_mesh.size()
+        chunks = local.chunk(count)
+        local = chunks[rank] if rank < len(chunks) else local[:0]
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def steps_on_drawn_gradients(
+    config: ModelConfig, tp: int, steps: int, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Whole parameters, and whole momenta, after steps on gradients drawn by name."""
-    layout, model = build(config, tp, seed=3)
+    layout, model = build(config, tp, seed=3, **options)
     optimizer = make_optimizer("muon in bf16", model, layout)  # as torch's own is
     allocate_state(optimizer)
     for step in range(steps):
         for name, parameter in model.named_parameters():
             gradient = drawn(name, parameter.shape, step)
-            parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = laid_out_as(parameter, gradient, layout)
         optimizer.step()
     momenta = {
         name: optimizer.state[parameter]["momentum_buffer"].full_tensor()
@@ -87,8 +109,13 @@ def test_updates_are_those_of_torch_on_whole_matrices(rank_pool: RankPool, confi
             leaf.grad = drawn(name, leaf.shape, step)
         for optimizer in optimizers:
             optimizer.step()
-    for world_size, tp in [(1, 1), (2, 2), (4, 4), (4, 2), (3, 1)]:
-        for parameters, momenta in rank_pool.run(world_size, steps_on_drawn_gradients, config, tp, 4):
+    zero2, zero3 = {"shard": {"mode": "zero2"}}, {"shard": {"mode": "zero3"}}
+    layouts: list[tuple[int, int, dict[str, Any]]] = [
+        *((1, 1, {}), (2, 2, {}), (4, 4, {}), (4, 2, {}), (3, 1, {})),
+        *((4, 2, zero2), (3, 1, zero3), (4, 1, {**zero3, "replicas": 2}), (8, 2, {**zero2, "replicas": 2})),
+    ]
+    for world_size, tp, options in layouts:
+        for parameters, momenta in rank_pool.run(world_size, steps_on_drawn_gradients, config, tp, 4, **options):
             for name, leaf in leaves.items():
                 torch.testing.assert_close(parameters[name], leaf.detach(), rtol=1e-6, atol=1e-7)
                 if is_hidden(name, leaf):
@@ -97,7 +124,23 @@ def test_updates_are_those_of_torch_on_whole_matrices(rank_pool: RankPool, confi
                     assert float((leaf.detach() - initial[name]).abs().mean()) > 1e-3, "nothing to compare"
 
 
-def test_a_dense_model_trains_alike(rank_pool: RankPool) -> None:
+def sharded_training(config: ModelConfig, tp: int, steps: int, **options: Any) -> dict[str, Any]:
+    """Steps of two micro-batches on the global batch of `train`: losses, and whole parameters from the first rank."""
+    layout, model = build(config, tp, seed=5, **options)
+    optimizer = make_optimizer("muon in bf16", model, layout)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ids, labels = every_token(config, 8)
+    share = torch.cat((ids, labels[:, -1:]), dim=1)[layout.dp_rank :: layout.dp]
+    losses = [
+        optimizer_step(model, optimizer, scaler, share, accumulation=2, targets=labels.numel(), max_grad_norm=0.5).loss
+        for _ in range(steps)
+    ]
+    parameters = whole(model)
+    return {"losses": losses, "parameters": parameters if layout.is_main else None}
+
+
+@pytest.mark.parametrize("mode", [None, "zero2", "zero3"])
+def test_a_dense_model_trains_alike(rank_pool: RankPool, mode: str | None) -> None:
     """Gradients of the same model written out on whole weights; bfloat16 in the iterations rounds what differs."""
     steps = 6
     initial = rank_pool.run(1, train, CONFIG, 1, 0, kind="muon in bf16", seed=5)[0]["parameters"]
@@ -108,7 +151,7 @@ def test_a_dense_model_trains_alike(rank_pool: RankPool) -> None:
         for name, value in initial.items()
     }
     optimizers = torch_optimizers(leaves)
-    ids, labels = tokens_for(CONFIG, 4)
+    ids, labels = tokens_for(CONFIG, 4) if mode is None else every_token(CONFIG, 8)
     losses = []
     for _ in range(steps):
         loss = dense_loss(leaves, CONFIG.to_dict(), ids, labels) / (labels != -100).sum()
@@ -118,8 +161,11 @@ def test_a_dense_model_trains_alike(rank_pool: RankPool) -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-    for world_size, tp in [(1, 1), (4, 2)]:
-        result = rank_pool.run(world_size, train, CONFIG, tp, steps, kind="muon in bf16", seed=5)[0]
+    for world_size, tp in [(1, 1), (4, 2)] if mode is None else [(4, 2)]:
+        if mode is None:
+            result = rank_pool.run(world_size, train, CONFIG, tp, steps, kind="muon in bf16", seed=5)[0]
+        else:
+            result = rank_pool.run(world_size, sharded_training, CONFIG, tp, steps, shard={"mode": mode})[0]
         torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=0.0)
         for name, leaf in leaves.items():
             moved = leaf.detach() - initial[name][: leaf.shape[0]]
@@ -146,6 +192,27 @@ def test_every_number_of_ranks_trains_to_the_same_bits(rank_pool: RankPool, name
         assert not differing(expected, results), f"tp {tp}, dp {world_size // tp}"
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "ranks", "tp", "replicas"),
+    [
+        ("untied, odd vocabulary", "zero2", 4, 2, 1),
+        ("untied, odd vocabulary", "zero3", 4, 1, 2),
+        ("biases, one key/value head", "zero3", 8, 2, 2),
+        ("odd sizes", "zero2", 8, 2, 1),  # rows that do not divide
+    ],
+)
+def test_matrices_that_are_shared_out_keep_their_bits(
+    rank_pool: RankPool, name: str, mode: str, ranks: int, tp: int, replicas: int
+) -> None:
+    options: dict[str, Any] = {"slices": 8, "compute_dtype": torch.bfloat16, "seed": 2, "kind": "muon"}
+    shard = {"mode": mode, "fixed_order": True}
+    expected = rank_pool.run(1, deterministic_steps, MODELS[name], 1, STEPS, **options)[0]
+    results = rank_pool.run(
+        ranks, deterministic_steps, MODELS[name], tp, STEPS, shard=shard, replicas=replicas, **options
+    )
+    assert not differing(expected, results)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_skipped_step_leaves_everything_as_it_was(rank_pool: RankPool, fused: bool) -> None:
     options: dict[str, Any] = {"bad": 2, "fused": fused, "deterministic": True, "slices": 4, "kind": "muon"}
@@ -161,9 +228,12 @@ def test_a_skipped_step_leaves_everything_as_it_was(rank_pool: RankPool, fused: 
 def test_saved_at_one_layout_and_restored_at_another(rank_pool: RankPool, tmp_path: Path) -> None:
     saved = rank_pool.run(2, save_at, ELASTIC, 2, tmp_path / "run", "muon")[0]
     assert {name.rpartition(".")[2] for name in saved} == {"weight", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    for world_size, tp in [(1, 1), (4, 4), (4, 2)]:
-        for restored in rank_pool.run(world_size, load_all, ELASTIC, tp, [tmp_path / "run"], "muon"):
-            assert restored == [saved], f"tp {tp}"
+    shared: dict[str, Any] = {"shard": {"mode": "zero3"}}
+    saved_shared = rank_pool.run(4, save_at, ELASTIC, 2, tmp_path / "shared", "muon", **shared)[0]
+    folders = [tmp_path / "run", tmp_path / "shared"]
+    for world_size, tp, options in [(1, 1, {}), (4, 4, {}), (4, 2, {}), (4, 1, shared), (2, 1, shared)]:
+        for restored in rank_pool.run(world_size, load_all, ELASTIC, tp, folders, "muon", **options):
+            assert restored == [saved, saved_shared], f"tp {tp}, {options}"
 
 
 def test_state_is_allocated_without_a_step(single_rank: None) -> None:

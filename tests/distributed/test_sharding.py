@@ -232,7 +232,6 @@ def ranks_of(dp: int, tp: int = 1) -> Ranks:
             ranks_of(1, 2),
             "groups data-parallel ranks, and there is one: leave",
         ),
-        ({"optimizer": "muon"}, {}, ranks_of(4), "zero3: muon takes whole matrices; use --optimizer adamw"),
         ({"cuda_graphs": True}, {}, ranks_of(2), "zero3 and --cuda-graphs: .*; leave out one of them"),
         ({}, {}, ranks_of(4, 3), "padded vocabulary of 512 is cut unevenly over 3"),
         (

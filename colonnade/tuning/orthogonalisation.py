@@ -1,0 +1,85 @@
+"""What Muon adds to a step: the matrices that ranks exchange, and the iterations over each whole one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from colonnade.model_config import ModelConfig, layer_shapes
+from colonnade.optim.muon import newton_schulz_flops
+from colonnade.optim.whole_matrices import MatrixCut, dealt
+from colonnade.parallel.sharding import cut_of
+from colonnade.tuning.cost_model import BYTES, FLOAT32, Placement
+from colonnade.tuning.traffic import ALL_TO_ALL, BROADCAST, Traffic
+
+
+def matrix_traffic(config: ModelConfig, placement: Placement) -> list[Traffic]:
+    """The exchanges of `WholeMatrices` in a step with Muon, as the first rank has them.
+
+    Momentum goes to the whole matrix in float32, and the result comes back in the dtype of the iterations.
+    """
+    tp, shards, copies = placement.tp, placement.shards, placement.dp // placement.shards
+    result_bytes = FLOAT32 if placement.on_cpu else BYTES["bf16"]
+    both_ways = FLOAT32 + result_bytes
+    calls: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for matrices in _rounds(config, placement):
+        of_copy = matrices[: tp * shards]
+        own = of_copy[:tp]
+        if shards > 1:  # a rank's rows of all matrices, against all rows of its group's
+            here, there = sum(_rows_of_first(cut) for cut in of_copy), sum(_part(cut) for cut in own)
+            calls["rows"] += 2
+            sizes["rows"] += max(here, there) * both_ways
+        if tp > 1:
+            first = own[0]
+            # Of a matrix that each rank holds whole no parts go to its rank, and results go to all.
+            whole = _part(first) * (1 if first.dim is None else tp)
+            sent = sum(_part(cut) for cut in own if cut.dim is not None or cut is first)
+            calls["parts"] += 2
+            sizes["parts"] += max(whole, sent) * FLOAT32
+            sizes["parts"] += max(tp * _part(first), sum(_part(cut) for cut in own)) * result_bytes
+        if copies > 1:
+            calls["results"] += len(matrices)
+            sizes["results"] += sum(_rows_of_first(cut) for cut in matrices) * result_bytes
+
+    def of(what: str, group: str, collective: str, ranks: int) -> Traffic:
+        return Traffic(group, f"Muon: {what} of matrices", collective, ranks, calls[what], sizes[what])
+
+    return [
+        of("rows", "dp", ALL_TO_ALL, shards),
+        of("parts", "tp", ALL_TO_ALL, tp),
+        of("results", "dp" if shards == 1 else "replicas", BROADCAST, copies),
+    ]
+
+
+def orthogonalisation_flops(config: ModelConfig, placement: Placement) -> int:
+    """Operations that the ranks wait for: those of the largest matrix of each round."""
+    largest = (matrices[0] for matrices in _rounds(config, placement))
+    return sum(newton_schulz_flops(_whole_shape(cut, placement.tp)) for cut in largest)
+
+
+def _rounds(config: ModelConfig, placement: Placement) -> list[list[MatrixCut]]:
+    def cuts() -> Iterator[MatrixCut]:
+        for name, shape in layer_shapes(config).items():
+            if len(shape) == 2:
+                cut = cut_of(name, config, placement.tp)
+                yield MatrixCut.of(shape, cut.dim if cut.sharded else None, placement.tp, placement.shards)
+
+    matrices = [cut for _ in range(config.num_hidden_layers) for cut in cuts()]
+    return dealt(matrices, lambda cut: _whole_shape(cut, placement.tp), placement.tp * placement.dp)
+
+
+def _whole_shape(cut: MatrixCut, tp: int) -> tuple[int, int]:
+    rows, columns = cut.shape
+    return rows * (tp if cut.dim == 0 else 1), columns * (tp if cut.dim == 1 else 1)
+
+
+def _part(cut: MatrixCut) -> int:
+    """Elements of a tensor-parallel rank's part."""
+    return math.prod(cut.shape)
+
+
+def _rows_of_first(cut: MatrixCut) -> int:
+    """Elements of what the first rank holds of that, where data-parallel ranks share it out."""
+    return math.prod(cut.stretch_shape(0))
