@@ -35,7 +35,7 @@ quickstart: install ## train the tiny preset on two CPU processes and generate a
 TEST_PROCESSES := 2
 
 test: install ## run the tests
-	$(BIN)/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 faults: install ## run every fault of docs/reliability.md, those that take minutes too
 	$(BIN)/python -m pytest -q tests/faults tests/test_checkpoint_safety.py tests/distributed/test_elastic.py \

@@ -30,6 +30,8 @@ _LATE_IMPORTS = (
     "mpl_toolkits.mplot3d",
 )
 CONTEXT.set_forkserver_preload([*_PRELOAD, *_LATE_IMPORTS])
+PATIENCE = 300.0
+"""Seconds after which something hangs: no limit that a busy machine may miss."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -70,7 +72,7 @@ class Running:
         path = Path(self._folder.name, str(rank), name)
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until(self, pattern: str, rank: int = 0, seconds: float = 60) -> None:
+    def until(self, pattern: str, rank: int = 0, seconds: float = PATIENCE) -> None:
         """Return once a rank has printed what `pattern` matches."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.text(rank)):
@@ -86,7 +88,7 @@ class Running:
             assert pid is not None
             os.kill(pid, number)
 
-    def finish(self, seconds: float = 60) -> list[Outcome]:
+    def finish(self, seconds: float = PATIENCE) -> list[Outcome]:
         """Wait for all ranks; one that is not gone in time is killed."""
         deadline = time.monotonic() + seconds
         outcomes = []
@@ -152,7 +154,7 @@ def start(
     *,
     ranks: int = 1,
     environment: Mapping[str, str] | None = None,
-    seconds: float = 60,
+    seconds: float = PATIENCE,
     prepare: Callable[[], None] | None = None,
 ) -> list[Outcome]:
     """Run a command as `begin` does, and wait for all of its ranks; the outcome of each."""

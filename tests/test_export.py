@@ -144,7 +144,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(run_folder: Path) -> Path:
     """The run as a Hugging Face folder, exported by two ranks."""
     flags = ["--checkpoint-path", str(run_folder / "run"), "--output", str(run_folder / "hf")]
-    outcomes = start("export_hf", flags, ranks=2, seconds=120)
+    outcomes = start("export_hf", flags, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert "tokens of the run's data are within" in outcomes[0].output
     return run_folder / "hf"

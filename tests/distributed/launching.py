@@ -60,7 +60,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120.0) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = forked_commands.PATIENCE) -> str:
     """Wait for the end of a command; its output, once its exit code has been found right."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == code, output
@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120.0
 
 def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0) -> str:
     """Run a command to its end, forked instead of started by torchrun; what rank 0 printed, its errors last."""
-    outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks, seconds=120)
+    outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks)
     assert outcomes[0].code == code, outcomes
     return outcomes[0].output + outcomes[0].errors
 

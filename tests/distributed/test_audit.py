@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import forked_commands
 from distributed.launching import make_inputs, run, start
-from forked_commands import Outcome
+from forked_commands import PATIENCE, Outcome
 
 STEPS = 12
 
@@ -102,7 +102,7 @@ def test_killed_and_gone_on_elsewhere_it_has_the_same_bits(
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
     process = start("training.py", these, ranks=2)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if max(rows_of(directory / "metrics.jsonl"), default=0) >= 5:
             break

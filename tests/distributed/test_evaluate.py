@@ -317,7 +317,7 @@ def test_a_task_scores_what_the_logits_say(folder, twin, tmp_path):
     report = tmp_path / "scores.json"
     flags = ["--checkpoint-path", str(folder / "boundaries"), "--tasks", "next_keyword", "--tasks-path", str(tmp_path)]
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    (outcome,) = start("evaluate", [*flags, "--json", str(report)], environment=offline, seconds=120)
+    (outcome,) = start("evaluate", [*flags, "--json", str(report)], environment=offline)
     assert outcome.code == 0, outcome.errors
     metrics = json.loads(report.read_text())["tasks"]["next_keyword"]
 

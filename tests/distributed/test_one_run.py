@@ -9,6 +9,7 @@ import pytest
 
 from colonnade.optim.schedule import Schedule
 from distributed.launching import finish, losses, make_inputs, position, run, start
+from forked_commands import PATIENCE
 
 STEPS = 24
 
@@ -35,7 +36,7 @@ def killed(flags, tmp_path_factory):
     """The same run at tp 2, all its processes killed after step 8: between two checkpoints."""
     directory = tmp_path_factory.mktemp("killed")
     process = start("training.py", [*flags, "--checkpoint-dir", str(directory)], ranks=2)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if (directory / "metrics.jsonl").exists() and max(losses(directory), default=0) >= 8:
             break
@@ -110,7 +111,7 @@ def test_a_rank_that_dies_takes_the_run_down_promptly(flags, tmp_path):
     """Nobody waits for a dead rank, and what is on disk serves the next start."""
     directory = tmp_path / "run"
     process = start("training.py", [*flags, "--checkpoint-dir", str(directory), "--total-steps", "4000"], ranks=2)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and not (directory / "streaming_checkpoint_step_6" / "MANIFEST.json").exists():
         time.sleep(0.02)
     ranks = [child for child in psutil.Process(process.pid).children() if "training.py" in " ".join(child.cmdline())]

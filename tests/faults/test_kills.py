@@ -14,7 +14,7 @@ from distributed.launching import losses
 from faults import inject
 from faults.conftest import STEPS
 from faults.runs import assert_same_end
-from forked_commands import begin, start
+from forked_commands import PATIENCE, begin, start
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -50,7 +50,7 @@ def test_kills_at_random_moments_change_nothing(
 def _wait_for_a_new_step(directory: Path) -> None:
     metrics = directory / "metrics.jsonl"
     before = max(losses(directory), default=0) if metrics.exists() else 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not metrics.exists() or max(losses(directory), default=0) == before:
         if (directory / "COMPLETE.json").exists():
             return
