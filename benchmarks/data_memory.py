@@ -24,8 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.flag_checks import require_at_least_one
+from colonnade.files import require_place
+from colonnade.flags import OneLineParser
+from colonnade.parallel.launch import launch
 
 LIMIT_MIB = 64
 SAMPLE_SECONDS = 0.005
@@ -34,13 +38,16 @@ WAYS = {"groups_of_1000_rows": 1000, "one_giant_group": None}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Resident memory of the shard reader over time.")
+    parser = OneLineParser(description="Resident memory of the shard reader over time.")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="SECONDS", help="for each file (10)")
     parser.add_argument("--lanes", type=int, default=1, metavar="COUNT", help="readers at once, each on a thread (1)")
     parser.add_argument("--megabytes", type=int, default=256, metavar="SIZE", help="text in each file (256)")
     parser.add_argument("--json", metavar="PATH", help='write {"mib_a_lane": {name: value}, ...} to this file')
     parser.add_argument("--measure", nargs=2, metavar="PATH", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    require_at_least_one("--lanes", given.lanes)
+    require_at_least_one("--megabytes", given.megabytes)
+    require_place("--json", given.json)
     if given.measure:
         print(json.dumps(measure(given.measure[0], given.measure[1], given.seconds, given.lanes)))
         return
@@ -131,4 +138,4 @@ def stream(reader: Any, units: Any, first: int, until: float) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -22,15 +21,20 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_at_least_one
+from colonnade.flags import OneLineParser
+from colonnade.parallel.launch import launch
+
 ROWS, HEADS, HEAD_DIM = 4, 4, 64
 BLOCKS, MEANS = (256, 1024, 2048), (32, 128, 512)
 KERNELS: tuple[Literal["documents", "masked"], ...] = ("documents", "masked")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of attention within documents; the higher, the better.")
+    parser = OneLineParser(description="Speed of attention within documents; the higher, the better.")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="passes of each way (7)")
     rounds = parser.parse_args().rounds
+    require_at_least_one("--rounds", rounds)
     import torch
 
     torch.set_num_threads(1)
@@ -68,4 +72,4 @@ def speed(block: int, mean: int, rounds: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -23,7 +22,10 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from colonnade.data.sample_corpus import build_sample_corpus
+from colonnade.files import require_place
+from colonnade.flags import OneLineParser
 from colonnade.model_config import ModelConfig
+from colonnade.parallel.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -32,9 +34,10 @@ SMALL = ModelConfig(4096, 64, 128, 2, 4, 2, 16, 256)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of export_hf.py over the bytes of the weights.")
-    parser.add_argument("--json", metavar="FILE")
+    parser = OneLineParser(description="Peak memory of export_hf.py over the bytes of the weights.")
+    parser.add_argument("--json", metavar="PATH", help='write {"ratios": {name: value}} to this file')
     given = parser.parse_args()
+    require_place("--json", given.json)
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: trained(Path(folder), name, config) for name, config in (("large", LARGE), ("small", SMALL))}
         ratios = {}
@@ -82,4 +85,4 @@ def exported(run: Path, kind: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

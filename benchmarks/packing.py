@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import glob
 import sys
 from pathlib import Path
@@ -21,21 +20,27 @@ import pyarrow.parquet as parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.flag_checks import require_at_least_one
 from colonnade.data.best_fit import best_fit_bins
 from colonnade.data.sample_corpus import build_sample_corpus
+from colonnade.errors import UsageError
+from colonnade.flags import OneLineParser
+from colonnade.parallel.launch import launch
 
 BOUNDARY_TOKENS = 2  # one before and one after each document
 SAMPLE = Path("data/sample")  # built where it is missing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Documents cut, and padding, by concat and by best-fit packing.")
+    parser = OneLineParser(description="Documents cut, and padding, by concat and by best-fit packing.")
     parser.add_argument("--data", metavar="GLOB", help="shards with a token_count column (the sample corpus)")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="N")
     given = parser.parse_args()
+    for size in given.block_sizes:
+        require_at_least_one("--block-sizes", size)
     units = read_lengths(given.data or build_sample_corpus(SAMPLE).train_glob)
     if not units:
-        sys.exit(f"error: no rows in {given.data}")
+        raise UsageError(f"--data {given.data} names no file with rows; give a glob of Parquet shards")
     lengths = np.concatenate(units)
     print(
         f"{len(lengths)} documents in {len(units)} row groups, {lengths.sum()} tokens, {np.median(lengths):.0f} median"
@@ -56,6 +61,8 @@ def read_lengths(pattern: str) -> list[Any]:
     units = []
     for path in sorted(glob.glob(pattern)):
         with parquet.ParquetFile(path) as file:
+            if "token_count" not in file.schema_arrow.names:
+                raise UsageError(f"{path} has no column token_count, which the documents' lengths are read from")
             for number in range(file.num_row_groups):
                 column = file.read_row_group(number, columns=["token_count"]).column(0)
                 units.append(column.to_numpy().astype(np.int64) + BOUNDARY_TOKENS)
@@ -78,4 +85,4 @@ def padded(lengths: Any, bins: int, capacity: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

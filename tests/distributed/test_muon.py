@@ -193,18 +193,18 @@ def test_every_number_of_ranks_trains_to_the_same_bits(rank_pool: RankPool, name
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "ranks", "tp", "replicas"),
+    ("name", "mode", "ranks", "tp", "replicas", "dtype"),
     [
-        ("untied, odd vocabulary", "zero2", 4, 2, 1),
-        ("untied, odd vocabulary", "zero3", 4, 1, 2),
-        ("biases, one key/value head", "zero3", 8, 2, 2),
-        ("odd sizes", "zero2", 8, 2, 1),  # rows that do not divide
+        ("untied, odd vocabulary", "zero2", 4, 2, 1, torch.float32),
+        ("untied, odd vocabulary", "zero3", 4, 1, 2, torch.float16),  # a loss scale, and a step that is skipped
+        ("biases, one key/value head", "zero3", 8, 2, 2, torch.bfloat16),
+        ("odd sizes", "zero2", 8, 2, 1, torch.bfloat16),  # rows that do not divide
     ],
 )
 def test_matrices_that_are_shared_out_keep_their_bits(
-    rank_pool: RankPool, name: str, mode: str, ranks: int, tp: int, replicas: int
+    rank_pool: RankPool, name: str, mode: str, ranks: int, tp: int, replicas: int, dtype: torch.dtype
 ) -> None:
-    options: dict[str, Any] = {"slices": 8, "compute_dtype": torch.bfloat16, "seed": 2, "kind": "muon"}
+    options: dict[str, Any] = {"slices": 8, "compute_dtype": dtype, "seed": 2, "kind": "muon"}
     shard = {"mode": mode, "fixed_order": True}
     expected = rank_pool.run(1, deterministic_steps, MODELS[name], 1, STEPS, **options)[0]
     results = rank_pool.run(
@@ -266,7 +266,7 @@ def test_singular_values_come_near_one(shape: tuple[int, int], dtype: torch.dtyp
 
 
 def test_a_run_is_audited_and_gone_on_with(tmp_path: Path) -> None:
-    """Two ranks train, one audits; the horizon is moved exactly, and the optimizer changed from weights alone."""
+    """Two ranks train, one audits; ranks that share matrices out go on; the optimizer changes, from weights alone."""
 
     def command(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
         first, *_ = outcomes = forked_commands.start(script, list(flags), ranks=ranks)
@@ -295,10 +295,14 @@ def test_a_run_is_audited_and_gone_on_with(tmp_path: Path) -> None:
     assert rates("run")[4] == pytest.approx(1e-4 + 9e-4 * (1 - 0.5**0.5))
 
     longer = ("--checkpoint-path", run, "--total-steps", "6", "--checkpoint-dir")
-    said = command("resume_pretrain_tensor", *longer, str(tmp_path / "longer"), "--keep-optimizer")
+    over_two = ("--tensor-parallel-size", "1", "--data-parallel-shard", "zero3", "--fingerprint-interval", "2")
+    exactly = (*longer, str(tmp_path / "longer"), "--keep-optimizer")
+    said = command("resume_pretrain_tensor", *exactly, *over_two, ranks=2)
     assert "total_steps 4 -> 6" in said
     assert "scheduled learning rate of step 5 0.0001 -> 0.001" in said
     assert rates("longer") == pytest.approx({5: 1e-3, 6: 1e-4 + 9e-4 * (1 - 0.5**0.5)})
+    audited = command("audit_run", "--run", str(tmp_path / "longer"), "--from-step", "4", "--to-step", "6")
+    assert "steps 5 to 6 are the same to the bit" in audited
 
     other = (*longer, str(tmp_path / "other"), "--optimizer", "adamw")
     said = command("resume_pretrain_tensor", *other, "--keep-optimizer", code=2)
