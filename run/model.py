@@ -82,10 +82,10 @@ def build_model(
     return model
 
 
-def build_optimizer(model: TensorParallelModel, settings: RunSettings, layout: ParallelLayout) -> torch.optim.Optimizer:
+def build_optimizer(model: TensorParallelModel, settings: RunSettings) -> torch.optim.Optimizer:
     """The optimizer of a run, with its state in memory."""
     keeps_bits = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
-    optimizer = create_optimizer(model, settings, layout, fused=not settings.deterministic or keeps_bits)
+    optimizer = create_optimizer(model, settings, fused=not settings.deterministic or keeps_bits)
     allocate_state(optimizer)
     return optimizer
 
@@ -106,7 +106,7 @@ def build_state(
     """Model, optimizer and loss scale, restored. `compares`: refuse tensors that the manifest does not tell of."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, config, layout, settings.precision)
-    optimizer = build_optimizer(model, settings, layout)
+    optimizer = build_optimizer(model, settings)
     scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
     step = _restore(origin, model, optimizer, scaler, settings.init_from)
     if compares:  # an audit compares by itself, and names the tensor

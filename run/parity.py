@@ -178,7 +178,7 @@ class Side:
         settings = subject.settings.replace(float8=numerics.float8)
         self.subject, self.layout = subject, layout
         self.model = build_model(settings, subject.config, layout, numerics.precision)
-        self.optimizer = build_optimizer(self.model, settings, layout)
+        self.optimizer = build_optimizer(self.model, settings)
         self.scaler = GradScaler(layout.device.type, enabled=numerics.precision == "fp16")
         self._schedule = schedule_of(settings, 0, 0)
 

@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOAD = ("training", "resume_pretrain_tensor", "run.start", "torch._dynamo", "pyarrow.parquet")
+_PRELOAD = ("training", "training_utils", "resume_pretrain_tensor", "run.start", "torch._dynamo", "pyarrow.parquet")
 _LATE_IMPORTS = (
     "transformers.tokenization_utils_tokenizers",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "mpl_toolkits.mplot3d",
+    "pyarrow.compute",
+    "pyarrow.pandas_compat",
+    "pandas",  # pyarrow imports it where it is installed
+    "fastokens",
 )
 CONTEXT.set_forkserver_preload([*_PRELOAD, *_LATE_IMPORTS])
 PATIENCE = 300.0
@@ -72,13 +76,17 @@ class Running:
         path = Path(self._folder.name, str(rank), name)
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def is_alive(self) -> bool:
+        """Whether a rank is still there."""
+        return any(process.is_alive() for process in self.processes.values())
+
     def until(self, pattern: str, rank: int = 0, seconds: float = PATIENCE) -> None:
         """Return once a rank has printed what `pattern` matches."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.text(rank)):
             said = f"no {pattern!r} in ...{self.text(rank)[-500:]} {self.text(rank, 'errors')[-500:]}"
             assert time.monotonic() < deadline, said
-            assert any(process.is_alive() for process in self.processes.values()), said
+            assert self.is_alive(), said
             time.sleep(0.02)
 
     def signal(self, number: int, *ranks: int) -> None:

@@ -77,7 +77,7 @@ def counted(
         replicate_embeddings=placement.replicate_embeddings,
         shares_memory=False,
     )
-    kind = "muon in bf16" if placement.optimizer == "muon" else "adamw"
+    kind = f"{placement.optimizer}{'' if placement.on_cpu or placement.optimizer == 'adamw' else ' in bf16'}"
     optimizer = make_optimizer(kind, model, layout)
     share = torch.randint(0, config.vocab_size, (micro_batch * accumulation, block + 1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -121,6 +121,7 @@ def predicted(traffic: list[Traffic]) -> dict[str, tuple[int, int]]:
         ({"dp": 4, "data_parallel_shard": "zero3", "replicas": 2}, {}),
         ({"dp": 2, "tp": 2, "data_parallel_shard": "zero3", "sequence_parallel": True}, {}),
         ({"dp": 2, "tp": 2, "optimizer": "muon"}, {}),
+        ({"dp": 2, "tp": 2, "optimizer": "muon", "on_cpu": True}, {}),
         ({"tp": 4, "optimizer": "muon"}, {"num_key_value_heads": 1}),
         ({"dp": 3, "data_parallel_shard": "zero2", "optimizer": "muon"}, {}),
         ({"dp": 4, "tp": 2, "data_parallel_shard": "zero3", "replicas": 2, "optimizer": "muon"}, {}),
@@ -261,6 +262,14 @@ def test_links() -> None:
             link_of("--network", value, 0)
 
 
+@pytest.mark.parametrize(
+    ("collective", "share"),
+    [(ALL_REDUCE, 1.5), (ALL_GATHER, 0.75), (REDUCE_SCATTER, 0.75), (ALL_TO_ALL, 0.75), (BROADCAST, 1.0)],
+)
+def test_what_a_link_carries(collective: str, share: float) -> None:
+    assert Traffic("dp", "something", collective, 4, 1, 1000).sent == 1000 * share
+
+
 def test_muon_adds_its_iterations() -> None:
     """The matrices of two layers over four ranks, the largest first: six of feed-forward, q and o, k and v."""
     placement = Placement(tp=2, dp=2, activation_checkpointing="none")
@@ -270,6 +279,10 @@ def test_muon_adds_its_iterations() -> None:
         operations += 5 * 2 * (shorter * longer * shorter + shorter**3 + shorter * shorter * longer)
     plain, muon = (time_of(dataclasses.replace(placement, optimizer=name)).compute for name in ("adamw", "muon"))
     assert muon - plain == pytest.approx(operations / 0.5e12, rel=1e-6)
+    lower = dataclasses.replace(MACHINE, bf16_peak=4e12)
+    placement = dataclasses.replace(placement, optimizer="muon")
+    faster = step_time(CONFIG, placement, lower, (), tokens=10**6, block=64, accumulation=2).compute
+    assert faster - plain == pytest.approx(operations / 2e12, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])

@@ -65,7 +65,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "sequence parallel": {"tp": 2, "activation_checkpointing": "none", "sequence_parallel": True},
     "sequence parallel, overlapped": {"tp": 2, "sequence_parallel": True, "overlap_collectives": True},
     "zero2": {"dp": 2, "data_parallel_shard": "zero2", "activation_checkpointing": "none"},
-    "zero2, eight ranks, blocks again": {"dp": 8, "data_parallel_shard": "zero2"},
+    "zero2, eight ranks, blocks again": {"dp": 8, "data_parallel_shard": "zero2", "optimizer": "muon"},
     "zero3": {"dp": 2, "data_parallel_shard": "zero3", "activation_checkpointing": "none"},
     "zero3, two ranks, blocks again": {"dp": 2, "tp": 2, "data_parallel_shard": "zero3"},
 }

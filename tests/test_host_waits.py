@@ -86,7 +86,7 @@ def steps(
     """Two steps of two micro-batches, whose losses are watched for spikes; the last one's loss."""
     model = TensorParallelModel(CONFIG, layout, compute_dtype=dtype, **model_options)
     rates: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    optimizer = create_muon(model, layout, **rates) if muon else create_adamw(model, **rates)
+    optimizer = create_muon(model, **rates) if muon else create_adamw(model, **rates)
     allocate_state(optimizer)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     share = torch.zeros((CHUNKS, BLOCK + 1), dtype=torch.int64, device=META)

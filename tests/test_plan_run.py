@@ -103,6 +103,15 @@ def test_what_is_fixed_stays(capsys: pytest.CaptureFixture[str]) -> None:
         plan_run.main([*LARGE, "--gpus", "8", "--gpu", "L4", *fixed[:-1], "1", "--no-write"])
 
 
+def test_muon_shares_out_its_matrices_too(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *LARGE, "--optimizer", "muon", "--gpu", "H100", "--gpus", "8", "--no-write")
+    modes = {one["placement"]["data_parallel_shard"] for one in plan["candidates"]}
+    assert modes == {"none", "zero2", "zero3"}
+    asked = (*LARGE, "--optimizer", "muon", "--data-parallel-shard", "zero2", "--gpus", "8")
+    plan = planned(capsys, *asked, "--tensor-parallel-size", "1", "--no-write")
+    assert [one["what"] for one in plan["traffic"] if "Muon" in one["what"]] == ["Muon: rows of matrices"]
+
+
 def test_a_slow_network_keeps_a_replica_in_its_node(capsys: pytest.CaptureFixture[str]) -> None:
     common = (*LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20), "--no-write")
     fast, slow = (planned(capsys, *common, "--network", rate) for rate in ("450", "0.5"))

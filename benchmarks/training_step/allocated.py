@@ -93,9 +93,7 @@ def _trained(
         lower = None if placement.precision == "fp32" else dtype
         model.share_out(mode=placement.data_parallel_shard, fixed_order=False, gather_dtype=lower)
     common: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
-    optimizer = (
-        create_adamw(model, **common) if placement.optimizer == "adamw" else create_muon(model, layout, **common)
-    )
+    optimizer = create_adamw(model, **common) if placement.optimizer == "adamw" else create_muon(model, **common)
     allocate_state(optimizer)
     optimizer.zero_grad()
     return model, optimizer

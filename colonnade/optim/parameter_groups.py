@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
@@ -24,14 +26,25 @@ class ParameterGroups:
     vectors: list[nn.Parameter]
 
 
-def parameter_groups(model: nn.Module) -> ParameterGroups:
+class NamedParameters(Protocol):
+    """A model, as far as its parameters go."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def is_hidden_matrix(name: str, dimensions: int) -> bool:
+    """Whether a parameter lies between two layers of activations: what Muon updates."""
+    return dimensions == 2 and not is_vocabulary(name)
+
+
+def parameter_groups(model: NamedParameters) -> ParameterGroups:
     """Sort a model's parameters by number of dimensions and by name; a tied one is told once."""
     groups = ParameterGroups([], [], [])
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            groups.vectors.append(parameter)
+        if is_hidden_matrix(name, parameter.ndim):
+            groups.hidden.append(parameter)
         elif is_vocabulary(name):
             groups.vocabulary.append(parameter)
         else:
-            groups.hidden.append(parameter)
+            groups.vectors.append(parameter)
     return groups

@@ -66,14 +66,7 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
         )
     if settings.deterministic and layout.device.type == "cpu":
         slices = settings.tensor_slices or default_slices(config)
-        name = part_off_border(
-            config,
-            layout.tp,
-            slices,
-            shards,
-            replicate_embeddings=settings.replicate_embeddings,
-            optimizer=settings.optimizer,
-        )
+        name = part_off_border(config, layout.tp, slices, shards, replicate_embeddings=settings.replicate_embeddings)
         if name is not None:
             raise UsageError(
                 f"--deterministic {flag}: in {shards} parts {name} has other bits than whole in AdamW's kernel for the "
@@ -82,13 +75,7 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
 
 
 def part_off_border(
-    config: ModelConfig,
-    tp: int,
-    slices: int,
-    shards: int,
-    *,
-    replicate_embeddings: bool = False,
-    optimizer: str = "adamw",
+    config: ModelConfig, tp: int, slices: int, shards: int, *, replicate_embeddings: bool = False
 ) -> str | None:
     """A parameter of which the fused AdamW of the CPU treats a part otherwise than the whole; None if there is none.
 
@@ -105,7 +92,6 @@ def part_off_border(
         cut = cut_of(name, config, tp, replicate_embeddings=replicate_embeddings)
         if cut.sharded:
             sizes[cut.dim] //= tp
-        is_muons = optimizer == "muon" and len(sizes) == 2 and not is_vocabulary(name)
-        if not is_muons and -(-sizes[0] // shards) * math.prod(sizes[1:]) % FLOAT32_ELEMENTS:
+        if -(-sizes[0] // shards) * math.prod(sizes[1:]) % FLOAT32_ELEMENTS:
             found = found or name
     return None if rest else found  # with a rest the update is the unfused one, which treats all elements alike

@@ -10,13 +10,15 @@ in rounds of one a rank. In a round:
 3. Each rank computes, from the same bits and in the same shape whoever it is.
 4. Two more take the results back, and a broadcast tells the ranks that hold copies.
 
-A rank holds one whole matrix at a time beside its parts of a round's results.
+A rank computes one whole matrix at a time. On the way to it and back it holds what it has been sent and sends on: up to
+four matrices as large, in the dtype of the parts, and its parts of the results of as many matrices as hold one copy of
+the parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -97,11 +99,15 @@ class WholeMatrices:
         """Raises ValueError where a parameter cannot be dealt."""
         if not isinstance(parameter, DTensor) or parameter.ndim != 2:
             raise ValueError(f"only matrices that are DTensors can be dealt, not {type(parameter)}")
-        dim = _cut_dim(parameter)
-        if dim is not None and parameter.shape[dim] % self._tp.size:
-            raise ValueError(
-                f"a matrix of shape {tuple(parameter.shape)} cannot be cut evenly over {self._tp.size} ranks"
-            )
+        shape, dim = tuple(parameter.shape), _cut_dim(parameter)
+        if dim is not None and shape[dim] % self._tp.size:
+            raise ValueError(f"a matrix of shape {shape} cannot be cut evenly over {self._tp.size} ranks")
+        expected, found = self._cut(parameter).stretch_shape(self._shards.rank), tuple(parameter.to_local().shape)
+        if found != expected:
+            raise ValueError(f"of a matrix of shape {shape} this rank holds {found}, and {expected} by the layout")
+
+    def _cut(self, parameter: Tensor) -> MatrixCut:
+        return MatrixCut.of(parameter.shape, _cut_dim(parameter), self._tp.size, self._shards.size)
 
     def rounds(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         """The parameters in rounds, as `dealt` makes them."""
@@ -119,42 +125,61 @@ class WholeMatrices:
     def computed(
         self,
         parameters: Sequence[nn.Parameter],
-        parts: Sequence[Tensor],
+        parts: list[Tensor],
         function: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
-    ) -> list[Tensor]:
-        """The function of each whole matrix of a round: this rank's part of it. Collective.
+    ) -> Iterator[Tensor]:
+        """The function of each whole matrix of a round: this rank's part of it. Collective; take all of them.
 
         Args:
             parameters: at most one a rank, as `rounds` gives them.
-            parts: this rank's part of each matrix that `is_ours`; all of one dtype.
+            parts: this rank's part of each matrix that `is_ours`; all of one dtype. Empty afterwards.
             function: of a whole matrix, a matrix of its shape in `dtype`.
         """
-        cuts = [
-            MatrixCut.of(parameter.shape, _cut_dim(parameter), self._tp.size, self._shards.size)
-            for parameter in parameters
+        cuts, device = [self._cut(parameter) for parameter in parameters], parameters[0].device
+        copies = [cuts[start : start + self._team] for start in range(0, len(cuts), self._team)]
+        results: list[Tensor] = []
+        if self._copies.rank < len(copies):
+            results = self._computed_here(copies[self._copies.rank], parts, function, dtype)
+        for copy, own in enumerate(copies):
+            found = results
+            if copy != self._copies.rank:
+                found = [torch.empty(cut.stretch_shape(self._shards.rank), dtype=dtype, device=device) for cut in own]
+            if self._copies.size > 1:
+                self._tell(found, copy)
+            yield from found
+
+    def _tell(self, results: Sequence[Tensor], copy: int) -> None:
+        """Send results from one of the ranks that hold copies to the others."""
+        pending = [
+            dist.broadcast(result, group=self._copies.group, group_src=copy, async_op=True)
+            for result in results
+            if result.numel()
         ]
-        own, device = self._shards.rank, parameters[0].device
-        results = [torch.empty(cut.stretch_shape(own), dtype=dtype, device=device) for cut in cuts]
-        begin = self._copies.rank * self._team
-        ours = slice(begin, begin + self._team)
-        if cuts[ours]:
-            groups = [cuts[ours][start : start + self._tp.size] for start in range(0, self._team, self._tp.size)]
-            columns = self._with_all_rows(groups, parts)
-            whole = self._whole(groups[own], columns) if groups[own] else None
-            made = None if whole is None else function(whole)
-            back = self._tensor_parallel_parts(groups[own], made, dtype, device) if groups[own] else []
-            for result, found in zip(results[ours], self._own_rows(groups, back, dtype, device), strict=True):
-                result.copy_(found)
-        if self._copies.size > 1:
-            pending = [
-                dist.broadcast(result, group=self._copies.group, group_src=number // self._team, async_op=True)
-                for number, result in enumerate(results)
-                if result.numel()
-            ]
-            for work in pending:
-                work.wait()
-        return results
+        for work in pending:
+            work.wait()
+
+    def _computed_here(
+        self,
+        cuts: Sequence[MatrixCut],
+        parts: list[Tensor],
+        function: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """`computed` for the matrices of the ranks that hold one copy."""
+        device, size = parts[0].device, self._tp.size
+        groups = [cuts[start : start + size] for start in range(0, self._team, size)]
+        own = groups[self._shards.rank]
+        columns = self._with_all_rows(groups, parts)
+        parts.clear()
+        back: list[Tensor] = []
+        if own:
+            whole = self._whole(own, columns)
+            columns.clear()
+            made = None if whole is None else function(whole).contiguous()
+            del whole
+            back = self._tensor_parallel_parts(own, made, dtype, device)
+        return self._own_rows(groups, back, dtype, device)
 
     def _with_all_rows(self, groups: Sequence[Sequence[MatrixCut]], parts: Sequence[Tensor]) -> list[Tensor]:
         """Tensor-parallel parts of this group's matrices, from the stretches of rows of all groups' matrices."""

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
+from colonnade.optim.parameter_groups import is_hidden_matrix
 from colonnade.parallel.sharding import cut_of, is_vocabulary
 from colonnade.tuning.flops import training_flops_per_token
 
@@ -153,7 +154,7 @@ class Elements:
             # Cut by rows; the first rank has the most.
             own = -(-shape[0] // placement.shards) * math.prod(shape[1:]) * count
             found["own"] += own
-            found["moments"] += own * (1 if placement.optimizer == "muon" and name.endswith("_proj.weight") else 2)
+            found["moments"] += own * (1 if placement.optimizer == "muon" and is_hidden_matrix(name, len(shape)) else 2)
         attention = sum(size for name, size in sizes.items() if name.endswith(("q_proj.weight", "k_proj.weight")))
         attention += sizes["self_attn.v_proj.weight"]
         gate_up = sizes["mlp.gate_proj.weight"] + sizes["mlp.up_proj.weight"]

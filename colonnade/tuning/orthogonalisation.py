@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from colonnade.model_config import ModelConfig, layer_shapes
 from colonnade.optim.muon import newton_schulz_flops
+from colonnade.optim.parameter_groups import is_hidden_matrix
 from colonnade.optim.whole_matrices import MatrixCut, dealt
 from colonnade.parallel.sharding import cut_of
 from colonnade.tuning.cost_model import BYTES, FLOAT32, Placement
@@ -54,7 +55,10 @@ def matrix_traffic(config: ModelConfig, placement: Placement) -> list[Traffic]:
 
 
 def orthogonalisation_flops(config: ModelConfig, placement: Placement) -> int:
-    """Operations that the ranks wait for: those of the largest matrix of each round."""
+    """Operations that the ranks wait for: those of the largest matrix of each round.
+
+    All matrices have one side H, so the one with the most elements has the most operations.
+    """
     largest = (matrices[0] for matrices in _rounds(config, placement))
     return sum(newton_schulz_flops(_whole_shape(cut, placement.tp)) for cut in largest)
 
@@ -62,7 +66,7 @@ def orthogonalisation_flops(config: ModelConfig, placement: Placement) -> int:
 def _rounds(config: ModelConfig, placement: Placement) -> list[list[MatrixCut]]:
     def cuts() -> Iterator[MatrixCut]:
         for name, shape in layer_shapes(config).items():
-            if len(shape) == 2:
+            if is_hidden_matrix(name, len(shape)):
                 cut = cut_of(name, config, placement.tp)
                 yield MatrixCut.of(shape, cut.dim if cut.sharded else None, placement.tp, placement.shards)
 

@@ -242,7 +242,10 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
     peak = None if asked.gpu is None else peak_flops(asked.gpu, precision)
     if asked.gpu_tflops is not None:
         peak = asked.gpu_tflops * 1e12
-    return None if peak is None else Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network)
+    if peak is None:
+        return None
+    lower = peak_flops(asked.gpu, "bf16") if precision == "fp32" and asked.gpu is not None else None
+    return Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network, lower)
 
 
 def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> list[int]:

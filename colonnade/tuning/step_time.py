@@ -96,6 +96,7 @@ class Machine:
 
     Attributes:
         peak: FLOP/s of one device in the precision of products.
+        bf16_peak: in bfloat16, which Muon iterates in on accelerators whatever the precision.
         utilisation: the part of it that computation reaches.
         gpus_per_node: neighbouring ranks that `interconnect` joins; the others talk over `network`.
     """
@@ -105,6 +106,7 @@ class Machine:
     gpus_per_node: int
     interconnect: Link
     network: Link
+    bf16_peak: float | None = None
 
     def link(self, traffic: Traffic, placement: Placement) -> Link:
         """The slowest link that a group's ring crosses. Ranks of tp are neighbours, then those that share out."""
@@ -192,5 +194,6 @@ def step_time(
         hidden[link] += min(seconds, lasting[computation])
     covered = sum(min(seconds, compute) for seconds in hidden.values())
     if placement.optimizer == "muon":  # after all that; each rank has a matrix of its own at a time
-        compute += orthogonalisation_flops(config, placement) / (machine.peak * machine.utilisation)
+        peak = machine.bf16_peak or machine.peak
+        compute += orthogonalisation_flops(config, placement) / (peak * machine.utilisation)
     return StepTime(compute, total, covered)

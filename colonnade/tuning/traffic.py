@@ -35,6 +35,11 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends in a ring: 2 (G - 1) / G of an all-reduce, (G - 1) / G of the others."""
+        """Bytes that pass the busiest link of a ring of G ranks.
+
+        2 (G - 1) / G of an all-reduce's, all of a broadcast's, (G - 1) / G of the others'.
+        """
+        if self.collective == BROADCAST:
+            return float(self.size)
         rounds = 2 if self.collective == ALL_REDUCE else 1
         return rounds * (self.ranks - 1) / self.ranks * self.size

@@ -2,18 +2,18 @@
 
 import json
 import shutil
+import signal
 import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 import forked_commands
-from distributed.launching import make_inputs, run, start
+from distributed.launching import make_inputs, run
 from forked_commands import PATIENCE, Outcome
 
 STEPS = 12
@@ -101,15 +101,14 @@ def test_killed_and_gone_on_elsewhere_it_has_the_same_bits(
     """From tp 2, killed with SIGKILL between two checkpoints, to dp 2 with activations kept."""
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
-    process = start("training.py", these, ranks=2)
+    running = forked_commands.begin("training", these, ranks=2)
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and running.is_alive():
         if max(rows_of(directory / "metrics.jsonl"), default=0) >= 5:
             break
         time.sleep(0.005)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.kill()
-    process.communicate()
+    running.signal(signal.SIGKILL)
+    running.finish()
     assert 5 <= max(bits_of(directory)) < STEPS
     output = run("training.py", [*these, "--tensor-parallel-size", "1", "--disable-gradient-checkpointing"], ranks=2)
     assert "going on from" in output

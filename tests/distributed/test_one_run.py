@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 
 import psutil
@@ -9,7 +10,7 @@ import pytest
 
 from colonnade.optim.schedule import Schedule
 from distributed.launching import finish, losses, make_inputs, position, run, start
-from forked_commands import PATIENCE
+from forked_commands import PATIENCE, begin
 
 STEPS = 24
 
@@ -35,16 +36,14 @@ def uninterrupted(flags, tmp_path_factory):
 def killed(flags, tmp_path_factory):
     """The same run at tp 2, all its processes killed after step 8: between two checkpoints."""
     directory = tmp_path_factory.mktemp("killed")
-    process = start("training.py", [*flags, "--checkpoint-dir", str(directory)], ranks=2)
+    running = begin("training", [*flags, "--checkpoint-dir", str(directory)], ranks=2)
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and running.is_alive():
         if (directory / "metrics.jsonl").exists() and max(losses(directory), default=0) >= 8:
             break
         time.sleep(0.005)
-    # torchrun gives each rank a session of its own: they are killed one by one, all before any can notice.
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.kill()
-    process.communicate()
+    running.signal(signal.SIGKILL)
+    running.finish()
     done = losses(directory)
     assert 8 <= max(done) < STEPS, f"the run was to be killed in its middle, not after step {max(done)}"
     return directory

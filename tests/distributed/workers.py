@@ -57,7 +57,7 @@ def make_optimizer(
     common = {"learning_rate": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": fused}
     if kind == "adamw":
         return create_adamw(model, **common)
-    return create_muon(model, layout, **common, dtype=torch.bfloat16 if kind == "muon in bf16" else None)
+    return create_muon(model, **common, dtype=torch.bfloat16 if kind == "muon in bf16" else None)
 
 
 def whole(model: TensorParallelModel, *, gradients: bool = False) -> dict[str, Tensor]:
