@@ -9,17 +9,20 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from forked_commands import PATIENCE
+
 BLOCK, HEADER = 32 * 1024, 7
 
 
 def records(file: Path) -> Iterator[Any]:
-    """The records of a `.wandb` file, in order."""
+    """The records of a `.wandb` file that are there, in order."""
     # Made of whatever protobuf is installed: nothing the checker could know.
     messages: Any = import_module("wandb.proto.wandb_internal_pb2")
 
@@ -31,6 +34,8 @@ def records(file: Path) -> Iterator[Any]:
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", content[at : at + HEADER])
+        if at + HEADER + length > len(content):  # it is being written
+            return
         parts += content[at + HEADER : at + HEADER + length]
         at += HEADER + length
         if kind in (1, 4):  # whole, or the last part
@@ -46,7 +51,14 @@ def offline_runs(directory: Path) -> list[Path]:
 
 
 def history(file: Path) -> list[dict[str, Any]]:
-    """The rows that were logged."""
+    """The rows that were logged in a run that is over.
+
+    The client's own process ends the file, on a busy machine after `finish` has returned.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while "exit" not in [record.WhichOneof("record_type") for record in records(file)]:
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.05)
     found = []
     for record in records(file):
         if record.WhichOneof("record_type") == "history":
