@@ -36,7 +36,7 @@ TRACE_PREFIX = "nccl_trace_rank_"
 class ParallelLayout:
     """Where this process stands: its device and its place on the ("dp", "tp") mesh.
 
-    What is read off the mesh is kept: torch makes a new mesh, in 0.2 ms of the host, each time a part of one is asked for.
+    What is read off the mesh is kept: torch makes a new mesh, in 0.2 ms of the host, each time a part is asked for.
 
     Attributes:
         shard_mesh: where data-parallel ranks share out the parameters, ("dp", "tp"), or ("dp_replicate", "dp_shard",
