@@ -222,22 +222,21 @@ def test_matrices_that_are_shared_out_keep_their_bits(
     assert not differing(expected, results)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_skipped_step_leaves_everything_as_it_was(rank_pool: RankPool, fused: bool) -> None:
-    options: dict[str, Any] = {"bad": 2, "fused": fused, "deterministic": True, "slices": 4, "kind": "muon"}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fused": True, "deterministic": True, "slices": 4},
+        {"fused": False, "deterministic": True, "slices": 4},
+        {"shard": {"mode": "zero3"}},
+    ],
+    ids=["fused", "each operation", "shared out"],
+)
+def test_a_skipped_step_leaves_everything_as_it_was(rank_pool: RankPool, options: dict[str, Any]) -> None:
+    options = {"bad": 2, "kind": "muon", **options}
     without = rank_pool.run(4, steps_with_a_bad_one, CONFIG, 2, poison=None, **options)
-    poison = "model.layers.0.mlp.up_proj.weight"
+    # A matrix is spoiled in the copy that micro-batches use, and of shared-out parameters there is none.
+    poison = NORM if "shard" in options else "model.layers.0.mlp.up_proj.weight"
     for rank, result in enumerate(rank_pool.run(4, steps_with_a_bad_one, CONFIG, 2, poison=poison, rank=1, **options)):
-        assert result["skipped"] == [0, 0, 1, 0, 0]
-        assert result["kept"], f"rank {rank}"
-        for left, right in zip(result["tensors"], without[rank]["tensors"], strict=True):
-            assert torch.equal(left, right), f"rank {rank}"
-
-
-def test_a_skipped_step_leaves_shared_out_matrices_as_they_were(rank_pool: RankPool) -> None:
-    options: dict[str, Any] = {"bad": 2, "kind": "muon", "shard": {"mode": "zero3"}}
-    without = rank_pool.run(4, steps_with_a_bad_one, CONFIG, 2, poison=None, **options)
-    for rank, result in enumerate(rank_pool.run(4, steps_with_a_bad_one, CONFIG, 2, poison=NORM, rank=1, **options)):
         assert result["skipped"] == [0, 0, 1, 0, 0]
         assert result["kept"], f"rank {rank}"
         for left, right in zip(result["tensors"], without[rank]["tensors"], strict=True):
