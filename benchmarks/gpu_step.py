@@ -149,8 +149,8 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
     if config.max_position_embeddings < given.block:
         config = dataclasses.replace(config, max_position_embeddings=given.block)
     check_slices(config, given.shards, None)
-    variants = variants_of(given.variant or [f"ours:compiled={str(on_gpu).lower()}"], "cuda" if on_gpu else "cpu")
     device = "cuda" if on_gpu else "cpu"
+    variants = variants_of(given.variant or [f"ours:compiled={str(on_gpu).lower()}"], device)
     make_folder("--profile", given.profile)
     return Plan(config, given.block, ladder, given.windows, given.window_steps, device, given.profile), variants
 

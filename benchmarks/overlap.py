@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.flag_checks import require_at_least_one
+from benchmarks.flag_checks import names, require_at_least_one
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
@@ -51,9 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     require_at_least_one("--rounds", options.rounds)
     require_place("--json", options.json)
-    chosen = options.only.split(",")
-    if unknown := set(chosen) - set(CASES):
-        parser.error(f"--only {sorted(unknown)[0]}: choose from {', '.join(CASES)}")
+    chosen = names("--only", options.only, CASES)
 
     from benchmarks.training_step.delays import measure_data_parallel, measure_tensor_parallel
     from benchmarks.training_step.ranks import on_ranks

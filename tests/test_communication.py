@@ -65,7 +65,7 @@ def counted(
     """The collectives of a real step."""
     dtype = PRECISIONS[placement.precision]
     mode, lower = placement.data_parallel_shard, None if placement.precision == "fp32" else dtype
-    layout, model = build(
+    _, model = build(
         config,
         placement.tp,
         None if mode == "none" else {"mode": mode, "gather_dtype": lower},
@@ -77,8 +77,8 @@ def counted(
         replicate_embeddings=placement.replicate_embeddings,
         shares_memory=False,
     )
-    kind = f"{placement.optimizer}{'' if placement.on_cpu or placement.optimizer == 'adamw' else ' in bf16'}"
-    optimizer = make_optimizer(kind, model, layout)
+    is_in_bf16 = placement.optimizer == "muon" and not placement.on_cpu
+    optimizer = make_optimizer("muon in bf16" if is_in_bf16 else placement.optimizer, model)
     share = torch.randint(0, config.vocab_size, (micro_batch * accumulation, block + 1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with Counted() as seen:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ class Muon(torch.optim.Optimizer):
         group = self._matrices
         rate, momentum = group["lr"], group["momentum"]
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        orthogonalised = partial(newton_schulz, dtype=self._dtype)
         for batch in self._whole.rounds(parameters):
             updates = []
             for number, parameter in enumerate(batch):
@@ -146,15 +148,12 @@ class Muon(torch.optim.Optimizer):
                 if self._whole.is_ours(number):
                     updates.append(gradient.lerp(moved, momentum))
                 buffer.copy_(_chosen(skipped, buffer, moved))
-            directions = self._whole.computed(batch, updates, self._orthogonalised, self._dtype)
+            directions = self._whole.computed(batch, updates, orthogonalised, self._dtype)
             for parameter, direction in zip(batch, directions, strict=True):
                 weight = _local(parameter)
                 moved = weight * (1 - rate * group["weight_decay"])
                 moved.add_(direction, alpha=-matched_rate(rate, parameter.shape))
                 weight.copy_(_chosen(skipped, weight, moved))
-
-    def _orthogonalised(self, matrix: Tensor) -> Tensor:
-        return newton_schulz(matrix, self._dtype)
 
 
 def _chosen(skipped: Tensor | None, old: Tensor, new: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,18 @@ def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0) -> str
     outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks)
     assert outcomes[0].code == code, outcomes
     return outcomes[0].output + outcomes[0].errors
+
+
+def kill_after(step: int, flags: Sequence[str], directory: Path) -> None:
+    """Train on two ranks, and kill both with SIGKILL once the metrics in the run's folder have reached a step."""
+    running = forked_commands.begin("training", [*flags, "--checkpoint-dir", str(directory)], ranks=2)
+    deadline = time.monotonic() + forked_commands.PATIENCE
+    while time.monotonic() < deadline and running.is_alive():
+        if (directory / "metrics.jsonl").exists() and max(losses(directory), default=0) >= step:
+            break
+        time.sleep(0.005)
+    running.signal(signal.SIGKILL)
+    running.finish()
 
 
 def losses(directory: Path) -> dict[int, float]:

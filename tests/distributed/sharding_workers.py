@@ -44,10 +44,12 @@ def held_bytes(model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> 
     return counted[0], counted[1]
 
 
-def sharded_steps(config: ModelConfig, tp: int, steps: int, accumulation: int = 2, **options: Any) -> dict[str, Any]:
+def sharded_steps(
+    config: ModelConfig, tp: int, steps: int, accumulation: int = 2, kind: str = "adamw", **options: Any
+) -> dict[str, Any]:
     """Steps on one global batch of 8, clipped at 0.5; the unit gathers and scatters of the last of them."""
     layout, model = build(config, tp, **options)
-    optimizer = make_optimizer("adamw", model, layout)
+    optimizer = make_optimizer(kind, model)
     allocate_state(optimizer)
     initial = whole(model)
     counts = {"all_gather": 0, "reduce_scatter": 0}
@@ -82,8 +84,8 @@ def sharded_steps(config: ModelConfig, tp: int, steps: int, accumulation: int = 
 
 def step_after_trials(config: ModelConfig, tp: int, fails_on: int | None, **options: Any) -> dict[str, Any]:
     """A step after the autotuner's trials, one of which runs out of memory on one rank amid the backward pass."""
-    layout, model = build(config, tp, activation_checkpointing="full", **options)
-    optimizer = make_optimizer("adamw", model, layout)
+    _, model = build(config, tp, activation_checkpointing="full", **options)
+    optimizer = make_optimizer("adamw", model)
     mlp, calls = model.segments.mlp, 0
 
     def failing(*args: Any) -> Tensor:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 import forked_commands
-from distributed.launching import make_inputs, run
-from forked_commands import PATIENCE, Outcome
+from distributed.launching import kill_after, make_inputs, run
+from forked_commands import Outcome
 
 STEPS = 12
 
@@ -101,14 +99,7 @@ def test_killed_and_gone_on_elsewhere_it_has_the_same_bits(
     """From tp 2, killed with SIGKILL between two checkpoints, to dp 2 with activations kept."""
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
-    running = forked_commands.begin("training", these, ranks=2)
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and running.is_alive():
-        if max(rows_of(directory / "metrics.jsonl"), default=0) >= 5:
-            break
-        time.sleep(0.005)
-    running.signal(signal.SIGKILL)
-    running.finish()
+    kill_after(5, flags, directory)
     assert 5 <= max(bits_of(directory)) < STEPS
     output = run("training.py", [*these, "--tensor-parallel-size", "1", "--disable-gradient-checkpointing"], ranks=2)
     assert "going on from" in output

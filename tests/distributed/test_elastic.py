@@ -41,7 +41,7 @@ def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def steps_taken(config: ModelConfig, tp: int, steps: int, seed: int, kind: str, **options: Any) -> tuple[Any, Any, Any]:
     layout, model = build(config, tp, seed=seed, **options)
-    optimizer = make_optimizer(kind, model, layout)
+    optimizer = make_optimizer(kind, model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ids, labels = tokens_for(config, 4, 16)
     share = torch.cat([ids, labels[:, -1:]], dim=1)[layout.dp_rank :: layout.dp]

@@ -16,13 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import forked_commands
 from colonnade.optim.muon import matched_rate, newton_schulz
 from colonnade.optim.optimizer import allocate_state
-from colonnade.optim.step import optimizer_step
 from colonnade.optim.whole_matrices import WholeMatrices
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from dense_reference import dense_loss
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
-from distributed.sharding_workers import every_token
+from distributed.sharding_workers import every_token, sharded_steps
 from distributed.test_bits import MODELS, STEPS, differing
 from distributed.test_elastic import CONFIG as ELASTIC
 from distributed.test_elastic import load_all, save_at
@@ -42,8 +41,6 @@ from model import ModelConfig, TensorParallelModel
 ONE_HEAD = MODELS["biases, one key/value head"]
 # Four ranks that share out 6 rows of these hold 2, 2, 2 and none.
 SIX_ROWS = dataclasses.replace(ONE_HEAD, head_dim=6)
-
-
 NORM = "model.norm.weight"
 
 
@@ -91,7 +88,7 @@ def steps_on_drawn_gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Whole parameters, and whole momenta, after steps on gradients drawn by name."""
     layout, model = build(config, tp, seed=3, **options)
-    optimizer = make_optimizer("muon in bf16", model, layout)  # as torch's own is
+    optimizer = make_optimizer("muon in bf16", model)  # as torch's own is
     allocate_state(optimizer)
     for step in range(steps):
         for name, parameter in model.named_parameters():
@@ -133,21 +130,6 @@ def test_updates_are_those_of_torch_on_whole_matrices(rank_pool: RankPool, confi
                     assert float((leaf.detach() - initial[name]).abs().mean()) > 1e-3, "nothing to compare"
 
 
-def sharded_training(config: ModelConfig, tp: int, steps: int, **options: Any) -> dict[str, Any]:
-    """Steps of two micro-batches on the global batch of `train`: losses, and whole parameters from the first rank."""
-    layout, model = build(config, tp, seed=5, **options)
-    optimizer = make_optimizer("muon in bf16", model, layout)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    ids, labels = every_token(config, 8)
-    share = torch.cat((ids, labels[:, -1:]), dim=1)[layout.dp_rank :: layout.dp]
-    losses = [
-        optimizer_step(model, optimizer, scaler, share, accumulation=2, targets=labels.numel(), max_grad_norm=0.5).loss
-        for _ in range(steps)
-    ]
-    parameters = whole(model)
-    return {"losses": losses, "parameters": parameters if layout.is_main else None}
-
-
 @pytest.mark.parametrize("mode", [None, "zero2", "zero3"])
 def test_a_dense_model_trains_alike(rank_pool: RankPool, mode: str | None) -> None:
     """Gradients of the same model written out on whole weights; bfloat16 in the iterations rounds what differs."""
@@ -171,10 +153,11 @@ def test_a_dense_model_trains_alike(rank_pool: RankPool, mode: str | None) -> No
             optimizer.zero_grad()
         losses.append(loss.detach())
     for world_size, tp in [(1, 1), (4, 2)] if mode is None else [(4, 2)]:
+        options: dict[str, Any] = {"kind": "muon in bf16", "seed": 5}
         if mode is None:
-            result = rank_pool.run(world_size, train, CONFIG, tp, steps, kind="muon in bf16", seed=5)[0]
+            result = rank_pool.run(world_size, train, CONFIG, tp, steps, **options)[0]
         else:
-            result = rank_pool.run(world_size, sharded_training, CONFIG, tp, steps, shard={"mode": mode})[0]
+            result = rank_pool.run(world_size, sharded_steps, CONFIG, tp, steps, shard={"mode": mode}, **options)[0]
         torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=0.0)
         for name, leaf in leaves.items():
             moved = leaf.detach() - initial[name][: leaf.shape[0]]
@@ -295,7 +278,7 @@ def test_state_is_allocated_without_a_step(single_rank: None) -> None:
     layout = init_parallel(1, torch.device("cpu"))
     model = TensorParallelModel(dataclasses.replace(CONFIG, num_hidden_layers=1), layout, seed=1)
     before = whole(model)
-    optimizer = make_optimizer("muon", model, layout)
+    optimizer = make_optimizer("muon", model)
     allocate_state(optimizer)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.full_tensor(), before[name])

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import signal
 import time
 
 import psutil
 import pytest
 
 from colonnade.optim.schedule import Schedule
-from distributed.launching import finish, losses, make_inputs, position, run, start
-from forked_commands import PATIENCE, begin
+from distributed.launching import finish, kill_after, losses, make_inputs, position, run, start
+from forked_commands import PATIENCE
 
 STEPS = 24
 
@@ -36,14 +35,7 @@ def uninterrupted(flags, tmp_path_factory):
 def killed(flags, tmp_path_factory):
     """The same run at tp 2, all its processes killed after step 8: between two checkpoints."""
     directory = tmp_path_factory.mktemp("killed")
-    running = begin("training", [*flags, "--checkpoint-dir", str(directory)], ranks=2)
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and running.is_alive():
-        if (directory / "metrics.jsonl").exists() and max(losses(directory), default=0) >= 8:
-            break
-        time.sleep(0.005)
-    running.signal(signal.SIGKILL)
-    running.finish()
+    kill_after(8, flags, directory)
     done = losses(directory)
     assert 8 <= max(done) < STEPS, f"the run was to be killed in its middle, not after step {max(done)}"
     return directory

@@ -206,7 +206,7 @@ def step_with_events(config: ModelConfig, plain: bool) -> tuple[list[str], dict[
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         optimizer_step(
             own,
-            make_optimizer("adamw", own, layout),
+            make_optimizer("adamw", own),
             scaler,
             share,
             accumulation=2,

@@ -51,9 +51,7 @@ def build(
     return layout, model
 
 
-def make_optimizer(
-    kind: str, model: TensorParallelModel, layout: ParallelLayout, *, fused: bool = True
-) -> torch.optim.Optimizer:
+def make_optimizer(kind: str, model: TensorParallelModel, *, fused: bool = True) -> torch.optim.Optimizer:
     common = {"learning_rate": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": fused}
     if kind == "adamw":
         return create_adamw(model, **common)
@@ -98,7 +96,7 @@ def train(
 ) -> dict[str, Any]:
     """Optimizer steps on one fixed global batch, shared out over the data-parallel ranks, clipped at 0.5."""
     layout, model = build(config, tp, **options)
-    optimizer = make_optimizer(kind, model, layout)
+    optimizer = make_optimizer(kind, model)
     ids, labels = tokens_for(config, batch)
     count = (labels != -100).sum()
     mine = slice(layout.dp_rank, None, layout.dp)
@@ -264,7 +262,7 @@ def deterministic_steps(
     fp16 = options.get("compute_dtype") == torch.float16
     layout, model = build(config, tp, **options)
     fused = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
-    optimizer = make_optimizer(kind, model, layout, fused=fused)
+    optimizer = make_optimizer(kind, model, fused=fused)
     # The first step overflows at this scale and is skipped.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=fp16)
     tokens = torch.randint(0, config.vocab_size, (8, 17), generator=torch.Generator().manual_seed(7))
@@ -298,7 +296,7 @@ def deterministic_steps(
 def outcome_of_steps(config: ModelConfig, tp: int, *, plain: bool, **options: Any) -> dict[str, Any]:
     """Three steps of two micro-batches a rank: losses and norms of every rank, merged parameters of the first."""
     layout, model = build(config, tp, **options)
-    optimizer = make_optimizer("adamw", model, layout)
+    optimizer = make_optimizer("adamw", model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     tokens = torch.randint(0, config.vocab_size, (4 * layout.dp, 17), generator=torch.Generator().manual_seed(7))
     share = tokens[layout.dp_rank :: layout.dp]
@@ -380,7 +378,7 @@ def steps_with_a_bad_one(
         this rank's tensors at the end; the loss scale.
     """
     layout, model = build(config, tp, **options)
-    optimizer = make_optimizer(kind, model, layout, fused=fused)
+    optimizer = make_optimizer(kind, model, fused=fused)
     allocate_state(optimizer)
     fp16 = options.get("compute_dtype") == torch.float16
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
