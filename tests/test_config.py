@@ -334,11 +334,11 @@ def test_a_prefix_is_no_flag(parse: Any) -> None:
         names += ["--checkpoint-path", "--rewarmup-steps", "--keep-optimizer", "--batch-size"]
     tried = 0
     for name in names:
-        for end in range(4, len(name)):
+        for end in {4, len(name) // 2, len(name) - 1}:
             if name[:end] not in [*names, "--help"]:
                 assert f"unknown flag {name[:end]};" in refusal(name[:end], "1", parse=parse)
                 tried += 1
-    assert tried > 200
+    assert tried > 150
 
 
 # ---------------------------------------------------------------------------------------------------------- precedence

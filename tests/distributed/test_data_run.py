@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
+import forked_commands
 from data_helpers import flip_bit, stdlib_texts, write_corpus, write_shard
-from distributed.launching import finish, losses, make_inputs, position, run, start
+from distributed.launching import losses, make_inputs, position, run
 
 STEPS = 12
 
@@ -110,7 +111,7 @@ def test_a_reader_that_fails_ends_all_ranks_and_names_the_file(tmp_path):
     flip_bit(corpus / "part_3.parquet", b"(document 59)")
     flags = [*common, "--tensor-parallel-size", "1", "--data-lanes", "2", "--no-shuffle", "--strict-data"]
     flags += ["--initial-batch-size", "1", "--checkpoint-dir", str(tmp_path / "run"), "--tokenizer-backend", "hf"]
-    process = start("training.py", [*flags, "--total-steps", "4000"], ranks=2)
-    output = finish(process, code=1)
-    assert "part_3.parquet is damaged" in output
+    outcomes = forked_commands.start("training", [*flags, "--total-steps", "4000"], ranks=2)
+    assert [outcome.code for outcome in outcomes] == [1, 1], outcomes
+    assert "part_3.parquet is damaged" in outcomes[1].errors
     assert max(losses(tmp_path / "run")) > 1

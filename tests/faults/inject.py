@@ -169,3 +169,22 @@ def first_step_takes_long() -> None:
     """As compiling does; what a stop leaves a later step is over by then."""
     short_grace()
     at_step(1, lambda: time.sleep(6))
+
+
+def rank_1_runs_out_of_memory() -> None:
+    """In the forward pass of the fourth micro-batch above two sequences, while rank 0 waits in the layer's sum."""
+    import torch
+
+    from model import TensorParallelModel
+
+    forward = TensorParallelModel.forward
+    calls: list[int] = []
+
+    def failing(model: Any, input_ids: Any, *others: Any, **options: Any) -> Any:
+        if model.group.communicates and input_ids.shape[0] > 2:
+            calls.append(1)
+            if len(calls) == 4 and is_rank(1):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(model, input_ids, *others, **options)
+
+    TensorParallelModel.forward = failing  # type: ignore[assignment,method-assign]

@@ -1,14 +1,15 @@
-"""What the tests of this folder ask of a run."""
+"""Runs with a fault, and what the tests of this folder ask of them."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distributed.launching import losses
+from distributed.launching import ROOT, command, finish, losses, start
 
 
 def manifest(directory: Path, step: int) -> dict[str, Any]:
@@ -37,3 +38,24 @@ def assert_same_end(directory: Path, undisturbed: Path, step: int, folder: Path)
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
     assert manifest(directory, step)["run"]["data_position"] == manifest(undisturbed, step)["run"]["data_position"]
+
+
+def restarting(script: str, fault: str, flags: list[str], folder: Path) -> str:
+    """Run a script with a fault put in, under torchrun with one restart; its output."""
+    driver = folder / "driver.py"
+    driver.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+            import {script}
+            from colonnade.parallel.launch import launch
+            from faults import inject
+            inject.{fault}()
+            launch({script}.main)
+            """
+        )
+    )
+    line = command(str(driver), flags, 2)
+    line.insert(line.index("--standalone") + 1, "--max-restarts=1")
+    return finish(start(str(driver), [], command_line=line))

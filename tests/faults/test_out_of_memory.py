@@ -2,35 +2,13 @@
 
 import json
 import shutil
-import textwrap
-import time
 
 import pytest
 
-from distributed.launching import ROOT, command, finish, losses, make_inputs, run, start
-
-# Rank 1 runs out of memory in the forward pass of step 4, while rank 0 waits in that layer's all-reduce.
-DRIVER = """
-import sys
-sys.path[:0] = [{root!r}]
-import torch
-import model, training
-from colonnade.parallel.launch import launch
-
-forward = model.TensorParallelModel.forward
-calls = 0
-
-def failing(self, input_ids, *others, **options):
-    global calls
-    if self.group.communicates and input_ids.shape[0] > 2:
-        calls += 1
-        if calls == 4 and self.layout.tp_rank == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return forward(self, input_ids, *others, **options)
-
-model.TensorParallelModel.forward = failing
-launch(training.main)
-"""
+import forked_commands
+from distributed.launching import losses, make_inputs, run
+from faults import inject
+from faults.runs import restarting
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +20,19 @@ def flags(tmp_path_factory):
 
 
 def test_out_of_memory_on_one_rank_ends_all_and_the_same_command_goes_on(flags, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(textwrap.dedent(DRIVER.format(root=str(ROOT))))
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
-    begin = time.monotonic()
-    output = finish(start(str(driver), these, ranks=2), code=1)
-    assert time.monotonic() - begin < 240, "rank 0 waited for its peer until the limit of the collective"
+    outcomes = forked_commands.start("training", these, ranks=2, prepare=inject.rank_1_runs_out_of_memory)
+    assert [outcome.code for outcome in outcomes] == [1, 1], outcomes  # rank 0 did not wait for its peer
+    output = "".join(outcome.output + outcome.errors for outcome in outcomes)
     said = [line for line in output.splitlines() if "out of memory" in line]
     assert len(said) == 1
     assert "rank 1: out of memory in step 4 with micro-batch size 4; 2 is recorded in" in said[0]
     assert "Tried to allocate" not in output
 
-    output = finish(start(str(driver), these, ranks=2))
+    outcomes = forked_commands.start("training", these, ranks=2, prepare=inject.rank_1_runs_out_of_memory)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    output = outcomes[0].output
     assert "going on from" in output
     assert "(step 2)" in output
     assert "micro-batch 2 x accumulation 2 x dp 1" in output
@@ -68,12 +46,9 @@ def test_out_of_memory_on_one_rank_ends_all_and_the_same_command_goes_on(flags, 
 @pytest.mark.slow
 def test_max_restarts_of_torchrun_goes_on_by_itself(flags, tmp_path):
     """The restarted ranks find the smaller size and the last checkpoint."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(textwrap.dedent(DRIVER.format(root=str(ROOT))))
     directory = tmp_path / "run"
-    launcher = command(str(driver), [*flags, "--checkpoint-dir", str(directory)], 2)
-    launcher.insert(launcher.index("--standalone") + 1, "--max-restarts=1")
-    output = finish(start(str(driver), [], command_line=launcher))
+    these = [*flags, "--checkpoint-dir", str(directory)]
+    output = restarting("training", "rank_1_runs_out_of_memory", these, tmp_path)
     assert "micro-batch 4 x accumulation 1" in output
     assert "micro-batch 2 x accumulation 2" in output
     assert sorted(losses(directory)) == list(range(1, 9))

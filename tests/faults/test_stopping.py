@@ -6,18 +6,14 @@ import json
 import re
 import shutil
 import signal
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from distributed.launching import ROOT, command, finish
-from distributed.launching import start as start_torchrun
 from faults import inject
 from faults.conftest import STEPS
-from faults.runs import assert_same_end
+from faults.runs import assert_same_end, restarting
 from forked_commands import Outcome, begin, start
 
 
@@ -131,28 +127,6 @@ def test_a_finished_run_is_complete_until_it_is_made_longer(
 
 
 # ----------------------------------------------------------------------------------------------- torchrun's restarts
-
-
-def restarting(script: str, fault: str, flags: list[str], folder: Path) -> str:
-    """Run a script with a fault put in, under torchrun with one restart; its output."""
-    driver = folder / "driver.py"
-    driver.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
-            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-            import {script}
-            from colonnade.parallel.launch import launch
-            from faults import inject
-            inject.{fault}()
-            launch({script}.main)
-            """
-        )
-    )
-    line = command(str(driver), flags, 2)
-    line.insert(line.index("--standalone") + 1, "--max-restarts=1")
-    assert line[0] == sys.executable
-    return finish(start_torchrun(str(driver), [], command_line=line))
 
 
 @pytest.mark.slow
