@@ -169,12 +169,12 @@ def require_memory_for_both(config: ModelConfig, optimizer: str, layout: Paralle
     Raises:
         UsageError: parameters, gradients and moments alone exceed the memory there is.
     """
-    from colonnade.tuning.cost_model import Placement, state_memory
+    from colonnade.tuning.cost_model import ParallelConfig, state_memory
     from colonnade.tuning.memory import GIB
     from run.inputs import memory_here
 
     ranks, memory = memory_here(layout.device)
-    whole, share = (sum(state_memory(config, Placement(tp=tp, optimizer=optimizer))) for tp in (1, layout.tp))
+    whole, share = (sum(state_memory(config, ParallelConfig(tp=tp, optimizer=optimizer))) for tp in (1, layout.tp))
     needed = whole + ranks * share
     if layout.device.type == "cpu":
         needed += 4 * config.num_parameters * kept

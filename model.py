@@ -41,7 +41,7 @@ from colonnade.parallel.float8 import float8_linear
 from colonnade.parallel.head_loss import LossOptions, head_loss
 from colonnade.parallel.initialization import fill_normal_
 from colonnade.parallel.key_value_cache import KeyValueCache
-from colonnade.parallel.layers import Block, Passage, Projection, Stream, add_and_norm
+from colonnade.parallel.layers import Block, ForwardContext, Projection, ResidualStream, add_and_norm
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.pending import Pending
 from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
@@ -101,8 +101,9 @@ class TensorParallelModel(nn.Module):
         float8: multiply projections in float8 (`colonnade/parallel/float8.py`).
         z_loss: coefficient of the squared logarithm of the softmax's denominator in the loss; 0 for none.
         shares_memory: on the CPU ranks of one machine exchange tensors through memory (`SharedMemory`).
-        hides_sums: backward, a gradient of a weight is computed while f sums (`colonnade/parallel/column_parallel.py`);
-            not with one rank, `cuda_graphs`, `float8`, or compiled in a fixed order.
+        overlap_weight_gradients: in the backward pass, compute weight gradients while the all-reduce of the input
+            gradient (f) is in flight (`colonnade/parallel/column_parallel.py`). Without effect with one rank,
+            `cuda_graphs` or `float8`, or when compiled in a fixed order.
 
     Raises:
         UsageError: the sizes cannot be cut over these ranks.
@@ -126,7 +127,7 @@ class TensorParallelModel(nn.Module):
         float8: bool = False,
         z_loss: float = 0.0,
         shares_memory: bool = True,
-        hides_sums: bool = True,
+        overlap_weight_gradients: bool = True,
     ) -> None:
         super().__init__()
         check_slices(config, layout.tp, slices)
@@ -149,7 +150,7 @@ class TensorParallelModel(nn.Module):
             cuda_graphs=cuda_graphs,
             grouped=grouped,
             product=product,
-            hides_sums=hides_sums
+            overlap_weight_gradients=overlap_weight_gradients
             and self.group.size > 1
             and can_hide_sums(
                 compiled=compiled, fixed_order=self.group.fixed_order, cuda_graphs=cuda_graphs, float8=float8
@@ -276,7 +277,7 @@ class TensorParallelModel(nn.Module):
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         table = local_part(self.model.embed_tokens.weight)
-        ends = self._ends(input_ids, document_starts, table)
+        ends = self._final_hidden_states(input_ids, document_starts, table)
         weight, start = self._head(table)
         weights = pieces(weight, self._head_slices)
         products = self.weights.get("head", lambda: [part.detach() for part in weights], self.compute_dtype)
@@ -302,7 +303,7 @@ class TensorParallelModel(nn.Module):
     @torch.no_grad()
     def logits(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of the whole vocabulary on every rank, for checks; not for training."""
-        ends = self._ends(input_ids, document_starts, local_part(self.model.embed_tokens.weight))
+        ends = self._final_hidden_states(input_ids, document_starts, local_part(self.model.embed_tokens.weight))
         return self._whole_logits(torch.cat([residual.whole(end) for residual, end in ends]))
 
     @torch.no_grad()
@@ -318,10 +319,10 @@ class TensorParallelModel(nn.Module):
             table[cache.positions(count)].unsqueeze(1).to(self.compute_dtype)
             for table in self._rotary_tables(cache.places)
         )
-        passage = Passage(ReplicatedResidual(self.group), self.eager_segments, cos, sin, cache=cache)
+        context = ForwardContext(ReplicatedResidual(self.group), self.eager_segments, cos, sin, cache=cache)
         table = local_part(self.model.embed_tokens.weight)
-        x = self._embedded([input_ids], [passage.residual], table)[0].wait()
-        (stream,) = self._through_layers([Stream(x, None, passage)])
+        x = self._embedded([input_ids], [context.residual], table)[0].wait()
+        (stream,) = self._through_layers([ResidualStream(x, None, context)])
         cache.advance(count)
         return self._whole_logits(add_and_norm(stream, self.model.norm)[1][:, -1:])[:, 0]
 
@@ -339,7 +340,7 @@ class TensorParallelModel(nn.Module):
             local = torch.cat(parts, dim=1)
         return local[:, : self.config.vocab_size].view(*hidden.shape[:2], -1)
 
-    def _ends(
+    def _final_hidden_states(
         self, input_ids: Tensor, document_starts: Tensor | None, table: Tensor
     ) -> list[tuple[ReplicatedResidual | ShardedResidual, Tensor]]:
         """The last norm's output for token ids [B, T]: of each stream, as its residual holds it.
@@ -351,13 +352,13 @@ class TensorParallelModel(nn.Module):
         halves = 2 if overlaps and len(input_ids) > 1 else 1
         parts = input_ids.chunk(halves)
         starts = [None] * halves if document_starts is None else document_starts.chunk(halves)
-        passages = [self._passage(part, own) for part, own in zip(parts, starts, strict=True)]
-        embedded = self._embedded(parts, [passage.residual for passage in passages], table)
-        streams: Sequence[Stream] = [
-            Stream(x.wait(), None, passage) for x, passage in zip(embedded, passages, strict=True)
+        contexts = [self._context(part, own) for part, own in zip(parts, starts, strict=True)]
+        embedded = self._embedded(parts, [context.residual for context in contexts], table)
+        streams: Sequence[ResidualStream] = [
+            ResidualStream(x.wait(), None, context) for x, context in zip(embedded, contexts, strict=True)
         ]
         streams = self._through_layers(streams)
-        return [(stream.passage.residual, add_and_norm(stream, self.model.norm)[1]) for stream in streams]
+        return [(stream.context.residual, add_and_norm(stream, self.model.norm)[1]) for stream in streams]
 
     def _embedded(
         self, parts: Sequence[Tensor], residuals: Sequence[ReplicatedResidual | ShardedResidual], table: Tensor
@@ -373,7 +374,7 @@ class TensorParallelModel(nn.Module):
         pieces = partial_.to(self.compute_dtype).split(sizes)
         return [residual.collect([piece]) for piece, residual in zip(pieces, residuals, strict=True)]
 
-    def _passage(self, input_ids: Tensor, document_starts: Tensor | None) -> Passage:
+    def _context(self, input_ids: Tensor, document_starts: Tensor | None) -> ForwardContext:
         """What the layers share for sequences of token ids [B, T]."""
         batch, block = input_ids.shape
         residual: ReplicatedResidual | ShardedResidual
@@ -384,18 +385,18 @@ class TensorParallelModel(nn.Module):
         cos, sin = self._rotary_tables(block)
         again = self.activation_checkpointing == "selective" and torch.is_grad_enabled()
         if document_starts is None:
-            return Passage(residual, self.segments, cos, sin, computes_mlp_again=again)
+            return ForwardContext(residual, self.segments, cos, sin, recomputes_mlp=again)
         # Once for all layers: the mask, and the tables of each row in the dtype that attention saves them in.
         layout = document_layout(document_starts, self.document_kernel)
         cos, sin = (table[layout.positions].unsqueeze(1).to(self.compute_dtype) for table in (cos, sin))
-        return Passage(residual, self.segments, cos, sin, layout.mask, computes_mlp_again=again)
+        return ForwardContext(residual, self.segments, cos, sin, layout.mask, recomputes_mlp=again)
 
     def _settle_blocks(self) -> None:
         for block in self.model.layers:
             assert isinstance(block, Block)
-            block.settles = True
+            block.applies_updates = True
 
-    def _through_layers(self, streams: Sequence[Stream]) -> Sequence[Stream]:
+    def _through_layers(self, streams: Sequence[ResidualStream]) -> Sequence[ResidualStream]:
         for layer in self.model.layers:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
                 # A recomputation that stops early would leave a collective of the other half unawaited.

@@ -94,7 +94,7 @@ def _settings_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(values: Mapping[str, Any], plan: Plan, path: Path, per_node: int) -> None:
-    ranks = f"tp {plan.placement.tp} x dp {plan.dp}"
+    ranks = f"tp {plan.parallel.tp} x dp {plan.dp}"
     head = f"# {plan.tokens:,} tokens in {plan.steps:,} steps on {ranks}\n# {_command(plan, path, per_node)}\n"
     try:
         replace_file(path, head + yaml.safe_dump(dict(values), sort_keys=False))
@@ -124,7 +124,7 @@ def _counts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _print_plan(config: ModelConfig, plan: Plan) -> None:
-    memory, placement = plan.memory, plan.placement
+    memory, parallel = plan.memory, plan.parallel
     of_limit = "" if plan.memory_limit is None else f" of {_amount(plan.memory_limit)}"
     lines = {
         "parameters": f"{config.num_parameters:,} ({config.num_parameters_without_embeddings:,} without embeddings)",
@@ -132,9 +132,9 @@ def _print_plan(config: ModelConfig, plan: Plan) -> None:
         "step": f"{plan.tokens_per_step:,} tokens: micro-batch {plan.micro_batch} x accumulation {plan.accumulation} x "
         f"dp {plan.dp}, blocks of {plan.block_size:,}",
         "steps": f"{plan.steps:,}, the first {plan.warmup_steps:,} of them warm-up",
-        "ranks": f"{plan.gpus}: tp {placement.tp} x dp {plan.dp}, {placement.precision}, {placement.optimizer}, "
-        f"activation checkpointing {placement.activation_checkpointing}, data-parallel shard "
-        f"{placement.data_parallel_shard}",
+        "ranks": f"{plan.gpus}: tp {parallel.tp} x dp {plan.dp}, {parallel.precision}, {parallel.optimizer}, "
+        f"activation checkpointing {parallel.activation_checkpointing}, data-parallel shard "
+        f"{parallel.data_parallel_shard}",
         "memory a rank": f"{_amount(memory.total)}{of_limit} at the worst moment: "
         + ", ".join(f"{name} {_amount(size)}" for name, size in memory.to_dict().items() if name != "total"),
         "collectives": _traffic(plan),
@@ -178,13 +178,13 @@ def _print_candidates(plan: Plan) -> None:
     heads = ("tp", "dp", "shard", "checkpointing", "micro-batch", "GiB a rank", "s a step", "sent s", "hidden s")
     print("  " + "  ".join(f"{head:>11}" for head in heads))
     for one in plan.candidates[:SHOWN]:
-        placement, time = one.placement, one.time
+        parallel, time = one.parallel, one.time
         assert time is not None
         cells: tuple[str | int, ...] = (
-            placement.tp,
-            placement.dp,
-            placement.data_parallel_shard,
-            placement.activation_checkpointing,
+            parallel.tp,
+            parallel.dp,
+            parallel.data_parallel_shard,
+            parallel.activation_checkpointing,
             one.micro_batch,
             f"{one.memory.total / GIB:.1f}" + ("" if one.fits else " no"),
             f"{time.seconds:.3g}",

@@ -3,7 +3,7 @@
     python benchmarks/cost_model.py --json cost.json
     python benchmarks/cost_model.py --preset argonne-2b --block 4096 --micro-batch 2 --device cuda
 
-Each placement has a process of its own, with torch's fake process group in place of the other ranks. On the CPU the
+Each parallel has a process of its own, with torch's fake process group in place of the other ranks. On the CPU the
 bytes are the profiler's, on CUDA `torch.cuda.max_memory_allocated`. Steps are eager, of one and of two micro-
 batches. The ratio is that of everything: parameters, moments and the most that the step holds above them.
 """
@@ -28,7 +28,7 @@ from colonnade.flags import OneLineParser
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.launch import launch
 
-PLACEMENTS: dict[str, dict[str, Any]] = {
+PARALLEL_CONFIGS: dict[str, dict[str, Any]] = {
     "none/tp1": {"activation_checkpointing": "none"},
     "selective/tp1": {"activation_checkpointing": "selective"},
     "full/tp1": {},
@@ -71,7 +71,7 @@ def main() -> None:
 
     from benchmarks.training_step.allocated import allocated
     from benchmarks.training_step.ranks import on_ranks
-    from colonnade.tuning.cost_model import Placement, step_memory
+    from colonnade.tuning.cost_model import ParallelConfig, step_memory
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = SMALL if given.preset is None else _preset(given.preset, given.vocab_size)
@@ -79,12 +79,12 @@ def main() -> None:
     ratios: dict[str, float] = {}
     found: dict[str, Any] = {}
     print(f"{'micro-batches/precision/...':<38} {'predicted':>12} {'allocated':>12} {'ratio':>6}   MiB a rank")
-    for count, precision, (name, options) in product(accumulations, precisions, PLACEMENTS.items()):
+    for count, precision, (name, options) in product(accumulations, precisions, PARALLEL_CONFIGS.items()):
         known = {key: value for key, value in options.items() if key != "tied"}
-        placement = replace(Placement(**known), precision=precision, on_cpu=device == "cpu")
+        parallel = replace(ParallelConfig(**known), precision=precision, on_cpu=device == "cpu")
         own = replace(config, tie_word_embeddings=True) if "tied" in options else config
-        measured = on_ranks(1, allocated, own, placement, given.micro_batch, given.block, count, device)
-        memory = step_memory(own, placement, given.micro_batch, given.block, count)
+        measured = on_ranks(1, allocated, own, parallel, given.micro_batch, given.block, count, device)
+        memory = step_memory(own, parallel, given.micro_batch, given.block, count)
         row = f"{count}/{precision}/{name}"
         key = f"predicted_over_allocated/{row}"
         ratios[key] = memory.total / measured.total

@@ -25,7 +25,7 @@ from colonnade.parallel.float8 import check_float8_sizes, require_float8
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.run_settings import RunSettings
-from colonnade.tuning.cost_model import Placement, state_memory
+from colonnade.tuning.cost_model import ParallelConfig, state_memory
 from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run.batch_sizes import requested_global_batch
@@ -164,10 +164,10 @@ def memory_here(device: torch.device) -> tuple[int, int]:
 def _require_memory(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
     """Refuse a model whose parameters, gradients and optimizer state exceed all the memory there is."""
     ranks, memory = memory_here(layout.device)
-    placement = Placement(
+    parallel = ParallelConfig(
         tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
     )
-    state = state_memory(config, placement)  # parameters first
+    state = state_memory(config, parallel)  # parameters first
     shards = shard_count(settings, layout.dp)
     # Before they are shared out a rank holds the parameters of its tensor-parallel part.
     needed = max(sum(state) // shards, state[0]) * ranks

@@ -72,7 +72,7 @@ def build_model(
         overlap_collectives=settings.overlap_collectives,
         z_loss=settings.z_loss,
         shares_memory=not settings.plain_step,
-        hides_sums=not settings.plain_step,
+        overlap_weight_gradients=not settings.plain_step,
     )
     if layout.shard_mesh is not None:
         lower = precision != "fp32" and not settings.deterministic  # which sums a gradient in the parameters' dtype

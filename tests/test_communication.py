@@ -18,7 +18,7 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.muon import newton_schulz, newton_schulz_flops
 from colonnade.optim.step import optimizer_step
 from colonnade.tuning.communication import step_traffic
-from colonnade.tuning.cost_model import Placement, run_flops
+from colonnade.tuning.cost_model import ParallelConfig, run_flops
 from colonnade.tuning.step_time import Machine, interconnect_of, link_of, repeated_flops, step_time
 from colonnade.tuning.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, REDUCE_SCATTER, Computation, Traffic
 from distributed.pool import RankPool
@@ -60,25 +60,25 @@ class Counted(TorchDispatchMode):
 
 
 def counted(
-    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
+    config: ModelConfig, parallel: ParallelConfig, micro_batch: int, block: int, accumulation: int
 ) -> dict[str, tuple[int, int]]:
     """The collectives of a real step."""
-    dtype = PRECISIONS[placement.precision]
-    mode, lower = placement.data_parallel_shard, None if placement.precision == "fp32" else dtype
+    dtype = PRECISIONS[parallel.precision]
+    mode, lower = parallel.data_parallel_shard, None if parallel.precision == "fp32" else dtype
     _, model = build(
         config,
-        placement.tp,
+        parallel.tp,
         None if mode == "none" else {"mode": mode, "gather_dtype": lower},
-        placement.replicas,
+        parallel.replicas,
         compute_dtype=dtype,
-        activation_checkpointing=placement.activation_checkpointing,
-        sequence_parallel=placement.sequence_parallel,
-        overlap_collectives=placement.overlap_collectives,
-        replicate_embeddings=placement.replicate_embeddings,
+        activation_checkpointing=parallel.activation_checkpointing,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_collectives=parallel.overlap_collectives,
+        replicate_embeddings=parallel.replicate_embeddings,
         shares_memory=False,
     )
-    is_in_bf16 = placement.optimizer == "muon" and not placement.on_cpu
-    optimizer = make_optimizer("muon in bf16" if is_in_bf16 else placement.optimizer, model)
+    is_in_bf16 = parallel.optimizer == "muon" and not parallel.on_cpu
+    optimizer = make_optimizer("muon in bf16" if is_in_bf16 else parallel.optimizer, model)
     share = torch.randint(0, config.vocab_size, (micro_batch * accumulation, block + 1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with Counted() as seen:
@@ -90,7 +90,7 @@ def counted(
             accumulation=accumulation,
             targets=share.numel(),
             max_grad_norm=1.0,
-            plain=not placement.overlaps_gradients,
+            plain=not parallel.overlaps_gradients,
         )
     return {name: (seen.calls[name], seen.sizes[name]) for name in seen.calls}
 
@@ -132,16 +132,16 @@ def test_collectives_are_those_of_real_ranks(
     rank_pool: RankPool, options: dict[str, Any], sizes: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(CONFIG, **sizes)
-    placement = Placement(**{"precision": "fp32", **options})
-    arguments = (config, placement, 3, 24, 2)
-    found = rank_pool.run(placement.tp * placement.dp, counted, *arguments)[0]
+    parallel = ParallelConfig(**{"precision": "fp32", **options})
+    arguments = (config, parallel, 3, 24, 2)
+    found = rank_pool.run(parallel.tp * parallel.dp, counted, *arguments)[0]
     assert predicted(step_traffic(*arguments)) == found
 
 
 def test_bytes_by_hand() -> None:
     """Two layers, hidden 64, three sequences of 24 tokens in fp32, two micro-batches."""
     activation = 3 * 24 * 64 * 4
-    traffic = step_traffic(CONFIG, Placement(tp=2, precision="fp32", activation_checkpointing="none"), 3, 24, 2)
+    traffic = step_traffic(CONFIG, ParallelConfig(tp=2, precision="fp32", activation_checkpointing="none"), 3, 24, 2)
     found = {one.what: one for one in traffic if one.what.startswith("layers")}
     # Forward the sums of attention and feed-forward, backward those of each.
     assert {what: (one.calls, one.size) for what, one in found.items()} == {
@@ -150,7 +150,7 @@ def test_bytes_by_hand() -> None:
         "layers, backward: feed-forward": (2 * 2, 2 * 2 * activation),
     }
     assert all(one.sent == one.size for one in found.values())  # 2 (G - 1) / G at two ranks
-    (gradients,) = step_traffic(CONFIG, Placement(dp=4, precision="fp32"), 3, 24, 2)
+    (gradients,) = step_traffic(CONFIG, ParallelConfig(dp=4, precision="fp32"), 3, 24, 2)
     padding = (1024 - 1000) * 64 * 2
     assert gradients.size == 4 * (CONFIG.num_parameters + padding) + 4
     assert gradients.sent == 1.5 * gradients.size
@@ -159,58 +159,58 @@ def test_bytes_by_hand() -> None:
 MACHINE = Machine(1e12, 0.5, 8, link_of("--interconnect", "100", 1e-3), link_of("--network", "10", 2e-3))
 
 
-def time_of(placement: Placement, *traffic: Traffic) -> Any:
-    return step_time(CONFIG, placement, MACHINE, traffic, tokens=10**6, block=64, accumulation=2)
+def time_of(parallel: ParallelConfig, *traffic: Traffic) -> Any:
+    return step_time(CONFIG, parallel, MACHINE, traffic, tokens=10**6, block=64, accumulation=2)
 
 
 def test_time_is_computation_and_what_is_not_hidden() -> None:
     model = run_flops(CONFIG, 10**6, 64) / (2 * 0.5e12)
-    placement = Placement(tp=2, activation_checkpointing="none")
+    parallel = ParallelConfig(tp=2, activation_checkpointing="none")
     # 10^11 bytes at 10^11 a second, and three calls.
-    plain = time_of(placement, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11))
+    plain = time_of(parallel, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11))
     assert plain.compute == pytest.approx(model)
     assert (plain.communication, plain.hidden) == (pytest.approx(1.003), 0)
     assert plain.seconds == pytest.approx(model + 1.003)
     # More than the computation cannot be hidden.
-    overlapped = time_of(placement, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11, "step"))
+    overlapped = time_of(parallel, Traffic("tp", "layers", ALL_GATHER, 2, 3, 2 * 10**11, "step"))
     assert overlapped.hidden == pytest.approx(model)
     assert overlapped.seconds == pytest.approx(1.003)
     # Gradients hide in the last of two backward passes, each two thirds of its forward and backward pass.
     gradients = Traffic("dp", "gradients", ALL_REDUCE, 2, 1, 10**11, "last backward pass")
-    replicated = time_of(Placement(dp=2, activation_checkpointing="none"), gradients)
+    replicated = time_of(ParallelConfig(dp=2, activation_checkpointing="none"), gradients)
     assert replicated.hidden == pytest.approx(model * 2 / 3 / 2)
 
 
 def test_groups_that_share_a_link_take_turns() -> None:
     """Alone each would be hidden; a step cannot be shorter than all that its link sends."""
-    placement = Placement(tp=2, dp=2, activation_checkpointing="none")
+    parallel = ParallelConfig(tp=2, dp=2, activation_checkpointing="none")
     compute = run_flops(CONFIG, 10**6, 64) / (4 * 0.5e12)
     sent = int(0.8 * compute * 1e11)
     layers = Traffic("tp", "layers", ALL_GATHER, 2, 0, 2 * sent, "step")
     blocks = Traffic("dp", "blocks", ALL_GATHER, 2, 0, 2 * sent, "step")
-    assert time_of(placement, layers).seconds == pytest.approx(compute)
-    assert time_of(placement, blocks).seconds == pytest.approx(compute)
-    assert time_of(placement, layers, blocks).seconds == pytest.approx(1.6 * compute)
+    assert time_of(parallel, layers).seconds == pytest.approx(compute)
+    assert time_of(parallel, blocks).seconds == pytest.approx(compute)
+    assert time_of(parallel, layers, blocks).seconds == pytest.approx(1.6 * compute)
 
 
 def test_sums_of_f_hide_behind_gradients_of_column_parallel_weights() -> None:
-    placement = Placement(tp=2, activation_checkpointing="none")
+    parallel = ParallelConfig(tp=2, activation_checkpointing="none")
     # Two layers, hidden 64, 4 + 2 * 2 heads of 16, 2 * 96 channels; two FLOPs an element and token, on two ranks.
     weights: dict[Computation, int] = {"gradients of q, k, v": 8 * 16, "gradients of gate, up": 2 * 96}
     for name, channels in weights.items():
         products = 2 * 10**6 * 2 * 64 * channels / (2 * 0.5e12)
         long = Traffic("tp", "layers", ALL_REDUCE, 2, 0, 10**11, name)
         short = Traffic("tp", "layers", ALL_REDUCE, 2, 0, 10**8, name)
-        assert time_of(placement, long).hidden == pytest.approx(products)
-        assert time_of(placement, short).hidden == pytest.approx(1e-3)
+        assert time_of(parallel, long).hidden == pytest.approx(products)
+        assert time_of(parallel, short).hidden == pytest.approx(1e-3)
         assert 1e-3 < products < 1
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_what_goes_on_behind_each_sum_of_the_layers(sequence_parallel: bool) -> None:
     def behind(**options: Any) -> dict[str, str | None]:
-        placement = Placement(tp=2, sequence_parallel=sequence_parallel, activation_checkpointing="none", **options)
-        traffic = step_traffic(CONFIG, placement, 2, 24, 1)
+        parallel = ParallelConfig(tp=2, sequence_parallel=sequence_parallel, activation_checkpointing="none", **options)
+        traffic = step_traffic(CONFIG, parallel, 2, 24, 1)
         return {one.what: one.behind for one in traffic if one.what.startswith("layers")}
 
     own = {
@@ -219,15 +219,15 @@ def test_what_goes_on_behind_each_sum_of_the_layers(sequence_parallel: bool) -> 
         "layers, backward: feed-forward": "gradients of gate, up",
     }
     assert behind() == own
-    assert behind(hides_sums=False) == dict.fromkeys(own)
+    assert behind(overlap_weight_gradients=False) == dict.fromkeys(own)
     assert behind(overlap_collectives=True) == dict.fromkeys(own, "step")
 
 
 def test_ranks_of_several_nodes_talk_over_the_network() -> None:
     gradients = Traffic("dp", "gradients", ALL_REDUCE, 8, 0, 10**10)
-    assert time_of(Placement(dp=8), gradients).communication == pytest.approx(1.75 * 10**10 / 1e11)
-    assert time_of(Placement(tp=2, dp=8), gradients).communication == pytest.approx(1.75 * 10**10 / 1e10)
-    shared = Placement(dp=16, data_parallel_shard="zero3", replicas=2)
+    assert time_of(ParallelConfig(dp=8), gradients).communication == pytest.approx(1.75 * 10**10 / 1e11)
+    assert time_of(ParallelConfig(tp=2, dp=8), gradients).communication == pytest.approx(1.75 * 10**10 / 1e10)
+    shared = ParallelConfig(dp=16, data_parallel_shard="zero3", replicas=2)
     assert time_of(shared, gradients).communication == pytest.approx(1.75 * 10**10 / 1e11)
     across = dataclasses.replace(gradients, group="replicas", ranks=2)
     assert time_of(shared, across).communication == pytest.approx(10**10 / 1e10)
@@ -272,16 +272,16 @@ def test_what_a_link_carries(collective: str, share: float) -> None:
 
 def test_muon_adds_its_iterations() -> None:
     """The matrices of two layers over four ranks, the largest first: six of feed-forward, q and o, k and v."""
-    placement = Placement(tp=2, dp=2, activation_checkpointing="none")
+    parallel = ParallelConfig(tp=2, dp=2, activation_checkpointing="none")
     operations = 0
     for longer, shorter in [(96, 64), (96, 64), (64, 64), (64, 32)]:  # the first matrix of each round of four
         # Five times [m, n] [n, m], [m, m] [m, m] and [m, m] [m, n], two operations a product and sum.
         operations += 5 * 2 * (shorter * longer * shorter + shorter**3 + shorter * shorter * longer)
-    plain, muon = (time_of(dataclasses.replace(placement, optimizer=name)).compute for name in ("adamw", "muon"))
+    plain, muon = (time_of(dataclasses.replace(parallel, optimizer=name)).compute for name in ("adamw", "muon"))
     assert muon - plain == pytest.approx(operations / 0.5e12, rel=1e-6)
     lower = dataclasses.replace(MACHINE, bf16_peak=4e12)
-    placement = dataclasses.replace(placement, optimizer="muon")
-    faster = step_time(CONFIG, placement, lower, (), tokens=10**6, block=64, accumulation=2).compute
+    parallel = dataclasses.replace(parallel, optimizer="muon")
+    faster = step_time(CONFIG, parallel, lower, (), tokens=10**6, block=64, accumulation=2).compute
     assert faster - plain == pytest.approx(operations / 2e12, rel=1e-6)
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_step.allocated import allocated
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
-from colonnade.tuning.cost_model import Placement, state_memory, step_memory
+from colonnade.tuning.cost_model import ParallelConfig, state_memory, step_memory
 from colonnade.tuning.flops import device_memory
 from distributed.pool import RankPool
 from distributed.workers import build
@@ -56,7 +56,7 @@ def test_shapes_are_those_of_the_model_and_of_transformers(name: str, single_ran
     assert config.num_parameters_without_embeddings == model.num_parameters(embeddings=False)
 
 
-PLACEMENTS: dict[str, dict[str, Any]] = {
+PARALLEL_CONFIGS: dict[str, dict[str, Any]] = {
     "kept": {"activation_checkpointing": "none"},
     "feed-forward again": {"activation_checkpointing": "selective"},
     "blocks again": {},
@@ -72,19 +72,19 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 
 def compare(
-    rank_pool: RankPool, config: ModelConfig, placement: Placement, accumulation: int = 2, micro_batch: int = 4
+    rank_pool: RankPool, config: ModelConfig, parallel: ParallelConfig, accumulation: int = 2, micro_batch: int = 4
 ) -> None:
-    found = rank_pool.run(1, allocated, config, placement, micro_batch, 128, accumulation)[0]
-    memory = step_memory(config, placement, micro_batch, 128, accumulation)
+    found = rank_pool.run(1, allocated, config, parallel, micro_batch, 128, accumulation)[0]
+    memory = step_memory(config, parallel, micro_batch, 128, accumulation)
     assert (memory.parameters, memory.optimizer) == (found.parameters, found.moments)
     assert memory.total - memory.parameters - memory.optimizer == pytest.approx(found.step, rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("name", PARALLEL_CONFIGS)
 def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precision: str) -> None:
     """With a small vocabulary a layer decides, or the end of the step."""
-    compare(rank_pool, CONFIG, Placement(precision=precision, on_cpu=True, **PLACEMENTS[name]))
+    compare(rank_pool, CONFIG, ParallelConfig(precision=precision, on_cpu=True, **PARALLEL_CONFIGS[name]))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -95,7 +95,7 @@ def test_memory_where_the_embedding_decides(rank_pool: RankPool, is_tied: bool, 
     config = dataclasses.replace(CONFIG, vocab_size=12_000, num_hidden_layers=2, tie_word_embeddings=is_tied)
     sharing: dict[str, Any] = {} if shard == "none" else {"dp": 8, "data_parallel_shard": shard}
     for precision in ("fp32", "bf16"):
-        compare(rank_pool, config, Placement(precision=precision, on_cpu=True, **sharing), accumulation, 1)
+        compare(rank_pool, config, ParallelConfig(precision=precision, on_cpu=True, **sharing), accumulation, 1)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_memory_where_the_embedding_decides(rank_pool: RankPool, is_tied: bool, 
 )
 def test_memory_of_other_sizes(rank_pool: RankPool, sizes: dict[str, Any], accumulation: int, micro_batch: int) -> None:
     config = dataclasses.replace(CONFIG, **sizes)
-    placement = Placement(precision="bf16", on_cpu=True, activation_checkpointing="none")
-    compare(rank_pool, config, placement, accumulation, micro_batch)
+    parallel = ParallelConfig(precision="bf16", on_cpu=True, activation_checkpointing="none")
+    compare(rank_pool, config, parallel, accumulation, micro_batch)
 
 
 def test_fewer_key_value_heads_than_ranks_are_held_whole(rank_pool: RankPool) -> None:
     config = dataclasses.replace(CONFIG, num_key_value_heads=1)
-    found = rank_pool.run(1, allocated, config, Placement(tp=2), 1, 8)[0]
-    parameters, gradients, moments = state_memory(config, Placement(tp=2))
+    found = rank_pool.run(1, allocated, config, ParallelConfig(tp=2), 1, 8)[0]
+    parameters, gradients, moments = state_memory(config, ParallelConfig(tp=2))
     assert (parameters, moments) == (found.parameters, found.moments)
     assert gradients == parameters
 

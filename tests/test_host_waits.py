@@ -111,7 +111,7 @@ def steps(
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {}),
-    "plain": ({"hides_sums": False}, {"plain": True}),
+    "plain": ({"overlap_weight_gradients": False}, {"plain": True}),
     "documents": ({}, {"document_mask": True}),
     "sequence parallel": ({"sequence_parallel": True}, {}),
     "overlapped": ({"overlap_collectives": True}, {}),

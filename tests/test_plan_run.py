@@ -45,7 +45,7 @@ def test_a_deterministic_plan_is_one_that_a_run_takes(
         flags += ["--tensor-slices", str(slices)]
     plan = planned(capsys, *LARGE, *flags)
     config = named_model(complete_settings({"preset": "argonne-2b"}), 151669)
-    check_slices(config, plan["placement"]["tp"], slices or default_slices(config))
+    check_slices(config, plan["parallel"]["tp"], slices or default_slices(config))
     check_micro_batches(96, plan["micro_batch"], plan["dp"])
 
 
@@ -62,10 +62,10 @@ def test_the_numbers_of_a_plan_go_together(capsys: pytest.CaptureFixture[str]) -
     of_step = plan["step_time"]
     assert plan["seconds"] == pytest.approx(steps * of_step["seconds"])
     assert of_step["seconds"] == pytest.approx(of_step["compute"] + of_step["communication"] - of_step["hidden"])
-    assert plan["placement"]["activation_checkpointing"] == "none"  # else the FLOPs are more
+    assert plan["parallel"]["activation_checkpointing"] == "none"  # else the FLOPs are more
     assert of_step["compute"] * steps == pytest.approx(plan["flops"] / (16 * 0.4 * 989.4e12))
     assert plan["micro_batch"] * plan["accumulation"] * plan["dp"] * 4096 == 2**20
-    assert plan["placement"]["tp"] * plan["dp"] == 16
+    assert plan["parallel"]["tp"] * plan["dp"] == 16
     assert plan["memory"]["total"] <= plan["memory_limit"] == int(0.95 * 80 * 2**30)
     # The next larger micro-batch would not have fitted.
     larger = [
@@ -83,9 +83,9 @@ def test_the_fastest_that_fits_is_recommended(capsys: pytest.CaptureFixture[str]
     plan = planned(capsys, *LARGE, "--gpus", "8", "--gpu", "H200", "--no-write")
     candidates = plan["candidates"]
     fitting = [one["step_time"]["seconds"] for one in candidates if one["fits"]]
-    assert candidates[0]["placement"] == plan["placement"]
+    assert candidates[0]["parallel"] == plan["parallel"]
     assert plan["step_time"]["seconds"] == min(fitting) < max(fitting)
-    seen = {(one["placement"]["tp"], one["placement"]["data_parallel_shard"]) for one in candidates}
+    seen = {(one["parallel"]["tp"], one["parallel"]["data_parallel_shard"]) for one in candidates}
     assert seen == {(tp, mode) for tp in (1, 2, 4) for mode in ("none", "zero2", "zero3")} | {(8, "none")}
     assert all(one["memory"]["total"] <= plan["memory_limit"] for one in candidates if one["fits"])
 
@@ -94,7 +94,7 @@ def test_what_is_fixed_stays(capsys: pytest.CaptureFixture[str]) -> None:
     fixed = ("--activation-checkpointing", "full", "--data-parallel-shard", "none", "--tensor-parallel-size", "4")
     plan = planned(capsys, *LARGE, "--gpus", "8", "--gpu", "L4", *fixed, "--output", "a.yaml")
     (candidate,) = plan["candidates"]
-    assert candidate["placement"]["activation_checkpointing"] == "full"
+    assert candidate["parallel"]["activation_checkpointing"] == "full"
     assert plan["memory"]["total"] <= 0.95 * 24 * 2**30
     written = yaml.safe_load(Path("a.yaml").read_text())
     names = ("activation_checkpointing", "data_parallel_shard", "tensor_parallel_size")
@@ -105,7 +105,7 @@ def test_what_is_fixed_stays(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_muon_shares_out_its_matrices_too(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, *LARGE, "--optimizer", "muon", "--gpu", "H100", "--gpus", "8", "--no-write")
-    modes = {one["placement"]["data_parallel_shard"] for one in plan["candidates"]}
+    modes = {one["parallel"]["data_parallel_shard"] for one in plan["candidates"]}
     assert modes == {"none", "zero2", "zero3"}
     asked = (*LARGE, "--optimizer", "muon", "--data-parallel-shard", "zero2", "--gpus", "8")
     plan = planned(capsys, *asked, "--tensor-parallel-size", "1", "--no-write")
@@ -115,7 +115,7 @@ def test_muon_shares_out_its_matrices_too(capsys: pytest.CaptureFixture[str]) ->
 def test_a_slow_network_keeps_a_replica_in_its_node(capsys: pytest.CaptureFixture[str]) -> None:
     common = (*LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20), "--no-write")
     fast, slow = (planned(capsys, *common, "--network", rate) for rate in ("450", "0.5"))
-    assert fast["placement"]["tp"] == 1 < slow["placement"]["tp"]
+    assert fast["parallel"]["tp"] == 1 < slow["parallel"]["tp"]
     assert slow["step_time"]["seconds"] > fast["step_time"]["seconds"]
 
 
@@ -124,7 +124,7 @@ def test_of_equals_the_simplest_is_taken(capsys: pytest.CaptureFixture[str]) -> 
     common = ("--preset", "tiny", "--vocab-size", "4096", "--gpus", "8", "--gpu", "H200", "--no-write")
     again = planned(capsys, *common, "--activation-checkpointing", "selective")["step_time"]["seconds"]
     plan = planned(capsys, *common)
-    assert plan["placement"]["activation_checkpointing"] == "none"
+    assert plan["parallel"]["activation_checkpointing"] == "none"
     assert plan["step_time"]["seconds"] == pytest.approx(again, rel=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_float8_leaves_out_sizes_that_it_cannot_take(capsys: pytest.CaptureFixtu
     # 8 heads of 16 and a feed-forward of 352 channels: of 8 slices it has 44.
     common = ("--preset", "tiny", "--vocab-size", "4096", "--gpus", "8", "--gpu", "H200", "--float8", "--no-write")
     plan = planned(capsys, *common)
-    assert {one["placement"]["tp"] for one in plan["candidates"]} == {1, 2}
+    assert {one["parallel"]["tp"] for one in plan["candidates"]} == {1, 2}
     assert "float8: neither the time nor the memory it saves is counted" in plan["assumptions"]
     with pytest.raises(UsageError, match=r"with 8 slices the feed-forward is 44, no multiple of 16; .*--tensor-paral"):
         plan_run.main([*common, "--tensor-parallel-size", "8"])
@@ -205,7 +205,7 @@ def test_a_run_starts_with_the_file(
     flags = (data, glob, tokenizer, path, config_flag, config, "--block-size", "64", "--log-interval", "1")
     sizes = ("--tokens", "1000", "--tokens-per-step", "512", "--micro-batch-size", "4", "--gpus", "2")
     plan = planned(capsys, *flags, *sizes, "--checkpoint-dir", str(tmp_path / "run"), "--output", file)
-    assert (plan["steps"], plan["placement"]["tp"], plan["dp"], plan["accumulation"]) == (2, 1, 2, 1)
+    assert (plan["steps"], plan["parallel"]["tp"], plan["dp"], plan["accumulation"]) == (2, 1, 2, 1)
     outcomes = forked_commands.start("training", ["--config", file], ranks=2)
     assert {outcome.code for outcome in outcomes} == {0}, outcomes
     assert list(losses(tmp_path / "run")) == [1, 2]
@@ -230,7 +230,7 @@ def test_the_table_of_parameters_adds_up(capsys: pytest.CaptureFixture[str]) -> 
 def test_tensor_sizes_that_leave_no_replicas_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--gpus", "8", "--gpu", "H200", "--data-parallel-shard", "zero2", "--data-parallel-replicate-size", "4")
     plan = planned(capsys, *LARGE, *asked, "--no-write")
-    assert {candidate["placement"]["dp"] for candidate in plan["candidates"]} == {4, 8}
+    assert {candidate["parallel"]["dp"] for candidate in plan["candidates"]} == {4, 8}
 
 
 def test_the_link_of_an_unknown_device_is_called_an_assumption(capsys: pytest.CaptureFixture[str]) -> None:

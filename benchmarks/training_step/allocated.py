@@ -1,4 +1,4 @@
-"""Bytes that torch allocates on one rank of a placement, the other ranks being torch's fake process group."""
+"""Bytes that torch allocates on one rank of a parallel, the other ranks being torch's fake process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon
 from colonnade.optim.step import optimizer_step
 from colonnade.parallel.mesh import init_parallel
-from colonnade.tuning.cost_model import Placement
+from colonnade.tuning.cost_model import ParallelConfig
 from model import TensorParallelModel
 
 
@@ -33,7 +33,7 @@ class Allocated:
 
 def allocated(
     config: ModelConfig,
-    placement: Placement,
+    parallel: ParallelConfig,
     micro_batch: int,
     block: int,
     accumulation: int = 2,
@@ -47,9 +47,9 @@ def allocated(
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=placement.tp * placement.dp)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallel.tp * parallel.dp)
     device = torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu")
-    model, optimizer = _trained(config, placement, device)
+    model, optimizer = _trained(config, parallel, device)
     chunks = torch.randint(
         0, config.vocab_size, (micro_batch * accumulation, block + 1), generator=torch.Generator().manual_seed(0)
     )
@@ -73,27 +73,27 @@ def allocated(
 
 
 def _trained(
-    config: ModelConfig, placement: Placement, device: torch.device
+    config: ModelConfig, parallel: ParallelConfig, device: torch.device
 ) -> tuple[TensorParallelModel, torch.optim.Optimizer]:
-    layout = init_parallel(placement.tp, device)
-    dtype = PRECISIONS[placement.precision]
-    if placement.data_parallel_shard != "none":
-        layout = layout.sharded(placement.replicas)
+    layout = init_parallel(parallel.tp, device)
+    dtype = PRECISIONS[parallel.precision]
+    if parallel.data_parallel_shard != "none":
+        layout = layout.sharded(parallel.replicas)
     model = TensorParallelModel(
         config,
         layout,
         compute_dtype=dtype,
-        replicate_embeddings=placement.replicate_embeddings,
-        activation_checkpointing=placement.activation_checkpointing,
-        sequence_parallel=placement.sequence_parallel,
-        overlap_collectives=placement.overlap_collectives,
+        replicate_embeddings=parallel.replicate_embeddings,
+        activation_checkpointing=parallel.activation_checkpointing,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_collectives=parallel.overlap_collectives,
         shares_memory=False,  # accelerators, which the prediction is for, do not
     )
     if layout.shard_mesh is not None:
-        lower = None if placement.precision == "fp32" else dtype
-        model.share_out(mode=placement.data_parallel_shard, fixed_order=False, gather_dtype=lower)
+        lower = None if parallel.precision == "fp32" else dtype
+        model.share_out(mode=parallel.data_parallel_shard, fixed_order=False, gather_dtype=lower)
     common: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
-    optimizer = create_adamw(model, **common) if placement.optimizer == "adamw" else create_muon(model, **common)
+    optimizer = create_adamw(model, **common) if parallel.optimizer == "adamw" else create_muon(model, **common)
     allocate_state(optimizer)
     optimizer.zero_grad()
     return model, optimizer

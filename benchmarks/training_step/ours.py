@@ -49,8 +49,8 @@ def our_contender(
         ).loss
 
     def held() -> list[torch.Tensor]:
-        rooms = [] if model.group.memory is None else model.group.memory.own_rooms
-        return [*held_tensors(model, optimizer), *rooms]
+        buffers = [] if model.group.memory is None else model.group.memory.own_buffers
+        return [*held_tensors(model, optimizer), *buffers]
 
     return Contender(step, held, alone)
 

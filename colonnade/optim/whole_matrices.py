@@ -1,7 +1,7 @@
 """What is a function of whole matrices, computed by ranks that hold parts: each matrix once, on one rank.
 
 A matrix is cut over the tensor-parallel ranks, by rows or columns, or whole on each. Where data-parallel ranks share
-out the parameters, each of them holds a stretch of the rows of that; else, and in replicas, copies. Matrices are dealt
+out the parameters, each of them holds some of the rows of that; else, and in replicas, copies. Matrices are dealt
 in rounds of one a rank. In a round:
 
 1. An all-to-all over the ranks that share rows out gives each tensor-parallel group its own matrices, as its ranks cut
@@ -53,12 +53,12 @@ class MatrixCut:
     Attributes:
         dim: what tensor-parallel ranks cut; None where each holds all.
         shape: of a tensor-parallel rank's part.
-        stretch: rows of that which each rank that shares them out holds; the last ones hold fewer, or none.
+        shard_rows: rows of that which each rank that shares them out holds; the last ones hold fewer, or none.
     """
 
     dim: int | None
     shape: tuple[int, int]
-    stretch: int
+    shard_rows: int
 
     @classmethod
     def of(cls, shape: Sequence[int], dim: int | None, tp: int, shards: int) -> MatrixCut:
@@ -69,9 +69,9 @@ class MatrixCut:
 
     def rows(self, rank: int) -> slice:
         """What a rank holds of a tensor-parallel part."""
-        return slice(min(self.shape[0], rank * self.stretch), min(self.shape[0], (rank + 1) * self.stretch))
+        return slice(min(self.shape[0], rank * self.shard_rows), min(self.shape[0], (rank + 1) * self.shard_rows))
 
-    def stretch_shape(self, rank: int) -> tuple[int, int]:
+    def shard_shape(self, rank: int) -> tuple[int, int]:
         rows = self.rows(rank)
         return rows.stop - rows.start, self.shape[1]
 
@@ -102,7 +102,7 @@ class WholeMatrices:
         shape, dim = tuple(parameter.shape), _cut_dim(parameter)
         if dim is not None and shape[dim] % self._tp.size:
             raise ValueError(f"a matrix of shape {shape} cannot be cut evenly over {self._tp.size} ranks")
-        expected, found = self._cut(parameter).stretch_shape(self._shards.rank), tuple(parameter.to_local().shape)
+        expected, found = self._cut(parameter).shard_shape(self._shards.rank), tuple(parameter.to_local().shape)
         if found != expected:
             raise ValueError(f"of a matrix of shape {shape} this rank holds {found}, and {expected} by the layout")
 
@@ -144,7 +144,7 @@ class WholeMatrices:
         for copy, own in enumerate(copies):
             found = results
             if copy != self._copies.rank:
-                found = [torch.empty(cut.stretch_shape(self._shards.rank), dtype=dtype, device=device) for cut in own]
+                found = [torch.empty(cut.shard_shape(self._shards.rank), dtype=dtype, device=device) for cut in own]
             if self._copies.size > 1:
                 self._tell(found, copy)
             yield from found
@@ -182,26 +182,26 @@ class WholeMatrices:
         return self._own_rows(groups, back, dtype, device)
 
     def _with_all_rows(self, groups: Sequence[Sequence[MatrixCut]], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Tensor-parallel parts of this group's matrices, from the stretches of rows of all groups' matrices."""
+        """Tensor-parallel parts of this group's matrices, from the rows of all groups' matrices."""
         shards = self._shards
         if shards.size == 1:
             return list(parts)
         starts = [sum(map(len, groups[:rank])) for rank in range(shards.size)]
         sent = [parts[start : start + len(group)] for start, group in zip(starts, groups, strict=True)]
-        received = [[cut.stretch_shape(rank) for cut in groups[shards.rank]] for rank in range(shards.size)]
+        received = [[cut.shard_shape(rank) for cut in groups[shards.rank]] for rank in range(shards.size)]
         arrived = _exchanged(sent, received, shards.group, parts[0].dtype, parts[0].device)
-        return [torch.cat(stretches) for stretches in zip(*arrived, strict=True)]
+        return [torch.cat(rows) for rows in zip(*arrived, strict=True)]
 
     def _own_rows(
         self, groups: Sequence[Sequence[MatrixCut]], parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device
     ) -> list[Tensor]:
-        """This rank's stretch of rows of all groups' matrices, from the tensor-parallel parts of its own group's."""
+        """This rank's rows of all groups' matrices, from the tensor-parallel parts of its own group's."""
         shards = self._shards
         if shards.size == 1:
             return list(parts)
         own = groups[shards.rank]
         sent = [[part[cut.rows(rank)] for part, cut in zip(parts, own, strict=True)] for rank in range(shards.size)]
-        received = [[cut.stretch_shape(shards.rank) for cut in group] for group in groups]
+        received = [[cut.shard_shape(shards.rank) for cut in group] for group in groups]
         return [part for arrived in _exchanged(sent, received, shards.group, dtype, device) for part in arrived]
 
     def _whole(self, cuts: Sequence[MatrixCut], parts: Sequence[Tensor]) -> Tensor | None:

@@ -193,18 +193,18 @@ def start_tree_reduce_scatter(
     return Pending(finish=finish)
 
 
-class Flight:
+class InFlight:
     """Where the backward pass of a collective's start leaves what that of `awaiting` waits for."""
 
     def __init__(self) -> None:
         self.pending: Pending[Tensor] | None = None
 
-    def leave(self, pending: Pending[Tensor], placeholder: Tensor) -> Tensor:
+    def hold(self, pending: Pending[Tensor], placeholder: Tensor) -> Tensor:
         """What the node returns meanwhile: a tensor of the right shape that nobody reads."""
         self.pending = pending
         return placeholder
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         assert self.pending is not None
         gradient, self.pending = self.pending.wait(), None
         return gradient
@@ -212,13 +212,13 @@ class Flight:
 
 class _Awaiting(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flight: Flight, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.flight, ctx.count = flight, len(xs)
+    def forward(ctx: Any, in_flight: InFlight, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.in_flight, ctx.count = in_flight, len(xs)
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *([ctx.flight.land()] * ctx.count))
+        return (None, *([ctx.in_flight.wait()] * ctx.count))
 
 
 _late = count()
@@ -235,33 +235,33 @@ def run_late(x: Tensor) -> None:
     node._set_sequence_nr(next(_late))
 
 
-def awaiting(xs: Sequence[Tensor], flight: Flight | None) -> Sequence[Tensor]:
+def awaiting(xs: Sequence[Tensor], in_flight: InFlight | None) -> Sequence[Tensor]:
     """The identity, whose backward pass waits for the collective that a later node's backward pass has started.
 
     Whatever does not depend on the collective runs first: that is the overlap.
 
     Args:
         xs: tensors that all get the gradient which the collective delivers.
-        flight: of that collective; None where its start waits for it.
+        in_flight: of that collective; None where its start waits for it.
     """
-    if flight is None or not any(x.requires_grad for x in xs):
+    if in_flight is None or not any(x.requires_grad for x in xs):
         return xs
-    xs = _Awaiting.apply(flight, *xs)
+    xs = _Awaiting.apply(in_flight, *xs)
     run_late(xs[0])
     return xs
 
 
 class _FanOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup, flight: Flight | None) -> tuple[Tensor, ...]:
-        ctx.group, ctx.flight = group, flight
+    def forward(ctx: Any, x: Tensor, group: TensorGroup, in_flight: InFlight | None) -> tuple[Tensor, ...]:
+        ctx.group, ctx.in_flight = group, in_flight
         return tuple(x.view_as(x) for _ in range(group.local_slices))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         partial = tree_sum(gradients)
         pending = ctx.group.start_sum(partial)
-        return pending.wait() if ctx.flight is None else ctx.flight.leave(pending, partial), None, None
+        return pending.wait() if ctx.in_flight is None else ctx.in_flight.hold(pending, partial), None, None
 
 
 class _ReducePartials(torch.autograd.Function):
@@ -298,17 +298,17 @@ class _TakePart(torch.autograd.Function):
         return ctx.group.sum_(whole), None, None, None
 
 
-def fan_out(x: Tensor, group: TensorGroup, flight: Flight | None = None) -> tuple[Tensor, ...]:
+def fan_out(x: Tensor, group: TensorGroup, in_flight: InFlight | None = None) -> tuple[Tensor, ...]:
     """*f*: one view of the replicated `x` for each local slice; backward sums the gradients over all slices.
 
     The all-reduce may overwrite the incoming gradient, so what consumes a view must produce a gradient of its own
-    (a matrix product does; a bare addition passes one tensor to two inputs). With a `flight` the backward pass only
+    (a matrix product does; a bare addition passes one tensor to two inputs). With `in_flight` the backward pass only
     starts the all-reduce.
     """
     if group.local_slices == 1 and group.size == 1:
         return (x,)
-    (x,) = awaiting((x,), flight)
-    return _FanOut.apply(x, group, flight)
+    (x,) = awaiting((x,), in_flight)
+    return _FanOut.apply(x, group, in_flight)
 
 
 def reduce_partials(partials: Sequence[Tensor], group: TensorGroup) -> Pending[Tensor]:

@@ -1,6 +1,6 @@
-"""Head and cross-entropy in one, over vocabulary slices and stretches of tokens: whole logits never exist.
+"""Head and cross-entropy in one, over vocabulary slices and chunks of tokens: whole logits never exist.
 
-Each rank holds a stretch of the vocabulary, cut into slices. For m tokens at a time, and each slice:
+Each rank holds a shard of the vocabulary, cut into slices. For m tokens at a time, and each slice:
 
 1. logits [m, v], and in their place the softmax p over the slice; its maximum and sum of exponentials, a token each.
 2. The statistics [slices, 3, m] of all slices are gathered. While they are under way: p W, [m, H].
@@ -11,7 +11,7 @@ Gradients are therefore made in the forward pass, and the backward pass multipli
 product is computed twice. Statistics and losses are float32 or wider. Every number depends on slices alone, and sums
 over them run over the fixed tree: the bits are the same at every tensor-parallel size.
 
-Shapes: M tokens (B * T), m of one stretch, H hidden, v vocabulary entries of one slice.
+Shapes: M tokens (B * T), m of one chunk, H hidden, v vocabulary entries of one slice.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from colonnade.parallel.pending import Pending
 IGNORE_INDEX = -100
 """A label that takes no part in the loss (the value `torch.nn.functional.cross_entropy` uses)."""
 
-# Of full logits in float32 a stretch may take an eighth. It holds its logits: a tenth in float32 itself, a twelfth in
-# half precision, where some of its rows are there in float32 as well, and a stripe of the weight's gradient.
-STRETCHES = {torch.float32: 10, torch.float64: 10}
-STRETCHES_OF_HALF = 6
-SMALLEST_STRETCH = 32
+# Of full logits in float32 a chunk may take an eighth. It holds its logits: a tenth in float32 itself, a twelfth in
+# half precision, where some of its rows are there in float32 as well, and a row block of the weight's gradient.
+CHUNKS = {torch.float32: 10, torch.float64: 10}
+CHUNKS_OF_HALF = 6
+SMALLEST_CHUNK = 32
 # Bytes in float32 of the rows whose softmax is taken at a time, pass after pass. On the CPU they stay in the cache of a
-# core, and each thread has one: half the time of passes over a whole stretch.
+# core, and each thread has one: half the time of passes over a whole chunk.
 SOFTMAX_IN_CACHE = 1 << 20
 SOFTMAX_ELSEWHERE = 1 << 26
-# Nor are they more than this part of a stretch: in half precision they are copies in float32.
+# Nor are they more than this part of a chunk: in half precision they are copies in float32.
 SOFTMAX_PART = 8
 # Rows of a weight's gradient that are made in half precision before they are added in float32. On the CPU they stay in
-# the cache; elsewhere a product needs more of them to fill the device, and they take up to this part of the stretch.
-STRIPE = 1024
-STRIPE_PART = 8
+# the cache; elsewhere a product needs more of them to fill the device, and they take up to this part of the chunk.
+ROW_BLOCK = 1024
+ROW_BLOCK_PART = 8
 
 SliceSoftmax = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -147,14 +147,14 @@ def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     on_cpu = logits.device.type == "cpu"
     most = SOFTMAX_IN_CACHE * torch.get_num_threads() if on_cpu else SOFTMAX_ELSEWHERE
     rows = max(1, min(most // (entries * dtype.itemsize), tokens // SOFTMAX_PART))
-    room = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
+    buffer = None if logits.dtype == dtype else logits.new_empty((rows, entries), dtype=dtype)
     maxima, totals = [], []
     for block in logits.split(rows):
-        wide = block if room is None else room[: len(block)].copy_(block)
+        wide = block if buffer is None else buffer[: len(block)].copy_(block)
         maximum = wide.amax(1, keepdim=True)
         total = wide.sub_(maximum).exp_().sum(1, keepdim=True)
         wide.mul_(1 / total)
-        if room is not None:
+        if buffer is not None:
             block.copy_(wide)
         maxima.append(maximum)
         totals.append(total)
@@ -167,15 +167,15 @@ def position_of(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]
     return present, (labels - start).masked_fill(~present, 0)
 
 
-def stretch_of(tokens: int, dtype: torch.dtype) -> int:
+def chunk_tokens(tokens: int, dtype: torch.dtype) -> int:
     """Tokens whose logits exist at a time."""
-    rows = -(-tokens // STRETCHES.get(dtype, STRETCHES_OF_HALF))
-    return max(SMALLEST_STRETCH, rows + -rows % 8)
+    rows = -(-tokens // CHUNKS.get(dtype, CHUNKS_OF_HALF))
+    return max(SMALLEST_CHUNK, rows + -rows % 8)
 
 
-def stripe_of(stretch: int, entries: int, hidden: int, *, on_cpu: bool) -> int:
+def row_block_of(chunk: int, entries: int, hidden: int, *, on_cpu: bool) -> int:
     """Rows of a slice's weight [entries, hidden] whose gradient is made in half precision at a time."""
-    return min(entries, STRIPE if on_cpu else max(STRIPE, stretch * entries // (STRIPE_PART * hidden)))
+    return min(entries, ROW_BLOCK if on_cpu else max(ROW_BLOCK, chunk * entries // (ROW_BLOCK_PART * hidden)))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -195,15 +195,15 @@ class _HeadLoss(torch.autograd.Function):
         folded = replace(options, scale=1.0) if views[0].dtype == torch.float16 else options
         ctx.rest = scale / folded.scale
         gradients = _Gradients.like(views, weights) if any(ctx.needs_input_grad) else None
-        stretch = stretch_of(len(labels), views[0].dtype)
-        # One memory for the logits of all stretches: on the CPU fresh pages cost more than the softmax.
-        rooms = [view.new_empty((stretch, len(weight))) for view, weight in zip(views, slices.weights, strict=True)]
+        chunk = chunk_tokens(len(labels), views[0].dtype)
+        # One memory for the logits of all chunks: on the CPU fresh pages cost more than the softmax.
+        buffers = [view.new_empty((chunk, len(weight))) for view, weight in zip(views, slices.weights, strict=True)]
         losses = []
-        for begin in range(0, len(labels), stretch):
-            part = slice(begin, begin + stretch)
+        for begin in range(0, len(labels), chunk):
+            part = slice(begin, begin + chunk)
             own = None if gradients is None else gradients.of(part)
             tokens = [view[part] for view in views]
-            losses.append(_stretch(tokens, labels[part], slices, folded, softmax, rooms, own))
+            losses.append(_chunk_losses(tokens, labels[part], slices, folded, softmax, buffers, own))
         if gradients is not None:
             ctx.gradients = gradients
         return torch.cat(losses).sum() * scale
@@ -240,17 +240,17 @@ class _Gradients:
         return _Gradients([gradient[part] for gradient in self.tokens], self.weights, part.start == 0)
 
 
-def _stretch(
+def _chunk_losses(
     views: Sequence[Tensor],
     labels: Tensor,
     slices: _Slices,
     options: LossOptions,
     softmax: SliceSoftmax,
-    rooms: Sequence[Tensor],
+    buffers: Sequence[Tensor],
     gradients: _Gradients | None,
 ) -> Tensor:
-    """The losses [m] of a stretch of tokens, before the scale. Its gradients, scaled, are filled in and added."""
-    probabilities = [room[: len(view)] for room, view in zip(rooms, views, strict=True)]
+    """The losses [m] of a chunk of tokens, before the scale. Its gradients, scaled, are filled in and added."""
+    probabilities = [buffer[: len(view)] for buffer, view in zip(buffers, views, strict=True)]
     statistics = []
     for view, weight, start, own in zip(views, slices.weights, slices.starts, probabilities, strict=True):
         if len(weight):
@@ -344,8 +344,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, begins: bool) ->
     if total.dtype == left.dtype:
         torch.mm(left.T, right, out=total) if begins else total.addmm_(left.T, right)
         return
-    rows = stripe_of(len(left), len(total), right.shape[1], on_cpu=left.device.type == "cpu")
+    rows = row_block_of(len(left), len(total), right.shape[1], on_cpu=left.device.type == "cpu")
     product = right.new_empty((rows, right.shape[1]))
-    for stripe, columns in zip(total.split(rows), left.split(rows, dim=1), strict=True):
-        own = torch.mm(columns.T, right, out=product[: len(stripe)])
-        stripe.copy_(own) if begins else stripe.add_(own)
+    for row_block, columns in zip(total.split(rows), left.split(rows, dim=1), strict=True):
+        own = torch.mm(columns.T, right, out=product[: len(row_block)])
+        row_block.copy_(own) if begins else row_block.add_(own)

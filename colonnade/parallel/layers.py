@@ -30,14 +30,14 @@ from colonnade.parallel.step_weights import StepWeights, join
 
 
 @dataclass(frozen=True)
-class Passage:
+class ForwardContext:
     """What all layers share on the way of some sequences through the model.
 
     Attributes:
         cos, sin: rotary tables.
         mask: keeps attention within documents; None for causal attention over the block.
         cache: keys and values of the tokens before; None in training.
-        computes_mlp_again: the feed-forward's activations are thrown away and computed again in the backward pass.
+        recomputes_mlp: the feed-forward's activations are thrown away and computed again in the backward pass.
     """
 
     residual: ReplicatedResidual | ShardedResidual
@@ -46,15 +46,15 @@ class Passage:
     sin: Tensor
     mask: DocumentMask | None = None
     cache: KeyValueCache | None = None
-    computes_mlp_again: bool = False
+    recomputes_mlp: bool = False
 
 
-class Stream(NamedTuple):
+class ResidualStream(NamedTuple):
     """Sequences on their way: the residual stream x, and what is yet to be added to it."""
 
     x: Tensor
     update: Pending[Tensor] | None
-    passage: Passage
+    context: ForwardContext
 
 
 class Projection(nn.Module):
@@ -70,13 +70,13 @@ class Projection(nn.Module):
         return [local_part(self.weight)] + ([] if self.bias is None else [local_part(self.bias)])
 
 
-class Part(nn.Module):
+class Sublayer(nn.Module):
     """Attention or feed-forward of one layer: a column-parallel projection, and a row-parallel one back."""
 
     group: TensorGroup
     weights: StepWeights
 
-    def partials(self, views: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+    def partials(self, views: Sequence[Tensor], context: ForwardContext) -> list[Tensor]:
         """The partial output [B, T, H] of each local slice, from its view [B, T, H] of the normed stream."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
-class Attention(Part):
+class Attention(Sublayer):
     def __init__(
         self,
         make: Callable[..., Projection],
@@ -112,13 +112,13 @@ class Attention(Part):
     def output(self) -> Projection:
         return self.o_proj
 
-    def partials(self, views: Sequence[Tensor], passage: Passage) -> list[Tensor]:
-        cos, sin = (passage.cos, passage.sin) if self.has_rope else (None, None)
+    def partials(self, views: Sequence[Tensor], context: ForwardContext) -> list[Tensor]:
+        cos, sin = (context.cos, context.sin) if self.has_rope else (None, None)
         cut = partial(self._slice_weights, views[0].dtype)
-        segments, cache = passage.segments, passage.cache
+        segments, cache = context.segments, context.cache
         if cache is None:
             slices = zip(views, cut(), strict=True)
-            return [segments.attention(view, weights, cos, sin, passage.mask) for view, weights in slices]
+            return [segments.attention(view, weights, cos, sin, context.mask) for view, weights in slices]
         visible = cache.visible(views[0].shape[1])
         slices = zip(views, cache.once(self, cut), strict=True)
         return [
@@ -168,7 +168,7 @@ class Attention(Part):
         return [[view for part in pieces(tensor, cuts) for view in fan_out_locally(part, sharing)] for tensor in local]
 
 
-class MLP(Part):
+class MLP(Sublayer):
     def __init__(
         self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup, weights: StepWeights
     ) -> None:
@@ -183,11 +183,11 @@ class MLP(Part):
     def output(self) -> Projection:
         return self.down_proj
 
-    def partials(self, views: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+    def partials(self, views: Sequence[Tensor], context: ForwardContext) -> list[Tensor]:
         cut = partial(self._slice_weights, views[0].dtype)
-        weights = cut() if passage.cache is None else passage.cache.once(self, cut)
-        mlp = passage.segments.mlp
-        if passage.computes_mlp_again:
+        weights = cut() if context.cache is None else context.cache.once(self, cut)
+        mlp = context.segments.mlp
+        if context.recomputes_mlp:
             mlp = partial(checkpoint, mlp, use_reentrant=False, preserve_rng_state=False)
         return [mlp(view, *slice_) for view, slice_ in zip(views, weights, strict=True)]
 
@@ -212,9 +212,9 @@ def adjoin(*projections: Projection) -> None:
         if parameters[0] is None:
             continue
         parts = [parameter.detach().to_local() for parameter in parameters]
-        rooms = torch.cat(parts).split([len(part) for part in parts])
-        for projection, parameter, room in zip(projections, parameters, rooms, strict=True):
-            setattr(projection, kind, _parameter_of(room, parameter))
+        adjoined = torch.cat(parts).split([len(part) for part in parts])
+        for projection, parameter, local in zip(projections, parameters, adjoined, strict=True):
+            setattr(projection, kind, _parameter_of(local, parameter))
 
 
 def _parameter_of(local: Tensor, like: DTensor) -> nn.Parameter:
@@ -242,32 +242,32 @@ class Block(nn.Module):
         )
         self.post_attention_layernorm = make("post_attention_layernorm", config.hidden_size)
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group, weights)
-        self.settles = False
+        self.applies_updates = False
         """Whether what is yet to be added is added when `forward` returns: one tensor a stream crosses the border."""
 
-    def forward(self, streams: Sequence[Stream]) -> list[Stream]:
+    def forward(self, streams: Sequence[ResidualStream]) -> list[ResidualStream]:
         streams = _through(streams, self.input_layernorm, self.self_attn)
         streams = _through(streams, self.post_attention_layernorm, self.mlp)
-        return [_settled(stream) for stream in streams] if self.settles else streams
+        return [_updated(stream) for stream in streams] if self.applies_updates else streams
 
 
-def _through(streams: Sequence[Stream], norm: Projection, part: Part) -> list[Stream]:
+def _through(streams: Sequence[ResidualStream], norm: Projection, sublayer: Sublayer) -> list[ResidualStream]:
     """norm -> f -> slices -> g, for each stream; while one waits for a collective the next computes."""
-    if streams[0].passage.residual.gathers:
+    if streams[0].context.residual.gathers:
         # The collectives of f are started for all streams before the first of them is needed.
         entered = [_enter(stream, norm) for stream in streams]
-        return [_compute(x, views, passage, part) for x, views, passage in entered]
-    return [_compute(*_enter(stream, norm), part) for stream in streams]
+        return [_compute(x, views, context, sublayer) for x, views, context in entered]
+    return [_compute(*_enter(stream, norm), sublayer) for stream in streams]
 
 
-def _enter(stream: Stream, norm: Projection) -> tuple[Tensor, Pending[tuple[Tensor, ...]], Passage]:
+def _enter(stream: ResidualStream, norm: Projection) -> tuple[Tensor, Pending[tuple[Tensor, ...]], ForwardContext]:
     x, normed = add_and_norm(stream, norm)
-    return x, stream.passage.residual.spread(normed), stream.passage
+    return x, stream.context.residual.spread(normed), stream.context
 
 
-def add_and_norm(stream: Stream, norm: Projection) -> tuple[Tensor, Tensor]:
+def add_and_norm(stream: ResidualStream, norm: Projection) -> tuple[Tensor, Tensor]:
     """The stream with its update added, and the norm of that."""
-    segments, residual = stream.passage.segments, stream.passage.residual
+    segments, residual = stream.context.segments, stream.context.residual
     if stream.update is None:
         normed: Tensor = residual.apply(segments.norm, (stream.x,), norm.weight)
         return stream.x, normed
@@ -275,19 +275,21 @@ def add_and_norm(stream: Stream, norm: Projection) -> tuple[Tensor, Tensor]:
     return both
 
 
-def _settled(stream: Stream) -> Stream:
+def _updated(stream: ResidualStream) -> ResidualStream:
     assert stream.update is not None
-    return Stream(stream.x + stream.update.wait(), None, stream.passage)
+    return ResidualStream(stream.x + stream.update.wait(), None, stream.context)
 
 
-def _compute(x: Tensor, views: Pending[tuple[Tensor, ...]], passage: Passage, part: Part) -> Stream:
-    update = passage.residual.collect(part.partials(views.wait(), passage))
-    bias = part.output().bias
+def _compute(
+    x: Tensor, views: Pending[tuple[Tensor, ...]], context: ForwardContext, sublayer: Sublayer
+) -> ResidualStream:
+    update = context.residual.collect(sublayer.partials(views.wait(), context))
+    bias = sublayer.output().bias
     if bias is None:
-        return Stream(x, update, passage)
+        return ResidualStream(x, update, context)
     # A row-parallel projection's bias is added once, after its partial results are summed.
-    whole = Pending(finish=lambda: passage.residual.apply(_add_bias, (update.wait(),), bias))
-    return Stream(x, whole, passage)
+    whole = Pending(finish=lambda: context.residual.apply(_add_bias, (update.wait(),), bias))
+    return ResidualStream(x, whole, context)
 
 
 def _add_bias(x: Tensor, bias: Tensor) -> Tensor:

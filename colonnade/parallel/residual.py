@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.parallel.collectives import (
-    Flight,
+    InFlight,
     TensorGroup,
     awaiting,
     fan_out,
@@ -51,7 +51,7 @@ class ReplicatedResidual:
 
     def spread(self, x: Tensor) -> Pending[tuple[Tensor, ...]]:
         """*f*: the tokens [B, T, H], one view for each local slice."""
-        return Pending(fan_out(x, self.group, Flight()))
+        return Pending(fan_out(x, self.group, InFlight()))
 
     def collect(self, partials: Sequence[Tensor]) -> Pending[Tensor]:
         """*g*: the sum of one partial [B, T, H] a local slice over all slices."""
@@ -85,28 +85,28 @@ class ShardedResidual:
 
     def spread(self, x: Tensor) -> Pending[tuple[Tensor, ...]]:
         """*f*: [R, H] -> all tokens [B, T, H], one view for each local slice."""
-        flight = Flight()
-        (x,) = awaiting((x,), flight)
+        in_flight = InFlight()
+        (x,) = awaiting((x,), in_flight)
         with torch.no_grad():
             pending = self.group.start_gather(x.detach())
         if not self.overlaps:
             pending = Pending(pending.wait())
 
         def finish() -> tuple[Tensor, ...]:
-            views = _Gather.apply(self.group, flight, pending.wait(), x)
+            views = _Gather.apply(self.group, in_flight, pending.wait(), x)
             return tuple(self._batched(view) for view in views)
 
         return Pending(finish=finish)
 
     def collect(self, partials: Sequence[Tensor]) -> Pending[Tensor]:
         """*g*: one partial [B, T, H] a local slice -> this rank's share [R, H] of their sum over all slices."""
-        flight = Flight() if self.overlaps else None
-        rows = awaiting([self._rows(partial) for partial in partials], flight)
+        in_flight = InFlight() if self.overlaps else None
+        rows = awaiting([self._rows(partial) for partial in partials], in_flight)
         with torch.no_grad():
             pending = self.group.start_sum_part(tree_sum([partial.detach() for partial in rows]))
         if not self.overlaps:
             pending = Pending(pending.wait())
-        return Pending(finish=lambda: _Scatter.apply(self.group, flight, pending.wait(), *rows))
+        return Pending(finish=lambda: _Scatter.apply(self.group, in_flight, pending.wait(), *rows))
 
     def apply(self, function: Callable[..., Any], tensors: Sequence[Tensor], parameter: Tensor) -> Any:
         """`function(*tensors, parameter)`, of the stream and a parameter that is whole on every rank.
@@ -142,30 +142,30 @@ class ShardedResidual:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: TensorGroup, flight: Flight, whole: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.flight = group, flight
+    def forward(ctx: Any, group: TensorGroup, in_flight: InFlight, whole: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.in_flight = group, in_flight
         return tuple(whole.view_as(whole) for _ in range(group.local_slices))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         partial = tree_sum(gradients)
         pending = ctx.group.start_sum_part(partial)
-        return None, None, None, ctx.flight.leave(pending, ctx.group.own_part(partial))
+        return None, None, None, ctx.in_flight.hold(pending, ctx.group.own_part(partial))
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: TensorGroup, flight: Flight | None, part: Tensor, *partials: Tensor) -> Tensor:
-        ctx.group, ctx.flight, ctx.shapes = group, flight, [partial.shape for partial in partials]
+    def forward(ctx: Any, group: TensorGroup, in_flight: InFlight | None, part: Tensor, *partials: Tensor) -> Tensor:
+        ctx.group, ctx.in_flight, ctx.shapes = group, in_flight, [partial.shape for partial in partials]
         return part.view_as(part)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         pending = ctx.group.start_gather(gradient)
-        if ctx.flight is None:
+        if ctx.in_flight is None:
             whole = pending.wait()
         else:
-            whole = ctx.flight.leave(pending, gradient.new_zeros(()).expand(ctx.shapes[0]))
+            whole = ctx.in_flight.hold(pending, gradient.new_zeros(()).expand(ctx.shapes[0]))
         return (None, None, None, *([whole] * len(ctx.shapes)))
 
 

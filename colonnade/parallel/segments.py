@@ -1,7 +1,7 @@
 """The segments of a forward pass: what lies between two collectives, plain tensors in, plain tensors out.
 
 A segment is the unit of compilation, so that no compiled graph holds a collective; where gradients of weights hide sums
-(`hides_sums`) that is what comes after its first projection. Shapes: B batch, T block, H hidden;
+(`overlap_weight_gradients`) that is what comes after its first projection. Shapes: B batch, T block, H hidden;
 i feed-forward channels and v vocabulary entries of one slice.
 """
 
@@ -72,8 +72,9 @@ class Segments:
         cuda_graphs: replay the compiled segments as CUDA graphs.
         grouped: attention's kernel takes fewer heads of keys than of queries (`takes_groups`).
         product: of the projections; None for one in the activations' dtype.
-        hides_sums: backward, gradients of weights are computed while f sums over ranks. The projections behind f are
-            then outside of compiled segments, and in the activations' dtype.
+        overlap_weight_gradients: in the backward pass, weight gradients are computed while the all-reduce of the input
+            gradient (f) is in flight. The projections behind f then lie outside compiled segments and run in the
+            activations' dtype.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Segments:
         cuda_graphs: bool = False,
         grouped: bool = False,
         product: Linear | None = None,
-        hides_sums: bool = False,
+        overlap_weight_gradients: bool = False,
     ) -> None:
         if compiled:
             # Each micro-batch size and each slice's strides are a graph of their own.
@@ -109,7 +110,7 @@ class Segments:
             "grouped": grouped,
         }
         attend, feed = partial(attend_projected, **heads), partial(feed_projected, linear=product)
-        if hides_sums:
+        if overlap_weight_gradients:
             self.attention: Callable[..., Tensor] = partial(attention_slice, column_parallel_linear, build(attend))
             self.mlp: Callable[..., Tensor] = partial(mlp_slice, column_parallel_linear, build(feed))
         else:

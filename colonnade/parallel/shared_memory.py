@@ -5,10 +5,10 @@ gloo sends every byte through the network stack, also between two processes of o
 one number goes through gloo to tell that it is there, and each rank reads the tensors of all. That number keeps what
 the process group promises: a rank that died or hangs ends the wait with an error, after the group's own time limit.
 
-Memory is cut into rooms, one for an exchange under way. A room is used again when all ranks have read it, which each of
-them knows without being told: all ranks start and finish exchanges in the same order (of autograd's nodes, too). So
-when an exchange has been waited for, every rank had started it, and had finished whatever came before its start. The
-number that goes through gloo says which exchange in which room it is: ranks that are not in step end with an error.
+Each exchange in flight has a buffer of its own. A buffer is reused once all ranks have read it, and each rank knows
+when without a message: all ranks start and finish exchanges in the same order (also that of autograd), so once a
+later exchange has completed, every rank had started it, and had finished whatever came before. The number that goes
+through gloo names the exchange and its buffer: ranks that have got out of step end with an error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from colonnade.parallel.pending import Pending
 SMALLEST = 1 << 15
 """Bytes of a rank's tensor from which on sockets are slower; what is smaller is not exchanged here."""
 LIMIT = 1 << 28
-"""Bytes of all rooms of a rank."""
+"""Bytes of all buffers of a rank."""
 
 
 @dataclass
-class _Room:
+class _Buffer:
     """A stretch of memory of each rank, by rank.
 
     Attributes:
@@ -49,24 +49,24 @@ class _Room:
 
 
 class SharedMemory:
-    """Rooms that the ranks of a group share, made where they are needed. All ranks call the same methods alike.
+    """Buffers shared by the ranks of a group, allocated on demand. All ranks call the same methods alike.
 
     Args:
-        group: of gloo. Where its ranks are not on one machine, or there is no more memory, no room is made.
+        group: of gloo. Where its ranks are not on one machine, or there is no more memory, no buffer is made.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self._rooms: list[_Room] = []
+        self._buffers: list[_Buffer] = []
         self._clock = 0  # counts starts and ends of exchanges
         self._passed = 0  # the latest start that all ranks are known to have passed
         self._may_grow = True
 
     @property
-    def own_rooms(self) -> list[Tensor]:
-        """This rank's part of the rooms: bytes that no allocator of torch tells of."""
-        return [room.views[self._rank] for room in self._rooms]
+    def own_buffers(self) -> list[Tensor]:
+        """This rank's part of the buffers: bytes that no allocator of torch tells of."""
+        return [buffer.views[self._rank] for buffer in self._buffers]
 
     def start(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Pending[Tensor] | None:
         """Show `tensor` to all ranks; the value is `read` of every rank's tensor, in the order of ranks.
@@ -76,20 +76,20 @@ class SharedMemory:
             read: called when the value is waited for; must not keep what it is given.
 
         Returns:
-            None where the tensor is too small, or has no room: the caller sends it in another way.
+            None where the tensor is too small, or has no buffer: the caller sends it in another way.
 
         Raises:
             RuntimeError: when it is waited for: a rank is gone, or has come with another exchange.
         """
-        room = self._free_room(tensor.nbytes)
-        if room is None:
+        buffer = self._free_buffer(tensor.nbytes)
+        if buffer is None:
             return None
-        views = [view[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for view in room.views]
-        room.finished = None
+        views = [view[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for view in buffer.views]
+        buffer.finished = None
         self._clock += 1
         started = self._clock
         views[self._rank].copy_(tensor)
-        place = started * len(self._rooms) + room.number
+        place = started * len(self._buffers) + buffer.number
         # The highest and, as its opposite, the lowest of all ranks.
         told = torch.tensor([place, -place])
         work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -103,25 +103,25 @@ class SharedMemory:
                 return read(views)
             finally:
                 self._clock += 1
-                room.finished = self._clock
+                buffer.finished = self._clock
 
         return Pending(finish=finish)
 
-    def _free_room(self, size: int) -> _Room | None:
+    def _free_buffer(self, size: int) -> _Buffer | None:
         if size < SMALLEST:
             return None
-        for room in self._rooms:
-            if room.size >= size and room.finished is not None and room.finished < self._passed:
-                return room
+        for buffer in self._buffers:
+            if buffer.size >= size and buffer.finished is not None and buffer.finished < self._passed:
+                return buffer
         size = 1 << (size - 1).bit_length()
-        if not self._may_grow or sum(room.size for room in self._rooms) + size > LIMIT:
+        if not self._may_grow or sum(buffer.size for buffer in self._buffers) + size > LIMIT:
             return None
         views = self._mapped(size)
         if views is None:
             self._may_grow = False
             return None
-        self._rooms.append(_Room(len(self._rooms), views, None))
-        return self._rooms[-1]
+        self._buffers.append(_Buffer(len(self._buffers), views, None))
+        return self._buffers[-1]
 
     def _mapped(self, size: int) -> list[Tensor] | None:
         """So many bytes of each rank, seen by all; None, on all ranks, where one of them does not see them."""

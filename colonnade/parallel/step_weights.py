@@ -40,7 +40,7 @@ class StepWeights:
 
     def __init__(self, *, fixed_order: bool, at_fixed_addresses: bool = False) -> None:
         self._fixed_order = fixed_order
-        self._rooms: dict[tuple[Any, int], Tensor] | None = {} if at_fixed_addresses else None
+        self._buffers: dict[tuple[Any, int], Tensor] | None = {} if at_fixed_addresses else None
         self._kept: dict[Any, list[_Kept]] | None = None
 
     def get(
@@ -70,22 +70,24 @@ class StepWeights:
 
     def _keep(self, place: tuple[Any, int], source: Tensor, dtype: torch.dtype) -> _Kept:
         leaf = self._laid_out(source.detach(), dtype)
-        leaf = leaf.requires_grad_(source.requires_grad) if self._rooms is None else self._in_room(place, source, leaf)
+        leaf = (
+            leaf.requires_grad_(source.requires_grad) if self._buffers is None else self._in_buffer(place, source, leaf)
+        )
         if leaf.requires_grad and dtype != source.dtype:
             leaf.grad_dtype = source.dtype  # sums of micro-batches as precise as the parameter
         return _Kept(source, leaf)
 
-    def _in_room(self, place: tuple[Any, int], source: Tensor, value: Tensor) -> Tensor:
-        assert self._rooms is not None
-        if place not in self._rooms:
-            room = self._rooms[place] = torch.empty_like(value).requires_grad_(source.requires_grad)
-            torch._dynamo.mark_static_address(room)
-            if room.requires_grad:
-                room.register_hook(torch.clone)  # a graph's memory is written again by its next replay
-        room = self._rooms[place]
-        room.grad = None
+    def _in_buffer(self, place: tuple[Any, int], source: Tensor, value: Tensor) -> Tensor:
+        assert self._buffers is not None
+        if place not in self._buffers:
+            buffer = self._buffers[place] = torch.empty_like(value).requires_grad_(source.requires_grad)
+            torch._dynamo.mark_static_address(buffer)
+            if buffer.requires_grad:
+                buffer.register_hook(torch.clone)  # a graph's memory is written again by its next replay
+        buffer = self._buffers[place]
+        buffer.grad = None
         with torch.no_grad():
-            return room.copy_(value)
+            return buffer.copy_(value)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 from colonnade.model_config import ModelConfig, layer_shapes
 from colonnade.optim.overlapped_sum import SMALLEST_ALONE
-from colonnade.parallel.head_loss import stretch_of
-from colonnade.tuning.cost_model import BYTES, FLOAT32, Elements, Placement, local_shapes
+from colonnade.parallel.head_loss import chunk_tokens
+from colonnade.tuning.cost_model import BYTES, FLOAT32, Elements, ParallelConfig, local_shapes
 from colonnade.tuning.orthogonalisation import matrix_traffic
 from colonnade.tuning.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Computation, Traffic
 
@@ -24,18 +24,18 @@ DOUBLE = 8
 
 
 def step_traffic(
-    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
+    config: ModelConfig, parallel: ParallelConfig, micro_batch: int, block: int, accumulation: int
 ) -> list[Traffic]:
     """All collectives of a step in micro-batches of `micro_batch` x `block` tokens, those of one rank left out."""
     found: list[Traffic] = []
-    if placement.tp > 1:
-        found += _tensor_parallel(config, placement, micro_batch, block, accumulation)
-    if placement.shards > 1:
-        found += _shared_out(config, placement, accumulation)
-    elif placement.dp > 1:
-        found.append(_gradients(config, placement))
-    if placement.optimizer == "muon":
-        found += matrix_traffic(config, placement)
+    if parallel.tp > 1:
+        found += _tensor_parallel(config, parallel, micro_batch, block, accumulation)
+    if parallel.shards > 1:
+        found += _shared_out(config, parallel, accumulation)
+    elif parallel.dp > 1:
+        found.append(_gradients(config, parallel))
+    if parallel.optimizer == "muon":
+        found += matrix_traffic(config, parallel)
     return [traffic for traffic in found if traffic.calls]
 
 
@@ -43,15 +43,15 @@ def step_traffic(
 
 
 def _tensor_parallel(
-    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int
+    config: ModelConfig, parallel: ParallelConfig, micro_batch: int, block: int, accumulation: int
 ) -> Iterator[Traffic]:
-    tp, layers = placement.tp, config.num_hidden_layers
-    halves = 2 if placement.overlap_collectives and micro_batch > 1 else 1
+    tp, layers = parallel.tp, config.num_hidden_layers
+    halves = 2 if parallel.overlap_collectives and micro_batch > 1 else 1
     # Sequence parallelism fills up the tokens of each half.
     rows = [len(part) * block for part in _chunks(micro_batch, halves)]
-    if placement.sequence_parallel:
+    if parallel.sequence_parallel:
         rows = [-(-count // tp) * tp for count in rows]
-    width = config.hidden_size * BYTES[placement.precision]
+    width = config.hidden_size * BYTES[parallel.precision]
     whole = accumulation * width * sum(rows)
     calls = accumulation * halves
     # In the layers one half computes while the other waits.
@@ -63,17 +63,17 @@ def _tensor_parallel(
 
     def of_f(collective: str) -> Iterator[Traffic]:
         """Backward, the sums of f."""
-        late = placement.hides_sums
+        late = parallel.overlap_weight_gradients
         attention: Computation | None = other_half or ("gradients of q, k, v" if late else None)
         feed_forward: Computation | None = other_half or ("gradients of gate, up" if late else None)
         yield passes("layers, backward: attention", collective, layers, attention)
         yield passes("layers, backward: feed-forward", collective, layers, feed_forward)
 
-    embedded = 0 if placement.replicate_embeddings else 1
-    is_full = placement.activation_checkpointing == "full"
+    embedded = 0 if parallel.replicate_embeddings else 1
+    is_full = parallel.activation_checkpointing == "full"
     # What is computed again ends where the last product's input is there, before the second g; with halves it goes on.
     again = layers * is_full * halves
-    if placement.sequence_parallel:
+    if parallel.sequence_parallel:
         yield passes("embedding", REDUCE_SCATTER, embedded)
         yield passes("embedding", ALL_GATHER, 1)  # backward; also where a rank takes its share of a whole embedding
         yield passes("layers", ALL_GATHER, 4 * layers, other_half)
@@ -83,17 +83,17 @@ def _tensor_parallel(
         yield passes("layers, computed again", REDUCE_SCATTER, again, other_half)
         yield passes("head", ALL_GATHER, 1)
         yield passes("head", REDUCE_SCATTER, embedded)
-        yield _whole_parameters(config, placement, accumulation)
+        yield _whole_parameters(config, parallel, accumulation)
     else:
         yield passes("embedding", ALL_REDUCE, embedded)
         yield passes("layers", ALL_REDUCE, 2 * layers, other_half)
         yield from of_f(ALL_REDUCE)
         yield passes("layers, computed again", ALL_REDUCE, again, other_half)
         yield passes("head", ALL_REDUCE, embedded)
-    if not placement.replicate_embeddings:
-        yield _statistics(placement, micro_batch * block, accumulation)
-    yield _key_value_gradients(config, placement, accumulation)
-    yield _head_norm_gradients(config, placement, accumulation)
+    if not parallel.replicate_embeddings:
+        yield _statistics(parallel, micro_batch * block, accumulation)
+    yield _key_value_gradients(config, parallel, accumulation)
+    yield _head_norm_gradients(config, parallel, accumulation)
     yield Traffic("tp", "norm of gradients", ALL_REDUCE, tp, 1, 2 * DOUBLE)
 
 
@@ -103,66 +103,66 @@ def _chunks(count: int, parts: int) -> list[range]:
     return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
-def _statistics(placement: Placement, tokens: int, accumulation: int) -> Traffic:
-    """Of each stretch of tokens the softmax's maximum, sum, and logit of the target, from each rank."""
+def _statistics(parallel: ParallelConfig, tokens: int, accumulation: int) -> Traffic:
+    """Of each chunk of tokens the softmax's maximum, sum, and logit of the target, from each rank."""
     import torch
 
-    stretch = stretch_of(tokens, torch.float32 if placement.precision == "fp32" else torch.bfloat16)
-    size = accumulation * placement.tp * 3 * tokens * FLOAT32
-    return Traffic("tp", "statistics of the loss", ALL_GATHER, placement.tp, accumulation * -(-tokens // stretch), size)
+    chunk = chunk_tokens(tokens, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
+    size = accumulation * parallel.tp * 3 * tokens * FLOAT32
+    return Traffic("tp", "statistics of the loss", ALL_GATHER, parallel.tp, accumulation * -(-tokens // chunk), size)
 
 
-def _times_a_step(placement: Placement, accumulation: int) -> int:
+def _times_a_step(parallel: ParallelConfig, accumulation: int) -> int:
     """How often sums of parameters' gradients run: once where weights are kept over the micro-batches."""
-    return 1 if placement.shards == 1 else accumulation
+    return 1 if parallel.shards == 1 else accumulation
 
 
-def _whole_parameters(config: ModelConfig, placement: Placement, accumulation: int) -> Traffic:
+def _whole_parameters(config: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Traffic:
     """Norms and biases that are used for a share of the tokens have partial gradients."""
-    times = _times_a_step(placement, accumulation)
+    times = _times_a_step(parallel, accumulation)
     used = [
         (math.prod(shape), count)
-        for name, shape, count in local_shapes(config, placement)
+        for name, shape, count in local_shapes(config, parallel)
         if name.endswith(("layernorm.weight", "model.norm.weight", "o_proj.bias", "down_proj.bias"))
     ]
     calls = times * sum(count for _, count in used)
     size = times * FLOAT32 * sum(numel * count for numel, count in used)
-    return Traffic("tp", "gradients of norms", ALL_REDUCE, placement.tp, calls, size)
+    return Traffic("tp", "gradients of norms", ALL_REDUCE, parallel.tp, calls, size)
 
 
-def _key_value_gradients(config: ModelConfig, placement: Placement, accumulation: int) -> Traffic:
+def _key_value_gradients(config: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Traffic:
     """With fewer key/value heads than ranks their parameters are whole on each, and the gradients are summed."""
     calls = size = 0
-    if config.num_key_value_heads % placement.tp:
-        times = _times_a_step(placement, accumulation)
-        for name, shape, count in local_shapes(config, placement):
+    if config.num_key_value_heads % parallel.tp:
+        times = _times_a_step(parallel, accumulation)
+        for name, shape, count in local_shapes(config, parallel):
             if "k_proj" in name or "v_proj" in name:
                 calls += times * count
                 size += times * count * FLOAT32 * math.prod(shape)
-    return Traffic("tp", "gradients of shared key/value heads", ALL_REDUCE, placement.tp, calls, size)
+    return Traffic("tp", "gradients of shared key/value heads", ALL_REDUCE, parallel.tp, calls, size)
 
 
-def _head_norm_gradients(config: ModelConfig, placement: Placement, accumulation: int) -> Traffic:
-    calls = _times_a_step(placement, accumulation) * config.num_hidden_layers if config.qk_norm else 0
+def _head_norm_gradients(config: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Traffic:
+    calls = _times_a_step(parallel, accumulation) * config.num_hidden_layers if config.qk_norm else 0
     size = calls * 2 * config.head_dim * FLOAT32
-    return Traffic("tp", "gradients of norms of heads", ALL_REDUCE, placement.tp, calls, size)
+    return Traffic("tp", "gradients of norms of heads", ALL_REDUCE, parallel.tp, calls, size)
 
 
 # ------------------------------------------------------------------------------------------------ data-parallel ranks
 
 
-def _gradients(config: ModelConfig, placement: Placement) -> Traffic:
+def _gradients(config: ModelConfig, parallel: ParallelConfig) -> Traffic:
     """One all-reduce for each large gradient, during the last backward pass, and one for all others and the loss.
 
     Or, after it, one for each parameter's gradient and one for the loss.
     """
-    sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, placement)]
-    if not placement.overlaps_gradients:
+    sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, parallel)]
+    if not parallel.overlaps_gradients:
         calls, total = sum(count for *_, count in sizes), sum(size * count for _, size, count in sizes)
-        return Traffic("dp", "gradients and loss", ALL_REDUCE, placement.dp, calls + 1, total + FLOAT32)
+        return Traffic("dp", "gradients and loss", ALL_REDUCE, parallel.dp, calls + 1, total + FLOAT32)
     of = {name: size for name, size, _ in sizes}
     layers = config.num_hidden_layers
-    shared = config.num_key_value_heads % placement.tp != 0
+    shared = config.num_key_value_heads % parallel.tp != 0
     # Of whole key/value parameters a rank's joined weight has one head.
     part = config.num_key_value_heads if shared else 1
     key_value = (of["self_attn.k_proj.weight"] + of["self_attn.v_proj.weight"]) // part
@@ -179,21 +179,21 @@ def _gradients(config: ModelConfig, placement: Placement) -> Traffic:
         whole = of.get(f"self_attn.{name}", 0)
         total -= layers * (whole - whole // part)
     return Traffic(
-        "dp", "gradients and loss", ALL_REDUCE, placement.dp, alone + 1, total + FLOAT32, "last backward pass"
+        "dp", "gradients and loss", ALL_REDUCE, parallel.dp, alone + 1, total + FLOAT32, "last backward pass"
     )
 
 
-def _shared_out(config: ModelConfig, placement: Placement, accumulation: int) -> Iterator[Traffic]:
-    shards, layers = placement.shards, config.num_hidden_layers
+def _shared_out(config: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Iterator[Traffic]:
+    shards, layers = parallel.shards, config.num_hidden_layers
     padded = {"block": 0, "outside": 0}
-    for name, shape, _ in local_shapes(config, placement):
+    for name, shape, _ in local_shapes(config, parallel):
         padded["block" if name in layer_shapes(config) else "outside"] += (
             -(-shape[0] // shards) * shards * math.prod(shape[1:])
         )
-    is_zero3 = placement.data_parallel_shard == "zero3"
+    is_zero3 = parallel.data_parallel_shard == "zero3"
     times = accumulation if is_zero3 else 1
     behind: Computation = "step" if is_zero3 else "micro-batch"
-    block, outside = placement.gather_bytes * padded["block"], FLOAT32 * padded["outside"]
+    block, outside = parallel.gather_bytes * padded["block"], FLOAT32 * padded["outside"]
     passes = 2 * times if is_zero3 else 1  # forward, and again backward
     gathers = passes * layers
     yield Traffic("dp", "layers' parameters", ALL_GATHER, shards, gathers, gathers * block, behind)
@@ -201,8 +201,8 @@ def _shared_out(config: ModelConfig, placement: Placement, accumulation: int) ->
     size = FLOAT32 * (layers * padded["block"] + padded["outside"])
     yield Traffic("dp", "gradients", REDUCE_SCATTER, shards, times * (layers + 1), times * size, behind)
     yield Traffic("dp", "norm of gradients", ALL_REDUCE, shards, 1, 3 * DOUBLE)
-    yield Traffic("dp", "loss", ALL_REDUCE, placement.dp, 1, FLOAT32)
-    if placement.replicas > 1:
-        parameters = sum(count for *_, count in local_shapes(config, placement))
-        own = FLOAT32 * Elements.of(config, placement).own
-        yield Traffic("replicas", "gradients", ALL_REDUCE, placement.replicas, parameters, own)
+    yield Traffic("dp", "loss", ALL_REDUCE, parallel.dp, 1, FLOAT32)
+    if parallel.replicas > 1:
+        parameters = sum(count for *_, count in local_shapes(config, parallel))
+        own = FLOAT32 * Elements.of(config, parallel).own
+        yield Traffic("replicas", "gradients", ALL_REDUCE, parallel.replicas, parameters, own)

@@ -27,7 +27,7 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Placement:
+class ParallelConfig:
     """What decides what a rank holds and sends.
 
     Attributes:
@@ -36,7 +36,7 @@ class Placement:
         optimizer: adamw or muon.
         activation_checkpointing: none, selective or full, as in `TensorParallelModel`.
         data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
-        hides_sums: as in `TensorParallelModel`: it changes what a rank waits for.
+        overlap_weight_gradients: as in `TensorParallelModel`: it changes what a rank waits for.
         overlaps_gradients: those that each data-parallel rank holds are summed during the backward pass.
         replicas: groups of data-parallel ranks that each share out the model by themselves.
         on_cpu: ranks are on a CPU.
@@ -49,7 +49,7 @@ class Placement:
     activation_checkpointing: str = "full"
     sequence_parallel: bool = False
     overlap_collectives: bool = False
-    hides_sums: bool = True
+    overlap_weight_gradients: bool = True
     overlaps_gradients: bool = True
     data_parallel_shard: str = "none"
     replicas: int = 1
@@ -86,7 +86,7 @@ class Memory:
         gradients: float32, as they are between two micro-batches.
         optimizer: its moments, float32: two of AdamW, one of Muon.
         activations: what the forward pass keeps for the backward pass.
-        logits: what head and loss hold beside the activations: logits of a stretch of tokens, gradients of the head.
+        logits: what head and loss hold beside the activations: logits of a chunk of tokens, gradients of the head.
         layer: what the backward pass of a layer holds beside the activations: gradients inside of it, and what is
             computed again.
         total: at the worst moment. `logits` and `layer` have moments of their own, so they do not add up.
@@ -105,16 +105,16 @@ class Memory:
         return asdict(self)
 
 
-def local_shapes(config: ModelConfig, placement: Placement) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def local_shapes(config: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """Of each kind of parameter its name, its shape on a tensor-parallel rank, and how many there are."""
     repeats = [(name, shape, 1) for name, shape in outer_shapes(config).items()]
     repeats += [(name, shape, config.num_hidden_layers) for name, shape in layer_shapes(config).items()]
     for name, shape, count in repeats:
         rows = config.padded_vocab_size if is_vocabulary(name) else shape[0]
         sizes = [rows, *shape[1:]]
-        cut = cut_of(name, config, placement.tp, replicate_embeddings=placement.replicate_embeddings)
+        cut = cut_of(name, config, parallel.tp, replicate_embeddings=parallel.replicate_embeddings)
         if cut.sharded:
-            sizes[cut.dim] = -(-sizes[cut.dim] // placement.tp)
+            sizes[cut.dim] = -(-sizes[cut.dim] // parallel.tp)
         yield name, tuple(sizes), count
 
 
@@ -143,18 +143,18 @@ class Elements:
     moments: int
 
     @classmethod
-    def of(cls, config: ModelConfig, placement: Placement) -> Elements:
+    def of(cls, config: ModelConfig, parallel: ParallelConfig) -> Elements:
         found = {"block": 0, "outside": 0, "projections": 0, "own": 0, "moments": 0}
         sizes: dict[str, int] = {}
-        for name, shape, count in local_shapes(config, placement):
+        for name, shape, count in local_shapes(config, parallel):
             numel = sizes[name] = math.prod(shape)
             is_of_block = name in layer_shapes(config)
             found["block" if is_of_block else "outside"] += numel
             found["projections"] += numel * count if "_proj." in name else 0
             # Cut by rows; the first rank has the most.
-            own = -(-shape[0] // placement.shards) * math.prod(shape[1:]) * count
+            own = -(-shape[0] // parallel.shards) * math.prod(shape[1:]) * count
             found["own"] += own
-            found["moments"] += own * (1 if placement.optimizer == "muon" and is_hidden_matrix(name, len(shape)) else 2)
+            found["moments"] += own * (1 if parallel.optimizer == "muon" and is_hidden_matrix(name, len(shape)) else 2)
         attention = sum(size for name, size in sizes.items() if name.endswith(("q_proj.weight", "k_proj.weight")))
         attention += sizes["self_attn.v_proj.weight"]
         gate_up = sizes["mlp.gate_proj.weight"] + sizes["mlp.up_proj.weight"]
@@ -172,14 +172,14 @@ class _Step:
     """The sizes of one step on one rank; every property is in bytes."""
 
     config: ModelConfig
-    placement: Placement
+    parallel: ParallelConfig
     micro_batch: int
     block: int
     accumulation: int
 
     @property
     def e(self) -> int:
-        return BYTES[self.placement.precision]
+        return BYTES[self.parallel.precision]
 
     @property
     def is_half(self) -> bool:
@@ -192,7 +192,7 @@ class _Step:
     @property
     def stream(self) -> int:
         """The residual stream, as this rank holds it."""
-        rows = -(-self.tokens // self.placement.tp) if self.placement.sequence_parallel else self.tokens
+        rows = -(-self.tokens // self.parallel.tp) if self.parallel.sequence_parallel else self.tokens
         return rows * self.config.hidden_size * self.e
 
     @property
@@ -203,19 +203,19 @@ class _Step:
     @property
     def inner(self) -> int:
         """One activation of the feed-forward."""
-        return self.tokens * self.config.intermediate_size // self.placement.tp * self.e
+        return self.tokens * self.config.intermediate_size // self.parallel.tp * self.e
 
     @cached_property
     def elements(self) -> Elements:
-        return Elements.of(self.config, self.placement)
+        return Elements.of(self.config, self.parallel)
 
     @property
     def attention(self) -> int:
         """Rotated queries and keys in one tensor; keys and values; the result; sums of exponentials."""
-        config, tp = self.config, self.placement.tp
+        config, tp = self.config, self.parallel.tp
         heads, shared = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
         rotated, projected = heads + shared, heads + 2 * shared
-        if self.placement.repeats_heads and shared < heads:
+        if self.parallel.repeats_heads and shared < heads:
             kept = rotated + 2 * heads  # the projection itself is kept by norms of heads alone
             kept += projected if config.qk_norm else 0
         else:
@@ -232,11 +232,11 @@ class _Step:
     @property
     def joins(self) -> int:
         """Joined weights of one layer, which are not kept over micro-batches where parameters are shared out."""
-        return self.e * self.elements.joined if self.placement.shards > 1 else 0
+        return self.e * self.elements.joined if self.parallel.shards > 1 else 0
 
     @property
     def activations(self) -> int:
-        layers, checkpointing = self.config.num_hidden_layers, self.placement.activation_checkpointing
+        layers, checkpointing = self.config.num_hidden_layers, self.parallel.activation_checkpointing
         last = self.stream  # what the last norm keeps
         if checkpointing == "full":
             return layers * self.stream + last  # each layer's input
@@ -247,56 +247,56 @@ class _Step:
     def layer(self) -> int:
         """In the feed-forward's backward pass: what is computed again, and the gradients of its activations."""
         again = {"none": 0, "selective": 3 * self.inner, "full": self.layer_kept + self.joins}
-        streams = 2 if self.placement.overlap_collectives and self.micro_batch > 1 else 1
+        streams = 2 if self.parallel.overlap_collectives and self.micro_batch > 1 else 1
         of_weight = FLOAT32 + (self.e if self.is_half else 0)
         # The product is gone; gradients of it, of gate and up, and one of what is between.
         inside = 3 * self.inner // streams
         # Gate and up are gone as well; the gradient of their weight, in its own dtype before it is added.
         after = (self.whole - self.inner) // streams + of_weight * self.elements.gate_up
         gradients = 0
-        if self.placement.shards > 1:
-            gradients = self.head_waiting + self.placement.gather_bytes * self.elements.down
+        if self.parallel.shards > 1:
+            gradients = self.head_waiting + self.parallel.gather_bytes * self.elements.down
         # The stream's gradient takes the place of what the last norm kept.
-        return again[self.placement.activation_checkpointing] + max(inside, after) + gradients
+        return again[self.parallel.activation_checkpointing] + max(inside, after) + gradients
 
     @property
     def logits(self) -> int:
-        """At the last stretch of tokens: the head's gradients, and the stretch."""
+        """At the last chunk of tokens: the head's gradients, and the chunk."""
         # Here, since the settings' flags are parsed without torch.
         import torch
 
-        from colonnade.parallel.head_loss import SOFTMAX_PART, stretch_of, stripe_of
+        from colonnade.parallel.head_loss import SOFTMAX_PART, chunk_tokens, row_block_of
 
         hidden, table = self.config.hidden_size, self.elements.table
         entries = table // hidden
-        stretch = min(stretch_of(self.tokens, torch.bfloat16 if self.is_half else torch.float32), self.tokens)
-        of_rows = 3 * FLOAT32 * stretch * hidden
-        wide = FLOAT32 * (stretch // SOFTMAX_PART) * entries if self.is_half else 0
-        rows = stripe_of(stretch, entries, hidden, on_cpu=self.placement.on_cpu)
-        stripe = (self.e + FLOAT32) * rows * hidden if self.is_half else 0
-        views = self.stream + self.whole + (self.whole if self.placement.sequence_parallel else 0)
-        return self.whole + FLOAT32 * table + views + self.e * stretch * entries + max(of_rows, wide, stripe)
+        chunk = min(chunk_tokens(self.tokens, torch.bfloat16 if self.is_half else torch.float32), self.tokens)
+        of_rows = 3 * FLOAT32 * chunk * hidden
+        wide = FLOAT32 * (chunk // SOFTMAX_PART) * entries if self.is_half else 0
+        rows = row_block_of(chunk, entries, hidden, on_cpu=self.parallel.on_cpu)
+        row_block = (self.e + FLOAT32) * rows * hidden if self.is_half else 0
+        views = self.stream + self.whole + (self.whole if self.parallel.sequence_parallel else 0)
+        return self.whole + FLOAT32 * table + views + self.e * chunk * entries + max(of_rows, wide, row_block)
 
     @property
     def weights(self) -> int:
-        elements, placement = self.elements, self.placement
+        elements, parallel = self.elements, self.parallel
         head = self.e * elements.table if self.is_half else 0
-        if placement.shards == 1:
+        if parallel.shards == 1:
             return head + (self.e * elements.projections if self.is_half else 0)
         # Under zero3 the block at hand, and the next one on its way.
-        blocks = 2 if placement.data_parallel_shard == "zero3" else self.config.num_hidden_layers
+        blocks = 2 if parallel.data_parallel_shard == "zero3" else self.config.num_hidden_layers
         blocks = min(blocks, self.config.num_hidden_layers)
-        return head + FLOAT32 * elements.outside + placement.gather_bytes * blocks * elements.block
+        return head + FLOAT32 * elements.outside + parallel.gather_bytes * blocks * elements.block
 
     @property
     def adds_whole_gradients(self) -> bool:
         """Whether micro-batches add up before the ranks share out their sum."""
-        return self.placement.data_parallel_shard == "zero2" and self.placement.shards > 1 and self.accumulation > 1
+        return self.parallel.data_parallel_shard == "zero2" and self.parallel.shards > 1 and self.accumulation > 1
 
     @property
     def head_waiting(self) -> int:
         """Where parameters are shared out, the head's gradient until the end of the backward pass."""
-        return 0 if self.placement.shards == 1 or self.adds_whole_gradients else FLOAT32 * self.elements.table
+        return 0 if self.parallel.shards == 1 or self.adds_whole_gradients else FLOAT32 * self.elements.table
 
     @property
     def gradients(self) -> int:
@@ -308,9 +308,9 @@ class _Step:
     @property
     def end_of_block(self) -> int:
         """Under zero2 and zero3, a whole block's gradients on the way to the ranks that keep their parts."""
-        if self.placement.shards == 1:
+        if self.parallel.shards == 1:
             return 0
-        gathered = self.placement.gather_bytes
+        gathered = self.parallel.gather_bytes
         return (gathered + (FLOAT32 if self.is_half else 0)) * self.elements.block + self.head_waiting
 
     @property
@@ -321,7 +321,7 @@ class _Step:
         table, outside = FLOAT32 * elements.table, FLOAT32 * elements.outside
         # A tied head's gradient is there, and the embedding's is added to it.
         arriving = 2 * table if is_tied else table
-        shards = self.placement.shards
+        shards = self.parallel.shards
         if shards == 1:
             return self.gradients + stream + arriving - (table if self.accumulation == 1 else 0)
         # The last block's gradients are on their way to the ranks that keep their parts.
@@ -334,8 +334,8 @@ class _Step:
 
     def worst(self) -> int:
         """Gradients, activations and what lives beside them at the worst moment."""
-        placement, elements = self.placement, self.elements
-        is_full = placement.activation_checkpointing == "full"
+        parallel, elements = self.parallel, self.elements
+        is_full = parallel.activation_checkpointing == "full"
         first_layer = self.stream if is_full else self.activations // self.config.num_hidden_layers
         in_layer = max(self.activations + self.layer, self.activations - first_layer + self.end_of_block)
         # With tied embeddings the head's gradient waits for the embedding's.
@@ -346,7 +346,7 @@ class _Step:
             in_pass = self.gradients + max(self.activations + self.logits, in_layer + waiting)
             return max(in_pass, self.embedding)
         # The only micro-batch of a step makes gradients while its activations go.
-        is_shared = placement.shards > 1
+        is_shared = parallel.shards > 1
         missing = 0 if is_shared else FLOAT32 * elements.block + (0 if is_tied else head)
         return max(
             self.activations + self.logits,
@@ -356,22 +356,22 @@ class _Step:
         )
 
 
-def state_memory(config: ModelConfig, placement: Placement) -> tuple[int, int, int]:
+def state_memory(config: ModelConfig, parallel: ParallelConfig) -> tuple[int, int, int]:
     """Bytes of a rank's parameters, of their gradients and of the optimizer's moments, all float32."""
-    elements = Elements.of(config, placement)
+    elements = Elements.of(config, parallel)
     return FLOAT32 * elements.own, FLOAT32 * elements.own, FLOAT32 * elements.moments
 
 
 def step_memory(
-    config: ModelConfig, placement: Placement, micro_batch: int, block: int, accumulation: int = 2
+    config: ModelConfig, parallel: ParallelConfig, micro_batch: int, block: int, accumulation: int = 2
 ) -> Memory:
     """What a rank holds at the worst moment of a step, in micro-batches of `micro_batch` x `block` tokens.
 
     Args:
         accumulation: micro-batches of a step; from the second on, gradients are there already.
     """
-    parameters, _, moments = state_memory(config, placement)
-    step = _Step(config, placement, micro_batch, block, accumulation)
+    parameters, _, moments = state_memory(config, parallel)
+    step = _Step(config, parallel, micro_batch, block, accumulation)
     return Memory(
         parameters=parameters,
         weights=step.weights,

@@ -11,21 +11,21 @@ from colonnade.optim.muon import newton_schulz_flops
 from colonnade.optim.parameter_groups import is_hidden_matrix
 from colonnade.optim.whole_matrices import MatrixCut, dealt
 from colonnade.parallel.sharding import cut_of
-from colonnade.tuning.cost_model import BYTES, FLOAT32, Placement
+from colonnade.tuning.cost_model import BYTES, FLOAT32, ParallelConfig
 from colonnade.tuning.traffic import ALL_TO_ALL, BROADCAST, Traffic
 
 
-def matrix_traffic(config: ModelConfig, placement: Placement) -> list[Traffic]:
+def matrix_traffic(config: ModelConfig, parallel: ParallelConfig) -> list[Traffic]:
     """The exchanges of `WholeMatrices` in a step with Muon, as the first rank has them.
 
     Momentum goes to the whole matrix in float32, and the result comes back in the dtype of the iterations.
     """
-    tp, shards, copies = placement.tp, placement.shards, placement.dp // placement.shards
-    result_bytes = FLOAT32 if placement.on_cpu else BYTES["bf16"]
+    tp, shards, copies = parallel.tp, parallel.shards, parallel.dp // parallel.shards
+    result_bytes = FLOAT32 if parallel.on_cpu else BYTES["bf16"]
     both_ways = FLOAT32 + result_bytes
     calls: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for matrices in _rounds(config, placement):
+    for matrices in _rounds(config, parallel):
         of_copy = matrices[: tp * shards]
         own = of_copy[:tp]
         if shards > 1:  # a rank's rows of all matrices, against all rows of its group's
@@ -54,24 +54,24 @@ def matrix_traffic(config: ModelConfig, placement: Placement) -> list[Traffic]:
     ]
 
 
-def orthogonalisation_flops(config: ModelConfig, placement: Placement) -> int:
+def orthogonalisation_flops(config: ModelConfig, parallel: ParallelConfig) -> int:
     """Operations that the ranks wait for: those of the largest matrix of each round.
 
     All matrices have one side H, so the one with the most elements has the most operations.
     """
-    largest = (matrices[0] for matrices in _rounds(config, placement))
-    return sum(newton_schulz_flops(_whole_shape(cut, placement.tp)) for cut in largest)
+    largest = (matrices[0] for matrices in _rounds(config, parallel))
+    return sum(newton_schulz_flops(_whole_shape(cut, parallel.tp)) for cut in largest)
 
 
-def _rounds(config: ModelConfig, placement: Placement) -> list[list[MatrixCut]]:
+def _rounds(config: ModelConfig, parallel: ParallelConfig) -> list[list[MatrixCut]]:
     def cuts() -> Iterator[MatrixCut]:
         for name, shape in layer_shapes(config).items():
             if is_hidden_matrix(name, len(shape)):
-                cut = cut_of(name, config, placement.tp)
-                yield MatrixCut.of(shape, cut.dim if cut.sharded else None, placement.tp, placement.shards)
+                cut = cut_of(name, config, parallel.tp)
+                yield MatrixCut.of(shape, cut.dim if cut.sharded else None, parallel.tp, parallel.shards)
 
     matrices = [cut for _ in range(config.num_hidden_layers) for cut in cuts()]
-    return dealt(matrices, lambda cut: _whole_shape(cut, placement.tp), placement.tp * placement.dp)
+    return dealt(matrices, lambda cut: _whole_shape(cut, parallel.tp), parallel.tp * parallel.dp)
 
 
 def _whole_shape(cut: MatrixCut, tp: int) -> tuple[int, int]:
@@ -86,4 +86,4 @@ def _part(cut: MatrixCut) -> int:
 
 def _rows_of_first(cut: MatrixCut) -> int:
     """Elements of what the first rank holds of that, where data-parallel ranks share it out."""
-    return math.prod(cut.stretch_shape(0))
+    return math.prod(cut.shard_shape(0))

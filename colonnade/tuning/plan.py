@@ -13,7 +13,7 @@ from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
-from colonnade.tuning.cost_model import Memory, Placement, run_flops
+from colonnade.tuning.cost_model import Memory, ParallelConfig, run_flops
 from colonnade.tuning.memory import GIB, SAFETY_MARGIN
 from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
 from colonnade.tuning.step_time import (
@@ -48,7 +48,7 @@ class Plan:
 
     gpus: int
     gpu: str | None
-    placement: Placement
+    parallel: ParallelConfig
     dp: int
     block_size: int
     micro_batch: int
@@ -74,9 +74,9 @@ class Plan:
             "tokens_per_step": self.tokens_per_step,
             "block_size": self.block_size,
             "initial_batch_size": str(self.micro_batch),
-            "tensor_parallel_size": self.placement.tp,
-            "activation_checkpointing": self.placement.activation_checkpointing,
-            "data_parallel_shard": self.placement.data_parallel_shard,
+            "tensor_parallel_size": self.parallel.tp,
+            "activation_checkpointing": self.parallel.activation_checkpointing,
+            "data_parallel_shard": self.parallel.data_parallel_shard,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,13 +120,13 @@ def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, gi
         raise UsageError(f"{tokens:,} tokens are {steps:,} steps of {per_step:,}; at most {MAX_STEPS:,} can be")
     choice = recommend(asked, settings, config, given, per_step, block)
     best = choice.candidates[0]
-    dp = best.placement.dp
+    dp = best.parallel.dp
     trained = steps * per_step
     warmup_is_given = "warmup_steps" in given
     return Plan(
         gpus=asked.gpus,
         gpu=asked.gpu,
-        placement=best.placement,
+        parallel=best.parallel,
         dp=dp,
         block_size=block,
         micro_batch=best.micro_batch,
@@ -175,7 +175,7 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
 
 def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, warmup_is_given: bool) -> Iterator[str]:
     best = choice.candidates[0]
-    placement = best.placement
+    parallel = best.parallel
     if asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
     else:
@@ -188,10 +188,10 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "none": "all activations kept",
         "selective": "the feed-forward computed again",
         "full": "one layer at a time computed again",
-    }[placement.activation_checkpointing]
-    yield f"memory: tensors of eager {placement.precision} steps, {kept}; without caches of allocator and libraries"
-    shared = settings.replace(data_parallel_shard=placement.data_parallel_shard)
-    yield from idle_switches(shared, placement.tp, placement.dp, best.micro_batch)
+    }[parallel.activation_checkpointing]
+    yield f"memory: tensors of eager {parallel.precision} steps, {kept}; without caches of allocator and libraries"
+    shared = settings.replace(data_parallel_shard=parallel.data_parallel_shard)
+    yield from idle_switches(shared, parallel.tp, parallel.dp, best.micro_batch)
     if settings.float8:
         yield "float8: neither the time nor the memory it saves is counted"
     memory = memory_of_device(asked)
@@ -203,16 +203,16 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         )
     yield "FLOPs: 6 for each weight and token, attention in full, nothing for what is computed again"
     if choice.machine is not None:
-        yield from _assumptions_of_time(asked, placement, choice.machine)
+        yield from _assumptions_of_time(asked, parallel, choice.machine)
     elif asked.gpu is not None:
-        yield f"time: the peak of {asked.gpu} in {placement.precision} is not known; give --gpu-tflops"
+        yield f"time: the peak of {asked.gpu} in {parallel.precision} is not known; give --gpu-tflops"
     else:
         yield "time: not told without --gpu"
 
 
-def _assumptions_of_time(asked: PlanSettings, placement: Placement, machine: Machine) -> Iterator[str]:
+def _assumptions_of_time(asked: PlanSettings, parallel: ParallelConfig, machine: Machine) -> Iterator[str]:
     yield (
-        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({placement.precision}) on every device, a "
+        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({parallel.precision}) on every device, a "
         "guess (--utilisation), for what is computed again too; validation and saving are left out"
     )
     if asked.interconnect is None and interconnect_of(asked.gpu or "") is None:

@@ -24,7 +24,7 @@ from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSetti
 from colonnade.setting_values import divisors
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.communication import step_traffic
-from colonnade.tuning.cost_model import Memory, Placement, step_memory
+from colonnade.tuning.cost_model import Memory, ParallelConfig, step_memory
 from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
 from colonnade.tuning.memory import GIB, accelerator_memory_limit
 from colonnade.tuning.step_time import (
@@ -44,7 +44,7 @@ from colonnade.tuning.traffic import Traffic
 class Candidate:
     """One way to run, and what it costs; `time` is None where the device's peak is not known."""
 
-    placement: Placement
+    parallel: ParallelConfig
     micro_batch: int
     accumulation: int
     memory: Memory
@@ -54,7 +54,7 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "placement": asdict(self.placement),
+            "parallel": asdict(self.parallel),
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
             "memory": asdict(self.memory),
@@ -68,14 +68,14 @@ class Candidate:
         Args:
             fastest: seconds of the fastest that fits; whatever is as fast but for a thousandth is equal to it.
         """
-        placement = self.placement
+        parallel = self.parallel
         seconds = 0.0 if self.time is None else self.time.seconds
         return (
             not self.fits,
             max(seconds, fastest * 1.001),
-            placement.tp,
-            DATA_PARALLEL_SHARDS.index(placement.data_parallel_shard),
-            CHECKPOINTING.index(placement.activation_checkpointing),
+            parallel.tp,
+            DATA_PARALLEL_SHARDS.index(parallel.data_parallel_shard),
+            CHECKPOINTING.index(parallel.activation_checkpointing),
             -self.micro_batch,
         )
 
@@ -140,9 +140,9 @@ def recommend(
             refused = refused or refusal  # with the fewest tensor-parallel ranks: the most that can share
             continue
         micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
-        for placement in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
+        for parallel in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
             tried = [
-                _candidate(config, placement, size, chunks // dp // size, block, limit, machine)
+                _candidate(config, parallel, size, chunks // dp // size, block, limit, machine)
                 for size in micro_batches
             ]
             # Of those that do not fit the one that comes closest.
@@ -163,41 +163,41 @@ def _by_rank(candidates: Collection[Candidate]) -> list[Candidate]:
 
 
 def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
-    placement = closest.placement
+    parallel = closest.parallel
     assert limit is not None
-    advice = "" if placement.activation_checkpointing == "full" else ", or --activation-checkpointing full"
+    advice = "" if parallel.activation_checkpointing == "full" else ", or --activation-checkpointing full"
     state = closest.memory.parameters + closest.memory.gradients + closest.memory.optimizer
     if state > limit:
         raise UsageError(
-            f"parameters, gradients and moments alone take {state / GIB:.1f} GiB of a rank at tp {placement.tp}, and "
+            f"parameters, gradients and moments alone take {state / GIB:.1f} GiB of a rank at tp {parallel.tp}, and "
             f"may use {limit / GIB:.1f} of {asked.gpu}; give more --gpus, or a smaller model"
         )
     raise UsageError(
-        f"a rank would need {closest.memory.total / GIB:.1f} GiB at tp {placement.tp}, and may use {limit / GIB:.1f} "
+        f"a rank would need {closest.memory.total / GIB:.1f} GiB at tp {parallel.tp}, and may use {limit / GIB:.1f} "
         f"of {asked.gpu}; give more --gpus, a smaller --block-size or --micro-batch-size{advice}"
     )
 
 
 def _candidate(
     config: ModelConfig,
-    placement: Placement,
+    parallel: ParallelConfig,
     micro_batch: int,
     accumulation: int,
     block: int,
     limit: int | None,
     machine: Machine | None,
 ) -> Candidate:
-    memory = step_memory(config, placement, micro_batch, block, accumulation)
-    traffic = step_traffic(config, placement, micro_batch, block, accumulation)
+    memory = step_memory(config, parallel, micro_batch, block, accumulation)
+    traffic = step_traffic(config, parallel, micro_batch, block, accumulation)
     time = None
     if machine is not None:
-        tokens = placement.dp * accumulation * micro_batch * block
-        time = step_time(config, placement, machine, traffic, tokens=tokens, block=block, accumulation=accumulation)
+        tokens = parallel.dp * accumulation * micro_batch * block
+        time = step_time(config, parallel, machine, traffic, tokens=tokens, block=block, accumulation=accumulation)
     fits = limit is None or memory.total <= limit
-    return Candidate(placement, micro_batch, accumulation, memory, fits, tuple(traffic), time)
+    return Candidate(parallel, micro_batch, accumulation, memory, fits, tuple(traffic), time)
 
 
-def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
+def _start(asked: PlanSettings, settings: RunSettings) -> ParallelConfig:
     precision = settings.precision
     if precision == "auto":  # as `training.py` decides, once it sees the device
         precision = "bf16" if _has_bf16(asked.gpu) else "fp32"
@@ -215,13 +215,13 @@ def _start(asked: PlanSettings, settings: RunSettings) -> Placement:
         cuda_graphs=settings.cuda_graphs,
         float8=settings.float8,
     )
-    return Placement(
+    return ParallelConfig(
         precision=precision,
         optimizer=settings.optimizer,
         activation_checkpointing=settings.checkpointing,
         sequence_parallel=settings.sequence_parallel,
         overlap_collectives=settings.overlap_collectives,
-        hides_sums=can_hide and not settings.plain_step,
+        overlap_weight_gradients=can_hide and not settings.plain_step,
         overlaps_gradients=not (settings.plain_step or settings.deterministic),
         data_parallel_shard=settings.data_parallel_shard,
         replicas=settings.data_parallel_replicate_size,
@@ -313,8 +313,8 @@ def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelCon
 
 
 def _placements(
-    start: Placement, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
-) -> Iterator[Placement]:
+    start: ParallelConfig, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
+) -> Iterator[ParallelConfig]:
     """`start` with everything varied that is neither asked for nor without a meaning."""
     is_known = asked.gpu is not None
     checkpointing: tuple[str, ...] = CHECKPOINTING
@@ -330,13 +330,13 @@ def _placements(
             yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
 
 
-def _shares_nothing(placement: Placement, settings: RunSettings, config: ModelConfig) -> bool:
+def _shares_nothing(parallel: ParallelConfig, settings: RunSettings, config: ModelConfig) -> bool:
     """Whether there is nobody to share with, or sharing is refused; a deterministic run shares where it is asked to."""
-    if settings.deterministic or placement.dp == 1:
+    if settings.deterministic or parallel.dp == 1:
         return True
-    device = torch.device("cpu" if placement.on_cpu else "cuda")
+    device = torch.device("cpu" if parallel.on_cpu else "cuda")
     sharing = settings.replace(data_parallel_shard="zero2")  # or zero3, of which the same is refused
-    return _refusal_to_share(sharing, config, Ranks(placement.dp, placement.tp, device)) is not None
+    return _refusal_to_share(sharing, config, Ranks(parallel.dp, parallel.tp, device)) is not None
 
 
 def _refusal_to_share(settings: RunSettings, config: ModelConfig, ranks: Ranks) -> UsageError | None:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.tuning.cost_model import Placement, run_flops
+from colonnade.tuning.cost_model import ParallelConfig, run_flops
 from colonnade.tuning.flops import device_memory
 from colonnade.tuning.orthogonalisation import orthogonalisation_flops
 from colonnade.tuning.traffic import Computation, Traffic
@@ -108,9 +108,9 @@ class Machine:
     network: Link
     bf16_peak: float | None = None
 
-    def link(self, traffic: Traffic, placement: Placement) -> Link:
+    def link(self, traffic: Traffic, parallel: ParallelConfig) -> Link:
         """The slowest link that a group's ring crosses. Ranks of tp are neighbours, then those that share out."""
-        span = {"tp": placement.tp, "dp": placement.tp * traffic.ranks, "replicas": placement.tp * placement.dp}
+        span = {"tp": parallel.tp, "dp": parallel.tp * traffic.ranks, "replicas": parallel.tp * parallel.dp}
         return self.interconnect if span[traffic.group] <= self.gpus_per_node else self.network
 
 
@@ -161,7 +161,7 @@ def _column_weights(config: ModelConfig) -> dict[Computation, int]:
 
 def step_time(
     config: ModelConfig,
-    placement: Placement,
+    parallel: ParallelConfig,
     machine: Machine,
     traffic: Sequence[Traffic],
     *,
@@ -170,9 +170,9 @@ def step_time(
     accumulation: int,
 ) -> StepTime:
     """The predicted time of a step of `tokens` tokens over all ranks, in sequences of `block`."""
-    rate = placement.tp * placement.dp * machine.peak * machine.utilisation
+    rate = parallel.tp * parallel.dp * machine.peak * machine.utilisation
     model = run_flops(config, tokens, block) / rate
-    again = repeated_flops(config, placement.activation_checkpointing, tokens, block) / rate
+    again = repeated_flops(config, parallel.activation_checkpointing, tokens, block) / rate
     compute, forward = model + again, model / 3
     lasting: dict[Computation, float] = {
         "step": compute,
@@ -183,7 +183,7 @@ def step_time(
     total = 0.0
     behind: dict[tuple[Link, str, Computation], float] = defaultdict(float)
     for one in traffic:
-        link = machine.link(one, placement)
+        link = machine.link(one, parallel)
         seconds = one.sent / link.bandwidth + one.calls * link.latency
         total += seconds
         if one.behind is not None:
@@ -193,7 +193,7 @@ def step_time(
     for (link, _, computation), seconds in behind.items():
         hidden[link] += min(seconds, lasting[computation])
     covered = sum(min(seconds, compute) for seconds in hidden.values())
-    if placement.optimizer == "muon":  # after all that; each rank has a matrix of its own at a time
+    if parallel.optimizer == "muon":  # after all that; each rank has a matrix of its own at a time
         peak = machine.bf16_peak or machine.peak
-        compute += orthogonalisation_flops(config, placement) / (peak * machine.utilisation)
+        compute += orthogonalisation_flops(config, parallel) / (peak * machine.utilisation)
     return StepTime(compute, total, covered)

@@ -152,7 +152,7 @@ def test_gradients_of_weights_are_computed_while_f_sums(rank_pool: RankPool, opt
 @pytest.mark.parametrize("options", [{}, {"slices": 4, "sequence_parallel": True}, {"overlap_collectives": True}])
 def test_when_gradients_of_weights_are_computed_changes_no_bit(rank_pool: RankPool, options: dict[str, Any]) -> None:
     found, expected = (
-        rank_pool.run(2, loss_and_gradients, CONFIG, 2, seed=5, hides_sums=hides, **options)[0]
+        rank_pool.run(2, loss_and_gradients, CONFIG, 2, seed=5, overlap_weight_gradients=hides, **options)[0]
         for hides in (True, False)
     )
     for name, value in expected["gradients"].items():

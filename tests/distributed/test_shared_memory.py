@@ -79,13 +79,13 @@ def test_same_bits_as_through_sockets(rank_pool: RankPool, tp: int, options: dic
             assert torch.equal(through_memory[0][0][kind][name], value), name
 
 
-# ---------------------------------------------------------------------------------------------------- rooms used again
+# ------------------------------------------------------------------------------------------------ buffers used again
 
 
 def interleaved(seed: int, count: int) -> tuple[int, int]:
     """Sums, gathers and scattered sums, up to four under way at a time, on ranks that dawdle in their own ways.
 
-    Returns how many took place, and the rooms they needed.
+    Returns how many took place, and the buffers they needed.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     common, own = random.Random(seed), random.Random(1000 * seed + rank)
@@ -112,15 +112,15 @@ def interleaved(seed: int, count: int) -> tuple[int, int]:
                 assert torch.equal(pending.wait(), expected), (number, kind)
         for pending, expected in under_way:
             assert torch.equal(pending.wait(), expected)
-        return seen.made, len(memory._rooms)
+        return seen.made, len(memory._buffers)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_no_room_is_written_before_all_have_read_it(rank_pool: RankPool, ranks: int, seed: int) -> None:
-    for made, rooms in rank_pool.run(ranks, interleaved, seed, 150):
+    for made, buffers in rank_pool.run(ranks, interleaved, seed, 150):
         assert made == 150
-        assert rooms < 40, "rooms are used again"
+        assert buffers < 40, "buffers are used again"
 
 
 # ------------------------------------------------------------------------------------------------------ where it ends
