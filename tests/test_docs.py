@@ -195,8 +195,8 @@ def test_every_test_of_the_fault_table_exists_and_no_fault_is_left_out() -> None
 
 def test_the_metrics_keys_are_those_of_a_run() -> None:
     """Against those that `tests/distributed/test_run.py` finds in rows of a real run, and those an audit compares."""
-    from audit_run import COMPARED
     from distributed.test_run import ROW_KEYS
+    from run.audit import COMPARED
 
     text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
     section = text.partition("## Reading metrics.jsonl")[2].partition("\n## ")[0]

@@ -40,9 +40,10 @@ LEVELS = (
     ("training_utils",),
     ("run.batch_sizes", "run.folder"),
     ("run.inputs",),
-    ("run.batch", "run.model", "run.report", "run.trained_model"),
+    ("run.audit", "run.batch", "run.model", "run.plan_report", "run.report", "run.trained_model"),
     ("run.assembly", "run.model_card"),
     ("run.evaluation", "run.export", "run.parity", "run.start", "run.tasks"),
+    ("run.parity_report", "run.parity_subject"),
 )
 
 

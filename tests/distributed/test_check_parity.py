@@ -106,7 +106,7 @@ def no_sum_in_the_backward_pass():
 
     def own_part_alone(ctx, *gradients):
         own = collectives.tree_sum(gradients)
-        return own if ctx.flight is None else ctx.flight.leave(Pending(own), own), None, None
+        return own if ctx.in_flight is None else ctx.in_flight.hold(Pending(own), own), None, None
 
     collectives._FanOut.backward = staticmethod(own_part_alone)
 
