@@ -71,6 +71,7 @@ def test_every_number_of_ranks_trains_to_the_same_bits(
     ("name", "options"),
     [
         ("untied, odd vocabulary", {"activation_checkpointing": "full"}),
+        ("biases, one key/value head", {"activation_checkpointing": "selective", "compute_dtype": torch.bfloat16}),
         ("untied, odd vocabulary", {"compute_dtype": torch.float16}),
         ("odd sizes", {"compute_dtype": torch.float16}),  # a loss scale with the unfused update
         ("biases, one key/value head", {"sequence_parallel": True}),

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import forked_commands
-from colonnade.optim.muon import matched_rate, newton_schulz
+from colonnade.optim.muon import newton_schulz
 from colonnade.optim.optimizer import allocate_state
 from colonnade.optim.whole_matrices import WholeMatrices
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from dense_reference import dense_loss
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
-from distributed.sharding_workers import every_token, sharded_steps
+from distributed.step_workers import every_token, optimizer_steps
 from distributed.test_bits import MODELS, STEPS, differing
 from distributed.test_elastic import CONFIG as ELASTIC
 from distributed.test_elastic import load_all, save_at
@@ -31,8 +31,6 @@ from distributed.workers import (
     deterministic_steps,
     make_optimizer,
     steps_with_a_bad_one,
-    tokens_for,
-    train,
     whole,
 )
 from model import ModelConfig, TensorParallelModel
@@ -134,7 +132,10 @@ def test_updates_are_those_of_torch_on_whole_matrices(rank_pool: RankPool, confi
 def test_a_dense_model_trains_alike(rank_pool: RankPool, mode: str | None) -> None:
     """Gradients of the same model written out on whole weights; bfloat16 in the iterations rounds what differs."""
     steps = 6
-    initial = rank_pool.run(1, train, CONFIG, 1, 0, kind="muon in bf16", seed=5)[0]["parameters"]
+    options: dict[str, Any] = {"kind": "muon in bf16", "seed": 5, "shard": None if mode is None else {"mode": mode}}
+    layouts = [(1, 1), (4, 2)] if mode is None else [(4, 2)]
+    found = [rank_pool.run(ranks, optimizer_steps, CONFIG, tp, steps, **options)[0] for ranks, tp in layouts]
+    initial = found[0]["initial"]
     leaves = {
         name: (value[: CONFIG.vocab_size] if name.endswith(("embed_tokens.weight", "lm_head.weight")) else value)
         .clone()
@@ -142,7 +143,7 @@ def test_a_dense_model_trains_alike(rank_pool: RankPool, mode: str | None) -> No
         for name, value in initial.items()
     }
     optimizers = torch_optimizers(leaves)
-    ids, labels = tokens_for(CONFIG, 4) if mode is None else every_token(CONFIG, 8)
+    ids, labels = every_token(CONFIG, 8)
     losses = []
     for _ in range(steps):
         loss = dense_loss(leaves, CONFIG.to_dict(), ids, labels) / (labels != -100).sum()
@@ -152,12 +153,7 @@ def test_a_dense_model_trains_alike(rank_pool: RankPool, mode: str | None) -> No
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-    for world_size, tp in [(1, 1), (4, 2)] if mode is None else [(4, 2)]:
-        options: dict[str, Any] = {"kind": "muon in bf16", "seed": 5}
-        if mode is None:
-            result = rank_pool.run(world_size, train, CONFIG, tp, steps, **options)[0]
-        else:
-            result = rank_pool.run(world_size, sharded_steps, CONFIG, tp, steps, shard={"mode": mode}, **options)[0]
+    for result in found:
         torch.testing.assert_close(result["losses"], losses, rtol=1e-4, atol=0.0)
         for name, leaf in leaves.items():
             moved = leaf.detach() - initial[name][: leaf.shape[0]]
@@ -242,25 +238,6 @@ def test_matrices_that_lie_otherwise_than_the_layout_are_refused(rank_pool: Rank
     expected = r"of a matrix of shape \(64, 96\) this rank holds \(32, 96\), and \(64, 96\) by the layout"
     for found in rank_pool.run(2, refusal_of_another_layout, CONFIG):
         assert re.fullmatch(expected, found)
-
-
-def test_what_is_done_to_each_element_does_not_depend_on_where_a_part_ends() -> None:
-    """The operations of the update over parts that end in the middle of a vector register, and over the whole."""
-    generator = torch.Generator().manual_seed(0)
-    weight, buffer, gradient = (torch.randn(4001, generator=generator) for _ in range(3))
-    direction = torch.randn(4001, generator=generator)
-    for lower in (torch.float32, torch.bfloat16):
-
-        def updated(part: slice, dtype: torch.dtype = lower) -> Tensor:
-            old, slope = buffer[part], gradient[part]
-            moved = old.lerp(slope, 1 - 0.95)
-            kept = torch.where(torch.tensor(0.0) > 0, old, moved)
-            new = (weight[part] * (1 - 3e-3 * 0.1)).add_(direction[part].to(dtype), alpha=-matched_rate(3e-3, (64, 96)))
-            return torch.stack([slope.lerp(moved, 0.95), kept, new])
-
-        for length in (1, 3, 7, 17, 50, 333, 1003):
-            parts = [updated(slice(start, min(start + length, 4001))) for start in range(0, 4001, length)]
-            assert torch.equal(torch.cat(parts, dim=1), updated(slice(None)))
 
 
 def test_saved_at_one_layout_and_restored_at_another(rank_pool: RankPool, tmp_path: Path) -> None:

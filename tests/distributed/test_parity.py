@@ -8,7 +8,8 @@ import torch
 from colonnade.errors import UsageError
 from colonnade.parallel.sharding import check_slices
 from dense_reference import assert_gradients_equal, dense_logits, dense_loss, relative_error
-from distributed.workers import loss_and_gradients, tokens_for, train
+from distributed.step_workers import every_token, optimizer_steps
+from distributed.workers import loss_and_gradients, tokens_for
 from model import ModelConfig
 
 CONFIG = ModelConfig(
@@ -112,7 +113,7 @@ def test_initial_weights_are_equal_to_the_bit(rank_pool):
     assert not torch.equal(other["lm_head.weight"], expected["lm_head.weight"])
 
 
-def dense_trajectory(config, weights, dtype, steps, batch=4, tokens=tokens_for):
+def dense_trajectory(config, weights, dtype, steps):
     """The dense model under torch's own AdamW and clip_grad_norm_."""
     leaves = {name: value[: config.vocab_size] if is_vocabulary(name) else value for name, value in weights.items()}
     leaves = {name: value.to(dtype).clone().requires_grad_() for name, value in leaves.items()}
@@ -120,7 +121,7 @@ def dense_trajectory(config, weights, dtype, steps, batch=4, tokens=tokens_for):
     others = [leaf for leaf in leaves.values() if leaf.ndim == 1]
     groups = [{"params": decaying, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
-    ids, labels = tokens(config, batch)
+    ids, labels = every_token(config, 8)
     losses = []
     for _ in range(steps):
         loss = dense_loss(leaves, config.to_dict(), ids, labels) / (labels != -100).sum()
@@ -135,32 +136,19 @@ def dense_trajectory(config, weights, dtype, steps, batch=4, tokens=tokens_for):
 @pytest.mark.parametrize(("world_size", "tp"), [(1, 1), (2, 2), (4, 4), (8, 8), (4, 2), (2, 1)])
 def test_ten_steps_equal_dense(rank_pool, world_size, tp):
     for dtype in (torch.float64, torch.float32):
-        initial = rank_pool.run(world_size, train, CONFIG, tp, 0, param_dtype=dtype, seed=5)[0]["parameters"]
-        results = rank_pool.run(world_size, train, CONFIG, tp, 10, param_dtype=dtype, seed=5)
-        losses, parameters = dense_trajectory(CONFIG, initial, dtype, 10)
+        results = rank_pool.run(world_size, optimizer_steps, CONFIG, tp, 10, param_dtype=dtype, seed=5)
+        losses, parameters = dense_trajectory(CONFIG, results[0]["initial"], dtype, 10)
         for result in results:
             torch.testing.assert_close(
                 result["losses"], losses, rtol=1e-10 if dtype == torch.float64 else 2e-5, atol=0.0
             )
-            for name, value in result["replicated"].items():
-                assert torch.equal(value, results[0]["replicated"][name]), f"{name} differs between ranks"
+            for name, value in result["copies"].items():
+                assert torch.equal(value, results[0]["copies"][name]), f"{name} differs between ranks"
         if dtype == torch.float64:
             for name, value in parameters.items():
                 error = float((results[0]["parameters"][name][: value.shape[0]] - value).abs().max())
                 assert error <= 1e-9, name
         assert float(losses[-1]) < float(losses[0])
-
-
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_fixed_slices_give_the_same_bits(rank_pool, compute_dtype, checkpointing):
-    options = {"slices": 8, "compute_dtype": compute_dtype, "activation_checkpointing": checkpointing, "seed": 2}
-    expected = rank_pool.run(1, loss_and_gradients, CONFIG, 1, **options)[0]
-    for tp in (2, 4, 8):
-        actual = rank_pool.run(tp, loss_and_gradients, CONFIG, tp, **options)[0]
-        assert torch.equal(actual["loss"], expected["loss"]), f"tp {tp}"
-        for name, value in expected["gradients"].items():
-            assert torch.equal(actual["gradients"][name], value), f"{name} at tp {tp}"
 
 
 @pytest.mark.parametrize(

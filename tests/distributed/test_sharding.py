@@ -20,7 +20,7 @@ from colonnade.parallel.mesh import init_parallel
 from colonnade.run_settings import RunSettings
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
-from distributed.sharding_workers import every_token, sharded_steps, step_after_trials
+from distributed.step_workers import optimizer_steps, step_after_trials
 from distributed.test_bits import MODELS, differing, tree_of
 from distributed.test_elastic import CONFIG as SMALL
 from distributed.test_elastic import load_all, save_at
@@ -39,10 +39,10 @@ def test_steps_equal_dense(rank_pool: RankPool, ranks: int, tp: int, replicas: i
         if dtype == torch.float32 and (tp == 1 or replicas > 1):
             continue
         results = rank_pool.run(
-            ranks, sharded_steps, CONFIG, tp, 4, shard={"mode": mode}, replicas=replicas, param_dtype=dtype, seed=5
+            ranks, optimizer_steps, CONFIG, tp, 4, shard={"mode": mode}, replicas=replicas, param_dtype=dtype, seed=5
         )
         main = results[0]
-        losses, parameters = dense_trajectory(CONFIG, main["initial"], dtype, 4, batch=8, tokens=every_token)
+        losses, parameters = dense_trajectory(CONFIG, main["initial"], dtype, 4)
         rtol = 1e-10 if dtype == torch.float64 else 2e-5
         for result in results:
             torch.testing.assert_close(result["losses"], losses, rtol=rtol, atol=0.0)
@@ -58,18 +58,18 @@ def test_steps_equal_dense(rank_pool: RankPool, ranks: int, tp: int, replicas: i
 
 def test_blocks_whose_collectives_overlap_equal_dense(rank_pool: RankPool) -> None:
     options: dict[str, Any] = {"sequence_parallel": True, "overlap_collectives": True, "param_dtype": torch.float64}
-    main = rank_pool.run(4, sharded_steps, CONFIG, 2, 3, shard={"mode": "zero3"}, seed=5, **options)[0]
-    losses, parameters = dense_trajectory(CONFIG, main["initial"], torch.float64, 3, batch=8, tokens=every_token)
+    main = rank_pool.run(4, optimizer_steps, CONFIG, 2, 3, shard={"mode": "zero3"}, seed=5, **options)[0]
+    losses, parameters = dense_trajectory(CONFIG, main["initial"], torch.float64, 3)
     torch.testing.assert_close(main["losses"], losses, rtol=1e-10, atol=0.0)
     for name, value in parameters.items():
         assert float((main["parameters"][name][: value.shape[0]] - value).abs().max()) <= 1e-9, name
 
 
 def test_a_rank_holds_its_part(rank_pool: RankPool) -> None:
-    whole = rank_pool.run(1, sharded_steps, CONFIG, 1, 1, seed=5)[0]["bytes"]
+    whole = rank_pool.run(1, optimizer_steps, CONFIG, 1, 1, seed=5)[0]["bytes"]
     for ranks, replicas, shards in ((4, 1, 4), (4, 2, 2)):
         for mode in MODES:
-            results = rank_pool.run(ranks, sharded_steps, CONFIG, 1, 1, 1, shard={"mode": mode}, replicas=replicas)
+            results = rank_pool.run(ranks, optimizer_steps, CONFIG, 1, 1, 1, shard={"mode": mode}, replicas=replicas)
             assert {result["bytes"] for result in results} == {(whole[0] // shards, whole[1] // shards)}
 
 
@@ -109,10 +109,10 @@ def test_a_stack_adds_up_the_tree(count: int) -> None:
 
 def test_blocks_gathered_in_bf16_train_as_replicated_ones(rank_pool: RankPool) -> None:
     options = {"compute_dtype": torch.bfloat16, "seed": 5}
-    replicated = rank_pool.run(4, sharded_steps, CONFIG, 2, 6, **options)[0]
-    exact = rank_pool.run(4, sharded_steps, CONFIG, 2, 6, seed=5)[0]
+    replicated = rank_pool.run(4, optimizer_steps, CONFIG, 2, 6, **options)[0]
+    exact = rank_pool.run(4, optimizer_steps, CONFIG, 2, 6, seed=5)[0]
     lower = {"mode": "zero3", "gather_dtype": torch.bfloat16}
-    found = rank_pool.run(4, sharded_steps, CONFIG, 2, 6, shard=lower, **options)[0]
+    found = rank_pool.run(4, optimizer_steps, CONFIG, 2, 6, shard=lower, **options)[0]
     rounding = max(abs(a - b) for a, b in zip(replicated["losses"], exact["losses"], strict=True))
     assert rounding > 0
     for actual, expected in zip(found["losses"], replicated["losses"], strict=True):
@@ -127,7 +127,7 @@ def test_trials_compute_alone_and_leave_nothing_behind(rank_pool: RankPool, mode
     assert [result.pop("failures") for result in results] == [0, 1]
     assert [result.pop("failures") for result in expected] == [0, 0]
     assert results == expected
-    plain = rank_pool.run(2, sharded_steps, CONFIG, 1, 1, seed=5, activation_checkpointing="full")[0]
+    plain = rank_pool.run(2, optimizer_steps, CONFIG, 1, 1, seed=5, activation_checkpointing="full")[0]
     assert results[0]["loss"] == pytest.approx(float(plain["losses"][0]), rel=1e-6)
     assert results[0]["norm"] == pytest.approx(plain["norms"][0], rel=1e-6)
 

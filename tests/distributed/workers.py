@@ -17,7 +17,7 @@ from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
-from colonnade.optim.gradients import agreed_norm, clip_by_norm, local_gradients, sum_over_data_parallel
+from colonnade.optim.gradients import agreed_norm, local_gradients
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.collectives import reduce_partials
@@ -89,36 +89,6 @@ def packed_step(config: ModelConfig, tp: int | None, wire: Tensor, **options: An
     result["gradients"] = whole(model, gradients=True)
     result["logits"] = model.logits(blocks.input_ids, blocks.document_starts)
     return result if layout.is_main else {"loss": loss.detach()}
-
-
-def train(
-    config: ModelConfig, tp: int | None, steps: int, batch: int = 4, kind: str = "adamw", **options: Any
-) -> dict[str, Any]:
-    """Optimizer steps on one fixed global batch, shared out over the data-parallel ranks, clipped at 0.5."""
-    layout, model = build(config, tp, **options)
-    optimizer = make_optimizer(kind, model)
-    ids, labels = tokens_for(config, batch)
-    count = (labels != -100).sum()
-    mine = slice(layout.dp_rank, None, layout.dp)
-    losses = []
-    for _ in range(steps):
-        loss = model(ids[mine], labels[mine]) / count
-        loss.backward()
-        gradients = local_gradients(model.parameters())
-        sum_over_data_parallel([gradient for gradient, _ in gradients], layout.dp_group)
-        clip_by_norm(gradients, agreed_norm(gradients, model.group, torch.tensor(False))[0], 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        total = loss.detach().clone()
-        torch.distributed.all_reduce(total, group=layout.dp_group)
-        losses.append(total)
-    replicated = {
-        name: parameter.to_local().detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.placements[0].is_replicate()
-    }
-    merged = whole(model)
-    return {"losses": losses, "replicated": replicated, "parameters": merged if layout.is_main else None}
 
 
 @contextmanager
@@ -225,26 +195,6 @@ def fed_by_a_failing_reader(tp: int) -> str:
     except RunError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
-
-
-def overflowing_step(config: ModelConfig, tp: int) -> tuple[float, bool, float]:
-    """A step in half precision of which rank 1 alone sees an infinite gradient: (scale after, unchanged, steps)."""
-    layout, model = build(config, tp, compute_dtype=torch.float16)
-    optimizer = create_adamw(model, learning_rate=1.0, betas=(0.9, 0.95), weight_decay=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = whole(model)
-    ids, labels = tokens_for(config, 2)
-    scaler.scale(model(ids, labels)).backward()
-    if layout.tp_rank == 1:
-        model.model.layers[0].self_attn.q_proj.weight.grad.to_local()[0, 0] = float("inf")
-    scaler.unscale_(optimizer)
-    norm, _ = agreed_norm(local_gradients(model.parameters()), model.group, torch.tensor(False))
-    assert not torch.isfinite(norm)
-    scaler.step(optimizer)
-    scaler.update()
-    unchanged = all(torch.equal(value, before[name]) for name, value in whole(model).items())
-    steps = max(float(state["step"]) for state in optimizer.state.values())
-    return scaler.get_scale(), unchanged, steps
 
 
 def deterministic_steps(

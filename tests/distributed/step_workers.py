@@ -1,4 +1,4 @@
-"""What ranks compute whose parameters are shared out over data-parallel ranks."""
+"""Optimizer steps as ranks take them, with parameters replicated or sharded over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -44,10 +44,13 @@ def held_bytes(model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> 
     return counted[0], counted[1]
 
 
-def sharded_steps(
+def optimizer_steps(
     config: ModelConfig, tp: int, steps: int, accumulation: int = 2, kind: str = "adamw", **options: Any
 ) -> dict[str, Any]:
-    """Steps on one global batch of 8, clipped at 0.5; the unit gathers and scatters of the last of them."""
+    """Steps on one global batch of 8, clipped at 0.5; the unit gathers and scatters of the last of them.
+
+    `copies`: this rank's value of each parameter that tensor-parallel ranks replicate.
+    """
     layout, model = build(config, tp, **options)
     optimizer = make_optimizer(kind, model)
     allocate_state(optimizer)
@@ -75,6 +78,11 @@ def sharded_steps(
         "norms": [float(outcome.grad_norm) for outcome in outcomes],
         "bytes": held_bytes(model, optimizer),
         "counts": tuple(counts.values()),
+        "copies": {
+            name: parameter.to_local().detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.placements[-1].is_replicate()
+        },
         "logits": model.logits(every_token(config, 2)[0]),
     }
     assert all(parameter.grad is None for parameter in model.parameters())
