@@ -1,16 +1,16 @@
-"""What computing activations again costs and saves, and sharing them out, and keeping weights over micro-batches.
+"""What is gained and lost by recomputing activations, by sharding them, and by keeping weights across micro-batches.
 
     python benchmarks/activation_checkpointing.py --json checkpointing.json
 
-Forward and backward pass of four sequences, the variants of a group in turns in the same processes:
+Forward and backward pass of four sequences; the variants of a group take turns in the same processes:
 
-1. `none`, `selective` and `full` of `activation_checkpointing`, on one process.
+1. `none`, `selective` and `full` of `activation_checkpointing`, in one process.
 2. `sequence_parallel` off and on, at tp 2.
-3. Weights joined and cast for each of four micro-batches, and once for all of them, on one process.
+3. Weights joined and cast for each of four micro-batches, or once for all of them, in one process.
 
-Time is the median of the rounds' ratios; memory the most that torch allocates in a pass above parameters and gradients.
-In float32 weights need no cast: the third group says something of the cast with `--precision bf16` alone, which takes a
-processor with instructions for bf16.
+Time is the median of the rounds' ratios; memory is the peak that torch allocates in a pass above parameters and
+gradients. In float32, weights need no cast: the third group measures the cast only with `--precision bf16`, which needs
+a processor with bf16 instructions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 BLOCK = 256
-# Name of the group: processes, micro-batches, what the others are compared with, and all variants.
+# Name of the group: (processes, micro-batches, baseline variant, all variants).
 GROUPS: dict[str, tuple[int, int, str, dict[str, dict[str, Any]]]] = {
     "checkpointing": (
         1,

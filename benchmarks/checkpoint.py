@@ -1,15 +1,15 @@
-"""What saving a checkpoint costs: how long training stands still, and a whole save against torch's own ways.
+"""What saving a checkpoint costs: how long training is blocked, and a whole save compared with torch's own ways.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --parameters 100 --rounds 7 --json checkpoint.json
 
-1. Start two ranks (gloo on the CPU, one thread each) that hold half a model and its AdamW moments each, in float32.
-2. Four ways take turns, each writing the same state to the same disk, which is left idle before each:
-   `async`: as a run saves, until training may go on; all that `CheckpointSaver.save` does there counts;
+1. Start two ranks (gloo on the CPU, one thread each), each with half a model and its AdamW moments in float32.
+2. Four ways of saving take turns; each writes the same state to the same disk, which is synced and idle beforehand:
+   `async`: the default of a run, timed until training may continue: all of `CheckpointSaver.save`;
    `sync`: the same save, with hashes, until it is durable;
    `dcp`: a plain `torch.distributed.checkpoint.save`, which fsyncs as well but neither hashes nor commits;
    `torch`: the state gathered on the first rank, one `torch.save`, one fsync.
-3. A time is that of the slowest rank, the median of the rounds; a ratio is the median of the rounds' ratios.
+3. A time is that of the slowest rank, as the median of the rounds; a ratio is the median of the rounds' ratios.
 
 `async_stall_over_sync`, `sync_over_dcp` and `sync_over_torch_save` are ratios of times: the lower, the better.
 """
@@ -98,12 +98,12 @@ def _measure(folder: Path, millions: int, rounds: int) -> tuple[list[dict[str, f
         return found
 
     for way in WAYS:
-        measured(way)  # the allocator's and the page cache's first touch
+        measured(way)  # warm-up: the allocator's and the page cache's first touch
     rows = []
     order = list(WAYS)
     chance = random.Random(0)
     for _ in range(rounds):
-        # What a way finds of free memory and of the disk depends on the one before it.
+        # Random order, since each way affects the free memory and the disk that the next one finds.
         chance.shuffle(order)
         row: dict[str, float] = {}
         for way in order:
@@ -115,8 +115,8 @@ def _measure(folder: Path, millions: int, rounds: int) -> tuple[list[dict[str, f
 def _touch_page_cache(path: Path, size: int) -> None:
     """Write and remove a file as large as what is written next.
 
-    On a virtual machine memory that has lain free is fetched from the host page by page when it is used again. That can
-    take longer than all the rest, and hits whichever way comes first.
+    On a virtual machine, memory that has been free for a while is fetched from the host page by page when it is used
+    again. This can take longer than everything else, and would hit whichever way comes first.
     """
     block = bytes(1 << 20)
     with path.open("wb") as file:
@@ -126,7 +126,7 @@ def _touch_page_cache(path: Path, size: int) -> None:
 
 
 def _ways(folder: Path, millions: int) -> tuple[dict[str, Callable[[], None]], Callable[[], None], int]:
-    """A function that saves in each way; one that waits for the asynchronous save; and the bytes of the state."""
+    """A save function for each way, a function that waits for the asynchronous save, and the bytes of the state."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -139,7 +139,7 @@ def _ways(folder: Path, millions: int) -> tuple[dict[str, Callable[[], None]], C
     from colonnade.parallel.mesh import init_parallel
     from model import ModelConfig, TensorParallelModel
 
-    # 12 h^2 parameters a layer of width h, and as many layers as that takes beside the embeddings.
+    # A layer of width h has 12 h^2 parameters; the layers make up what embedding and head leave of the total.
     width, vocabulary = 768, 16384
     layers = max(1, round((millions * 1e6 - 2 * vocabulary * width) / (12 * width**2)))
     config = ModelConfig(

@@ -1,11 +1,11 @@
-"""Predicted memory of a training step over what torch allocates, for one rank of several placements.
+"""Predicted memory of a training step over what torch allocates, for one rank of several parallel layouts.
 
     python benchmarks/cost_model.py --json cost.json
     python benchmarks/cost_model.py --preset argonne-2b --block 4096 --micro-batch 2 --device cuda
 
-Each parallel has a process of its own, with torch's fake process group in place of the other ranks. On the CPU the
-bytes are the profiler's, on CUDA `torch.cuda.max_memory_allocated`. Steps are eager, of one and of two micro-
-batches. The ratio is that of everything: parameters, moments and the most that the step holds above them.
+Each parallel layout runs in its own process, with torch's fake process group in place of the other ranks. Allocated
+bytes come from the profiler on the CPU, and from `torch.cuda.max_memory_allocated` on CUDA. Steps are eager, with one
+and with two micro-batches. The ratio is of the totals: parameters, moments and the peak of the step above them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _checked(given: argparse.Namespace, device: str, config: ModelConfig) -> tuple[list[int], list[str]]:
-    """Numbers of micro-batches, and precisions. Raises UsageError where nothing could be measured."""
+    """The numbers of micro-batches and the precisions to measure. Raises UsageError for flags that cannot be used."""
     import torch
 
     require_at_least_one("--micro-batch", given.micro_batch)

@@ -1,20 +1,21 @@
-"""Speed of the data plane: from Parquet files to packed blocks of token ids, against other ways.
+"""Speed of the data pipeline, from Parquet files to packed blocks of token ids, compared with other ways.
 
     python benchmarks/data.py
     python benchmarks/data.py --json data.json --size-mb 20 --rounds 5
 
-1. Make a corpus from text on this machine: sources and documentation, each file once, in a seeded order.
+1. Make a corpus from text on this machine: source code and documentation, each file once, in a seeded order.
 2. Train a byte-level BPE tokenizer of 32,768 entries on the beginning of it. Both are kept in --work.
-3. Run the contenders in turns, each in a fresh process; a ratio is the median of the rounds' ratios.
+3. Run the contenders in turns, each in a new process; a ratio is the median of the rounds' ratios.
 
 The contenders:
     ours_hf      `streaming_token_generator` with its defaults and block size 4096, encoding with `tokenizers`
-    ours_fast    the same with `fastokens`; that its ids are the same was shown before, as in any later run
-    encoder      `tokenizers.encode_batch_fast` alone, over texts in memory, its ids not even looked at
+    ours_fast    the same with `fastokens`; the check that its ids are the same has run before, as in any later run
+    encoder      `tokenizers.encode_batch_fast` alone, over texts in memory, without reading the ids
     datasets     `datasets` streaming, with the tokenizer and then `group_texts` mapped over batches
 
-CPU seconds are those of all threads. The clock starts after imports and loading a tokenizer; ours then makes its own
-encoder of it inside the measured time, once a run. Every contender may use all cores this process may (--cores: fewer).
+CPU seconds are summed over all threads. The clock starts after imports and after loading a tokenizer; ours then makes
+its own encoder from it within the measured time, once per run. Every contender may use all cores that this process may
+use (--cores: fewer).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ SUFFIXES = {
     ".tex",
 }
 MIN_BYTES, MAX_BYTES = 100, 200_000
-# Widest last: a machine with enough in the first ones never gets to it.
+# Files are taken from all of these in turn. The last one contains some of the others; duplicate files are skipped.
 SOURCES = (
     "/usr/share/doc",
     "/usr/share/man",
@@ -76,7 +77,7 @@ SOURCES = (
 
 
 class Measured(NamedTuple):
-    """One run: CPU and wall seconds, tokens of the rows that were kept, tokens delivered."""
+    """One run: CPU and wall-clock seconds, tokens of the rows that were kept, tokens delivered."""
 
     cpu: float
     wall: float
@@ -124,7 +125,7 @@ def main() -> None:
 
 
 def measure(work: Path, size_mb: int, rounds: int, cores: int | None) -> list[dict[str, Measured]]:
-    """All contenders in turns; each round begins with another one."""
+    """Run all contenders in turns; each round begins with a different one."""
     os.environ.update(XDG_CACHE_HOME=str(work / "cache"), HF_HOME=str(work / "cache"), HF_HUB_OFFLINE="1")
     if cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
@@ -173,7 +174,7 @@ def report(rounds: list[dict[str, Measured]], ratios: dict[str, float]) -> None:
 
 
 def prepare(work: Path, size_mb: int) -> None:
-    """Corpus and tokenizer, made once; and the proof that both backends give the same ids, which is remembered."""
+    """Make corpus and tokenizer once, and check that both backends give the same ids; that answer is stored, too."""
     from colonnade.data.tokenizer_backend import open_encoder
 
     marker = work / "complete"
@@ -188,7 +189,7 @@ def prepare(work: Path, size_mb: int) -> None:
 
 
 def collect_texts(size_mb: int) -> list[str]:
-    """Files of text, no two the same, until there are `size_mb` million bytes; in a seeded order."""
+    """The contents of distinct text files until they amount to `size_mb` million bytes, in a seeded order."""
     texts: list[str] = []
     seen: set[bytes] = set()
     size = 0
@@ -210,7 +211,7 @@ def collect_texts(size_mb: int) -> list[str]:
 
 
 def text_files() -> Iterator[str]:
-    """The readable files of the places where a machine keeps text, one place in turn after another."""
+    """Texts from the folders where a machine keeps them, taking one file from each folder in turn."""
     places = [walk(Path(place)) for place in (*(sysconfig.get_path(name) for name in ("stdlib", "purelib")), *SOURCES)]
     while places:
         for place in [*places]:
@@ -231,7 +232,7 @@ def walk(place: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file of middling size, unpacked; None where it is not one."""
+    """The text of a file, decompressed; None if it is not text or its size is outside the limits."""
     is_manual = path.suffix == ".gz" or path.parent.name.startswith("man") or path.name == "copyright"
     if not (is_manual or path.suffix in SUFFIXES) or path.is_symlink():
         return None
@@ -285,7 +286,7 @@ def shards(work: Path) -> list[str]:
 
 
 class Clock:
-    """CPU seconds of this process and its children, and wall seconds, since it was made."""
+    """Measures CPU seconds of this process and its children, and wall-clock seconds, since it was created."""
 
     def __init__(self) -> None:
         self._cpu, self._wall = self._cpu_now(), time.perf_counter()
@@ -301,7 +302,7 @@ class Clock:
 
 def ours(work: Path, backend: str) -> Measured:
     import pyarrow.compute
-    import pyarrow.parquet  # noqa: F401  (imported by the first use, which is measured)
+    import pyarrow.parquet  # noqa: F401  (otherwise imported by the first use, within the measured time)
 
     from data_processing import streaming_token_generator
 

@@ -1,14 +1,14 @@
-"""Memory of the shard reader over time: it has to stay flat, at most 64 MiB a lane.
+"""Memory of the shard reader over time: it has to stay flat, at most 64 MiB per lane.
 
     python benchmarks/data_memory.py
     python benchmarks/data_memory.py --seconds 3600 --lanes 4 --json memory.json
 
-1. Write two Parquet files of random words: row groups of 1,000 rows, and one row group that holds everything.
-2. For each, in a fresh process, stream the units over and over through one `UnitReader` a lane, each on its own thread.
-   Lanes begin at different units.
-3. Sample the process's resident memory, and print it over time with its maximum above the start.
+1. Write two Parquet files of random words: one with row groups of 1,000 rows, one with everything in one row group.
+2. For each file, in a new process, stream the units repeatedly through one `UnitReader` per lane, each on its own
+   thread. Lanes begin at different units.
+3. Sample the process's resident memory, and print it over time, with its maximum, relative to a baseline.
 
-The start is a process that has imported everything and has read one small file.
+The baseline is the memory after the process has imported everything and has read one small file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from colonnade.parallel.launch import launch
 
 LIMIT_MIB = 64
 SAMPLE_SECONDS = 0.005
-PRINTED = 12  # lines a file
+PRINTED = 12  # lines per file
 WAYS = {"groups_of_1000_rows": 1000, "one_giant_group": None}
 
 
@@ -73,7 +73,7 @@ def show(name: str, result: dict[str, Any], lanes: int) -> None:
 
 
 def write(path: Path, megabytes: int, group: int | None) -> str:
-    """A file of about `megabytes` of text in documents of 200 to 6,000 bytes."""
+    """Write a file with about `megabytes` of text in documents of 200 to 6,000 bytes; return its path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -91,7 +91,7 @@ def write(path: Path, megabytes: int, group: int | None) -> str:
 
 
 def measure(path: str, small: str, seconds: float, lanes: int) -> dict[str, Any]:
-    """Stream the units of `path` for `seconds` on `lanes` threads; resident memory meanwhile."""
+    """Stream the units of `path` for `seconds` on `lanes` threads; return the resident memory during that time."""
     import psutil
 
     from colonnade.data.shards import UnitReader, Units, open_shards
@@ -127,7 +127,7 @@ def measure(path: str, small: str, seconds: float, lanes: int) -> dict[str, Any]
 
 
 def stream(reader: Any, units: Any, first: int, until: float) -> int:
-    """Read units from `first` on, round and round, at least one whole; bytes of text that came."""
+    """Read units cyclically from `first` on until `until`, at least one whole; return the bytes of text read."""
     size, ordinal = 0, first
     while True:
         for window in reader.windows(*units.locate(ordinal % len(units))):

@@ -1,11 +1,11 @@
-"""Speed of attention kept within documents over causal attention on whole blocks, on one thread of the CPU.
+"""Speed of attention within documents relative to causal attention over whole blocks, on one CPU thread.
 
     python benchmarks/document_mask.py
 
-1. Queries, keys and values of a micro-batch, and documents that begin at random places, so many tokens apart on
-   average.
-2. Forward and backward pass of causal attention, and of each kernel of `colonnade/parallel/attention.py` that the CPU
-   uses: `documents` one by one (eager) and the `masked` call (compiled graphs). They take turns.
+1. Make the queries, keys and values of a micro-batch, and documents that begin at random places, with a given mean
+   length in tokens.
+2. Run the forward and backward pass of causal attention, and of each kernel of `colonnade/parallel/attention.py` that
+   the CPU uses: `documents` one by one (eager) and the `masked` call (compiled graphs). They take turns.
 3. A ratio is the median of the rounds' ratios; above 1 the kernel is faster than causal attention.
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def speed(block: int, mean: int, rounds: int) -> dict[str, float]:
-    """Seconds of causal attention over those of each kernel, in float32."""
+    """Seconds of causal attention divided by those of each kernel, in float32."""
     import torch
 
     from colonnade.parallel.attention import attend, document_layout

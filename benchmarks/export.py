@@ -1,11 +1,12 @@
-"""Memory of an export: the peak over what the weights take.
+"""Peak memory of an export relative to the size of the weights.
 
     python benchmarks/export.py --json export.json
 
-1. A run of one step makes a checkpoint of a Llama of about 200 million parameters, and one of a tiny model.
-2. `export_hf.py` exports each in a process of its own, whose anonymous memory is sampled: what the process holds,
-   without files that the system has mapped and can let go.
-3. The peak, less that of the tiny model, over the bytes of the weights in float32. Holding the model twice would be 2.
+1. A one-step run makes a checkpoint of a Llama of about 200 million parameters, and another one of a tiny model.
+2. `export_hf.py` exports each in its own process, whose anonymous memory is sampled: what the process holds, excluding
+   memory-mapped files, whose pages the system can drop.
+3. The ratio is the peak, less that of the tiny model, over the bytes of the weights in float32. Holding the model twice
+   would give 2.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def trained(folder: Path, name: str, config: ModelConfig) -> Path:
-    """The folder of a run of one step."""
+    """Train a model for one step; return the run's folder."""
     corpus = build_sample_corpus(SAMPLE)
     (folder / f"{name}.json").write_text(json.dumps(config.to_dict()))
     flags = ["--model-config", folder / f"{name}.json", "--data-glob", corpus.train_glob, "--total-steps", "1"]
@@ -66,7 +67,7 @@ def trained(folder: Path, name: str, config: ModelConfig) -> Path:
 
 
 def exported(run: Path, kind: str) -> int:
-    """Peak anonymous memory, in bytes, of the export of a run."""
+    """Export a run; return the peak anonymous memory of the process in bytes."""
     output = run.parent / f"{run.name}-{kind}{'.pth' if kind == 'pth' else ''}"
     flags = ["--checkpoint-path", run, "--output", output, "--dtype", "float32" if kind == "pth" else kind]
     command = [str(part) for part in (sys.executable, ROOT / "export_hf.py", *flags)]

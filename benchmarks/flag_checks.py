@@ -1,4 +1,4 @@
-"""What every benchmark asks of its flags before it measures anything."""
+"""Checks of flags that the benchmarks make before they measure anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require_at_least_one(flag: str, value: int) -> None:
 
 
 def names(flag: str, text: str, known: Collection[str]) -> list[str]:
-    """The names of a comma-separated list, in the order they are known in."""
+    """The names in a comma-separated list, in the order of `known`. Raises UsageError for an unknown name."""
     found = text.split(",")
     unknown = [name for name in found if name not in known]
     if unknown:
@@ -23,7 +23,7 @@ def names(flag: str, text: str, known: Collection[str]) -> list[str]:
 
 
 def counts(flag: str, text: str) -> list[int]:
-    """The numbers of a comma-separated list, each above 0."""
+    """The numbers in a comma-separated list. Raises UsageError unless each is a whole number above 0."""
     found = text.split(",")
     if not all(count.isdecimal() and int(count) for count in found):
         raise UsageError(f"{flag} is {text!r}; it takes numbers above 0, as in 1,2,4")
@@ -31,7 +31,7 @@ def counts(flag: str, text: str) -> list[int]:
 
 
 def make_folder(flag: str, path: str | Path | None) -> None:
-    """Make a folder for what is measured, where it is not there; None is no folder."""
+    """Create the folder for measurements if it is missing; None means no folder. Raises UsageError."""
     if path is None:
         return
     try:

@@ -1,11 +1,11 @@
-"""Greedy generation: ours, with one slice and with slices of a fixed order, against `transformers`' generate.
+"""Greedy generation: ours, with one slice and with slices summed in a fixed order, against `transformers`' generate.
 
     python benchmarks/generation.py --json generation.json
 
-1. A Llama with random weights is made by `transformers`, and read by ours from its folder.
-2. In turns, each continues the same prompt by the same number of tokens, with a cache of keys and values, on one rank.
-   All give the same tokens, or the benchmark ends.
-3. Tokens a second, the median of the rounds, and ratios to `transformers`.
+1. `transformers` makes a Llama with random weights and saves it; ours reads it from that folder.
+2. In turns, each contender continues the same prompt by the same number of tokens, with a key/value cache, on one rank.
+   All must produce the same tokens, or the benchmark stops with an error.
+3. Print tokens per second, as the median of the rounds, and ratios to `transformers`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def made(layout: Any, count: int, prompt: list[int]) -> dict[str, Callable[[], list[int]]]:
-    """The ways to generate, all of one model."""
+    """The contenders by name, all with the same model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -1,23 +1,25 @@
-"""A training step of a whole preset on one GPU, ours and that of `transformers`, and of one shard of eight.
+"""A training step of a whole preset on one GPU, ours and that of `transformers`, and our step of one shard of eight.
 
     python benchmarks/gpu_step.py --json gpu.json --profile profiles
     python benchmarks/gpu_step.py --variant eager:compiled=false --variant compiled:compiled=true
     python benchmarks/gpu_step.py --smoke
 
-1. The rate of bare matrix products, the best of a few shapes, before and after each contender.
-2. Each contender in a process of its own, at growing micro-batches until memory ends; its best one counts. The median
-   of some windows of steps, each window waited for once.
-3. The same for one rank of `--shards`: its real part of the parameters and its computation, with torch's fake process
-   group in place of the others. Collectives take no time and bring nothing, so this is compute alone, and no loss.
+1. Measure the rate of bare matrix products, the best of a few shapes, before and after each contender.
+2. Run each contender in its own process, at growing micro-batch sizes until memory runs out; its fastest size counts.
+   Times are the median of several windows of steps, with one device synchronization at the end of each window.
+3. Do the same for one rank of `--shards`: its actual part of the parameters and of the computation, with torch's fake
+   process group in place of the other ranks. Collectives take no time and deliver nothing, so this measures compute
+   alone, and the loss is meaningless.
 
-A step is all of it: forward and backward, norm, clip and fused AdamW, with float32 parameters; products in bf16 (ours
-by its own casts, `transformers` with scaled dot-product attention under torch.autocast and torch.compile). Activations
-are kept, unless a variant says otherwise. Operations are counted as in `benchmarks/step.py` (`step_flops`): what is
-computed again counts nothing, and a shard's are those of the whole model over the shards.
+A step is a complete optimizer step: forward and backward, gradient norm, clipping and fused AdamW, with float32
+parameters; products are in bf16 (ours by its own casts, `transformers` with scaled dot-product attention under
+torch.autocast and torch.compile). Activations are kept, unless a variant says otherwise. FLOPs are counted as in
+`benchmarks/step.py` (`step_flops`): recomputation counts as 0, and a shard's FLOPs are those of the whole model divided
+by the number of shards.
 
-A variant is a name and keyword arguments of `TensorParallelModel`, and may name the kernel of its attention:
-`cudnn:compiled=true,attention=cudnn` (flash, cudnn, efficient or math; torch chooses otherwise). The first is compared
-with `transformers`, the others with the first, so that what each option gains can be read off one run.
+A variant is a name with keyword arguments of `TensorParallelModel`; it may also name the attention kernel:
+`cudnn:compiled=true,attention=cudnn` (flash, cudnn, efficient or math; by default torch chooses). The first variant is
+compared with `transformers`, the others with the first, so that one run shows what each option gains.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 TRANSFORMERS = "transformers"
 ATTENTION = ("flash", "cudnn", "efficient", "math")
-# Sizes that a CPU takes in seconds, to try the command itself.
+# Sizes that take a CPU only seconds, to try the command itself.
 SMOKE: dict[str, Any] = {
     "preset": "tiny",
     "vocab_size": 512,
@@ -72,7 +74,7 @@ def main() -> None:
     for name, (measure, *arguments) in turns.items():
         take_turn(found, failed, plan, name, measure, arguments)
         ratios = ratios_of(found, list(variants), given.preset, given.shards)
-        if given.json:  # after each, since the next may take the machine with it
+        if given.json:  # written after each contender, since the next one may crash the machine
             report = {"ratios": ratios, "contenders": found, "failed": failed, "plan": plan.described()}
             Path(given.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print_table(found, ratios)
@@ -83,7 +85,7 @@ def main() -> None:
 def take_turn(
     found: dict[str, dict[str, Any]], failed: dict[str, str], plan: Plan, name: str, measure: Any, arguments: list[Any]
 ) -> None:
-    """Measure one contender in a process of its own; one that fails does not take the others with it."""
+    """Measure one contender in its own process, so that its failure does not affect the others."""
     from torch.multiprocessing.spawn import ProcessException
 
     from benchmarks.training_step.ranks import on_ranks
@@ -128,7 +130,7 @@ def parsed() -> argparse.Namespace:
 
 
 def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]:
-    """What is to be measured, with the options of each variant. Raises UsageError."""
+    """The plan of the measurements, and the options of each variant. Raises UsageError."""
     for flag in ("block", "vocab_size", "windows", "window_steps", "shards"):
         require_at_least_one(f"--{flag.replace('_', '-')}", getattr(given, flag))
     ladder = sorted(counts("--micro-batches", given.micro_batches))
@@ -156,7 +158,10 @@ def plan_of(given: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]
 
 
 def variants_of(texts: list[str], device_type: str) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of the model by name, and the kernel of its attention as `attention`. Raises UsageError."""
+    """The model's keyword arguments for each variant, including its attention kernel as `attention`.
+
+    Raises UsageError.
+    """
     from benchmarks.training_step.variants import parsed_variants
 
     variants = parsed_variants(texts, (TRANSFORMERS,), ("attention",), device_type=device_type)
@@ -173,7 +178,7 @@ def shard_name(variant: str, shards: int) -> str:
 
 
 def ratios_of(found: dict[str, dict[str, Any]], variants: list[str], preset: str, shards: int) -> dict[str, float]:
-    """Ratios of tokens a second, and shares of the rate of bare products."""
+    """Ratios of tokens per second, and fractions of the rate of bare products."""
     first, *others = variants
     speed = {name: one["best"]["tokens_per_second"] for name, one in found.items()}
     ratios = {
@@ -182,7 +187,7 @@ def ratios_of(found: dict[str, dict[str, Any]], variants: list[str], preset: str
     }
     pairs = {f"{first}_over_{TRANSFORMERS}/{preset}": (first, TRANSFORMERS, 1)}
     pairs |= {f"{name}_over_{first}/{preset}": (name, first, 1) for name in others}
-    # 1 where a rank of eight takes an eighth of the time of one that has the whole model.
+    # This is 1 if one rank of eight takes an eighth of the time of a rank with the whole model.
     pairs |= {
         f"{shard_name(name, shards)}_compute_scaling/{preset}": (shard_name(name, shards), name, shards)
         for name in variants

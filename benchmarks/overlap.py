@@ -1,25 +1,25 @@
-"""How much of a collective's time a training step hides behind computation: two ranks, one core each.
+"""How much of the collectives' time a training step hides behind computation: two ranks, one core each.
 
     python benchmarks/overlap.py --json overlap.json
 
-Collectives on one machine take almost no time, so each is held back by a set one: `wait` returns no earlier than that
-after the start, asleep. Passes with and without overlap, at each delay, take turns.
+Collectives on one machine take almost no time, so each gets an artificial delay: `wait` sleeps until at least that long
+after the start. Passes with and without overlap, at each delay, take turns.
 
 1. `tp`: forward and backward pass of a micro-batch at tp 2, with `overlap_collectives`. Delays are fractions of the
    time that the shorter segment (attention or feed-forward of half the micro-batch, forward) takes in the same run.
 
-       hidden = 1 - (seconds at the delay - seconds without) / (collectives of a pass * delay)
-       not_slept = 1 - (seconds that were left of the delays when they were waited for) / (the same)
+       hidden = 1 - (seconds at the delay - seconds without delay) / (collectives of a pass * delay)
+       not_slept = 1 - (seconds of the delays still left when the collectives were waited for) / (the same)
 
-   The second does not suffer from a machine whose speed changes between two passes.
+   `not_slept` is robust against a machine whose speed changes between two passes.
 
-   Also with the collectives of the head's loss held back alone, and all of them without overlap, where gradients
-   of weights hide what they can.
+   Two more cases: only the collectives of the head's loss are delayed; and all are delayed without overlap, where the
+   computation of weight gradients hides part of them.
 2. `tp/sequence_parallel`: the same with `sequence_parallel`.
-3. `dp`: backward pass at dp 2 and the sums of its gradients, started during it (`OverlappedSum`) and after it. They
-   pass one after the other, together in a fraction of the backward pass's time.
+3. `dp`: backward pass at dp 2 with the all-reduces of its gradients, started during it (`OverlappedSum`) or after it.
+   They run one after the other and together take a fraction of the backward pass's time.
 
-A share is the median of the rounds' shares.
+A reported fraction is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def shares_of(rounds: list[dict[str, tuple[float, float]]], name: str, delayed: float) -> dict[str, float]:
-    """The share of `delayed` seconds by which a pass did not get longer, and that of which nothing was slept."""
+    """The fractions of `delayed` seconds by which a pass did not get longer, and that were not spent asleep."""
     way, fraction = name.split("/", 1)
     suffix = fraction if way == "overlap" else f"{fraction}/without_overlap"
     hidden = statistics.median(1 - (row[name][0] - row[f"{way}/0"][0]) / delayed for row in rounds)
@@ -84,7 +84,7 @@ def shares_of(rounds: list[dict[str, tuple[float, float]]], name: str, delayed: 
 
 
 def tensor_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
-    """Shares by delay; and at the largest those of the head's collectives, and without overlap."""
+    """Hidden fractions by delay; at the largest delay also those of the head's collectives, and without overlap."""
     shares: dict[str, float] = {}
     for name, started in found["started"].items():
         _, fraction, *place = name.split("/")
@@ -95,7 +95,7 @@ def tensor_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
 
 
 def data_parallel_shares(found: dict[str, Any]) -> dict[str, float]:
-    """Shares by the fraction of the backward pass that the sums take."""
+    """Hidden fractions, by the fraction of the backward pass's time that the all-reduces take."""
     shares: dict[str, float] = {}
     for name in found["rounds"][0]:
         if fraction := float(name.split("/")[1]):

@@ -1,11 +1,11 @@
-"""What two ways of packing do to a corpus: documents that are cut, and padding.
+"""Two ways of packing a corpus compared: how many documents they cut, and how much padding they add.
 
     python benchmarks/packing.py
 
 1. The documents' token counts are read from the shards' column `token_count`, and the boundary tokens are added.
-2. concat: documents laid end to end and cut every `block_size` tokens, the last block left out if it is not full.
-3. best-fit: the documents of a row group packed into bins of `block_size + 1` (`colonnade/data/best_fit.py`), and the
-   documents of all row groups at once, which shows what a larger window would gain.
+2. concat: documents are concatenated and cut every `block_size` tokens; a run drops an incomplete last block.
+3. best-fit: the documents of a row group are packed into bins of `block_size + 1` (`colonnade/data/best_fit.py`); also
+   the documents of all row groups at once, which shows what a larger window would gain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from colonnade.flags import OneLineParser
 from colonnade.parallel.launch import launch
 
 BOUNDARY_TOKENS = 2  # one before and one after each document
-SAMPLE = Path("data/sample")  # built where it is missing
+SAMPLE = Path("data/sample")  # built if it is missing
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def read_lengths(pattern: str) -> list[Any]:
-    """Tokens of each document, one array a row group."""
+    """The token count of each document, one array per row group."""
     units = []
     for path in sorted(glob.glob(pattern)):
         with parquet.ParquetFile(path) as file:
@@ -70,7 +70,7 @@ def read_lengths(pattern: str) -> list[Any]:
 
 
 def cut_by_concat(lengths: Any, block: int) -> int:
-    """Documents that lie in more than one block of the stream."""
+    """Number of documents that lie in more than one block of the stream."""
     ends = np.cumsum(lengths)
     return int(((ends - lengths) // block != (ends - 1) // block).sum())
 
@@ -80,7 +80,7 @@ def cut_by_best_fit(bins: list[Any]) -> int:
 
 
 def padded(lengths: Any, bins: int, capacity: int) -> float:
-    """The share of the bins' places that hold no token."""
+    """The fraction of the bins' capacity that holds no token."""
     return float(1 - lengths.sum() / (bins * capacity))
 
 

@@ -1,28 +1,29 @@
-"""Speed and memory of a training step, ours and that of others, all measured in the same processes.
+"""Speed and memory of our training step and of others', all measured in the same processes.
 
     python benchmarks/step.py
     python benchmarks/step.py --json step.json --rounds 9 --vocabularies 32k --precisions fp32
 
 1. Start two tensor-parallel ranks: gloo and one thread each on the CPU, a GPU each with `--device cuda`.
-2. The contenders keep their models in memory and take turns step by step, so that whatever else the machine does hits
-   all of them. Every other round goes backwards.
-3. A ratio is the median of the rounds' ratios, which forgets the rounds that something disturbed.
+2. The contenders keep their models in memory and take turns step by step, so that other load on the machine affects
+   all of them. Every other round runs in reverse order.
+3. A ratio is the median of the rounds' ratios, so a few disturbed rounds do not affect it.
 
-A step is all of it: forward and backward of one micro-batch, norm, clip and fused AdamW, with float32 parameters.
+A step is a complete optimizer step: forward and backward of one micro-batch, gradient norm, clipping and fused AdamW,
+with float32 parameters. Ratios are of speeds:
 
     ours_over_torch_tp        ours at tp 2 over the same decoder under torch's `parallelize_module` and `loss_parallel`
     ours_over_predecessor     ours at tp 2 over the scheme of this project's predecessor
-    tp2_over_tp1              ours at tp 2 over ours on one process that has the threads of both ranks
-    ours_over_transformers    ours on one process over `LlamaForCausalLM` on one process
-    fraction_of_matmul_rate   the rate of matrix products and attention in our step (`step_flops`) over that of bare
-                              products on the same ranks: of the shape that the machine is fastest at
+    tp2_over_tp1              ours at tp 2 over ours in one process that has the threads of both ranks
+    ours_over_transformers    ours in one process over `LlamaForCausalLM` in one process
+    fraction_of_matmul_rate   the FLOP rate of our step's matrix products and attention (`step_flops`) over that of bare
+                              products on the same ranks, in the shape that is fastest on this machine
     NAME_over_ours            a variant of ours (--variant) over ours: compiled:compiled=true, which on the CPU needs a
-                              compiler and a minute; sockets:shares_memory=false; or what else the model takes
+                              compiler and a minute; sockets:shares_memory=false; or other arguments of the model
     deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one: smaller sizes, CPU
 
 Keys end in precision and vocabulary, as in `ours_over_torch_tp/fp32/32k`. With one GPU there is one rank, and only the
-ratios that need no second. Contenders that are not to be in memory together (vocabulary of 152k) are in two groups;
-ours is in both.
+ratios that need a single rank. The contenders form two groups, which are not in memory at the same time (it would not
+suffice for a vocabulary of 152k); ours is in both.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ RANKS = 2
 FEWEST_ROUNDS = 5
 PRECISIONS = ("fp32", "bf16")
 MODES = "deterministic"
-# What --only may name, and the ratio it asks for: (name, numerator, denominator).
+# The names that --only takes, and the ratio each one asks for: (name, numerator, denominator).
 RATIOS = {
     "torch_tp": ("ours_over_torch_tp", "ours", "torch_tp"),
     "predecessor": ("ours_over_predecessor", "ours", "predecessor"),
@@ -64,7 +65,7 @@ RATIOS = {
     "transformers": ("ours_over_transformers", "ours_tp1", "transformers"),
 }
 GROUPS = (("ours", "torch_tp", "predecessor", "matmul"), ("ours", "ours_tp1", "transformers"))
-# With one rank: what needs no second.
+# With one rank: the ratios that need only one.
 ONE_RANK_RATIOS = {
     "matmul": ("fraction_of_matmul_rate", "ours_tp1", "matmul"),
     "transformers": RATIOS["transformers"],
@@ -100,12 +101,12 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Cases:
-    """What every precision and vocabulary is measured with.
+    """The measurements to make for every precision and vocabulary.
 
     Attributes:
-        wanted: (ratio, numerator, denominator).
-        variants: options of our model, by the name of a contender.
-        profile_folder: where tables of kernels go; None for no profile.
+        wanted: (ratio, numerator, denominator) of each ratio.
+        variants: options of our model, by name of the contender.
+        profile_folder: where to write the tables of kernels; None for no profile.
     """
 
     wanted: list[tuple[str, str, str]]
@@ -117,7 +118,7 @@ class Cases:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """Contenders that are in memory together: of each group those that a wanted ratio needs there."""
+        """The groups of contenders that are in memory together, reduced to those that a wanted ratio needs."""
         groups = []
         first, *others = GROUPS if self.ranks > 1 else ONE_RANK_GROUPS
         for group in (first, *((*other, *self.variants) for other in others)):
@@ -128,7 +129,7 @@ class Cases:
 
 
 def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
-    """What is to be measured, and whether the deterministic mode is as well. Raises UsageError."""
+    """What to measure, and whether to measure the deterministic mode as well. Raises UsageError."""
     from benchmarks.training_step.variants import parsed_variants
 
     usual = (*RATIOS, MODES)
@@ -173,7 +174,7 @@ def parsed() -> argparse.Namespace:
 
 
 def device_and_ranks(asked: str | None) -> tuple[str, int]:
-    """Where to measure, and on how many ranks."""
+    """The device type to measure on, and the number of ranks."""
     import torch
 
     count = torch.cuda.device_count() if asked != "cpu" else 0
@@ -183,7 +184,7 @@ def device_and_ranks(asked: str | None) -> tuple[str, int]:
 
 
 def default_precisions(device_type: str) -> list[str]:
-    """Both, unless this is a CPU without instructions for bf16: products there are emulated, at a tenth of fp32's."""
+    """Both, unless this is a CPU without bf16 instructions, which emulates them at a tenth of fp32's speed."""
     import torch
 
     if device_type == "cuda":
@@ -204,7 +205,7 @@ def default_precisions(device_type: str) -> list[str]:
 
 
 def machine(device_type: str, ranks: int) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The hardware and software that the numbers depend on."""
     import torch
 
     name = torch.cuda.get_device_name() if device_type == "cuda" else processor()
@@ -212,7 +213,7 @@ def machine(device_type: str, ranks: int) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The number and name of the CPU's cores, if the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -222,7 +223,7 @@ def processor() -> str:
 
 
 def deterministic_over_default(precisions: list[str], rounds: int) -> dict[str, float]:
-    """Speed of the deterministic mode over the default one, by precision, and the lowest."""
+    """Speed of the deterministic mode over the default one, for each precision and the lowest of these."""
     from benchmarks.training_step.ours import compare_modes
     from benchmarks.training_step.ranks import on_ranks
 
@@ -238,7 +239,7 @@ def deterministic_over_default(precisions: list[str], rounds: int) -> dict[str, 
 
 
 def measured_case(precision: str, vocabulary: str, cases: Cases) -> dict[str, Any]:
-    """Ratios, tokens a second and memory of one precision and vocabulary; printed as a table as well."""
+    """Measure ratios, tokens per second and memory for one precision and vocabulary; also print them as a table."""
     from benchmarks.training_step.ranks import measure_case, on_ranks
     from benchmarks.training_step.work import VOCABULARIES, work
 
@@ -253,7 +254,7 @@ def measured_case(precision: str, vocabulary: str, cases: Cases) -> dict[str, An
 
 
 def summary(step: Work, measured: list[dict[str, Measured]], cases: Cases) -> dict[str, Any]:
-    """Medians over the rounds, of what the ranks have measured group by group."""
+    """Medians over the rounds of what the ranks have measured, group by group."""
     from benchmarks.training_step.ranks import MATMUL
     from benchmarks.training_step.work import step_flops
 
@@ -287,7 +288,7 @@ def summary(step: Work, measured: list[dict[str, Measured]], cases: Cases) -> di
 
 
 def product_rates(group: dict[str, Measured], device_type: str, ranks: int) -> dict[str, list[float]]:
-    """Operations a second of each bare product, of all ranks together, in each round."""
+    """FLOP/s of each bare product, over all ranks together, in each round."""
     from benchmarks.training_step.ranks import PRODUCTS, product_flops, product_name, product_repeats
 
     rates = {}
@@ -299,7 +300,7 @@ def product_rates(group: dict[str, Measured], device_type: str, ranks: int) -> d
 
 
 def check_losses(losses: dict[str, float], expected: float) -> None:
-    """Fresh weights know nothing: the first loss of each is about ln V, or it does not compute what the others do."""
+    """Check that each contender's first loss is about ln V, as expected of random weights in the same computation."""
     for name, loss in losses.items():
         if not abs(loss - expected) < 0.5:
             raise AssertionError(f"{name} begins with the loss {loss:.3f}, and not about {expected:.3f}")

@@ -1,3 +1,3 @@
-"""The parts Colonnade is made of; the root files and `run/` tell how they come together."""
+"""The components of Colonnade; the root files and `run/` put them together into commands and runs."""
 
 __version__ = "0.1.0"

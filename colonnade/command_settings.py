@@ -1,4 +1,4 @@
-"""The tables of what other commands than `training.py` are told, most of them beside a run's settings.
+"""Tables of settings for the commands other than `training.py`; most take them in addition to a run's settings.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -14,7 +14,7 @@ _CHECKPOINT = "a run's folder, one of its checkpoints, a .pth file, or wandb:ent
 
 @dataclass(frozen=True)
 class ParitySettings:
-    """What `check_parity.py` is told beside the run's own settings."""
+    """Settings of `check_parity.py`, in addition to the run's own."""
 
     checkpoint_path: str | None = setting(
         None,
@@ -44,7 +44,7 @@ class ParitySettings:
 
 @dataclass(frozen=True)
 class TrainedModelSettings:
-    """What names a trained model and what belongs to it, for every command that reads one."""
+    """Which trained model to read, with its sizes and tokenizer: shared by every command that reads one."""
 
     checkpoint_path: str = setting("", "model", _CHECKPOINT)
     preset: str | None = setting(None, "model", "sizes of a .pth file, by name", unit="NAME")
@@ -59,7 +59,7 @@ class TrainedModelSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings(TrainedModelSettings):
-    """What `evaluate.py` is told."""
+    """Settings of `evaluate.py`."""
 
     precision: str = setting("fp32", "model", "of matrix products", choices=("fp32", "bf16", "fp16"))
     tensor_parallel_size: int | None = setting(
@@ -115,7 +115,7 @@ class EvaluationSettings(TrainedModelSettings):
 
 @dataclass(frozen=True)
 class ResumeSettings:
-    """What `resume_pretrain_tensor.py` is told beside the run's own settings."""
+    """Settings of `resume_pretrain_tensor.py`, in addition to the run's own."""
 
     checkpoint_path: str = setting("", "resuming", _CHECKPOINT)
     rewarmup_steps: int = step_setting(
@@ -129,7 +129,7 @@ class ResumeSettings:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What `plan_run.py` is told beside the settings of the run it plans."""
+    """Settings of `plan_run.py`, in addition to those of the run it plans."""
 
     gpus: int = setting(1, "planning", "devices, one rank each", minimum=1, maximum=2**20, unit="COUNT")
     gpu: str | None = setting(

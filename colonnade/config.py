@@ -1,4 +1,4 @@
-"""Putting run settings together: flags (`flags.py`), a YAML file and presets fill one table (`run_settings.py`).
+"""Assembling run settings: flags (`flags.py`), a YAML file and presets fill one table (`run_settings.py`).
 
 Precedence: built-in defaults < the preset's `training` section < `--config` file < flags. Nothing heavy is imported, so
 that `--help` answers at once.
@@ -24,10 +24,10 @@ PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 
 
 def check_settings(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """Setting names and values from a file: each name known, each value of its type and within its limits.
+    """Check setting names and values from a file: each name is known, each value has its type and is within limits.
 
     Raises:
-        UsageError: names `source`, the key and the limit; for an unknown key the nearest known one.
+        UsageError: names `source`, the key and the limit; for an unknown key, the nearest known one.
     """
     specs = {spec.name: spec for spec in fields(RunSettings)}
     checked = {}
@@ -55,7 +55,7 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A preset's (model sizes, recommended settings).
 
     Raises:
-        UsageError: there is no preset of that name (the nearest one is named), or its file has other sections.
+        UsageError: there is no preset of that name (the existing ones are listed), or its file has other sections.
     """
     if name not in preset_names():
         raise UsageError(f"--preset {brief.repr(name)} does not exist; there are {', '.join(preset_names())}")
@@ -71,14 +71,14 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------- putting together
 
-# Two switches that cannot both be on.
+# Pairs of switches that cannot both be on.
 _CONTRADICTIONS = (
     ("compile", "disable_compile"),
     ("plain_step", "compile"),
     ("plain_step", "cuda_graphs"),
     ("plain_step", "overlap_collectives"),
 )
-# Two answers to one question. One that is given replaces the other where that comes from further below.
+# Pairs of settings that answer the same question. Giving one replaces the other if that has lower precedence.
 _ALTERNATIVES = (
     *_CONTRADICTIONS,
     ("preset", "model_config"),
@@ -88,7 +88,10 @@ _ALTERNATIVES = (
 
 
 def override(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `below`, overridden by those `above` and by what these replace or take the meaning from."""
+    """Merge two sources of settings; those in `above` take precedence over those in `below`.
+
+    A setting in `above` also drops from `below` its alternatives, and the settings it makes meaningless (`only_with`).
+    """
     replaced = {other for pair in _ALTERNATIVES for one, other in (pair, pair[::-1]) if above.get(one)}
     for spec in fields(RunSettings):
         other, values = spec.metadata.get("only_with", ("", ()))
@@ -98,7 +101,7 @@ def override(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 
 def complete_settings(given: Mapping[str, Any]) -> RunSettings:
-    """Fill what was not given from the preset's recommendations and the defaults, and check what belongs together.
+    """Fill in what was not given from the preset's recommendations and the defaults, and check for contradictions.
 
     Raises:
         UsageError: an unknown preset, or settings that contradict each other.
@@ -117,7 +120,7 @@ def complete_settings(given: Mapping[str, Any]) -> RunSettings:
 
 
 def sequences_of_step(tokens_per_step: int, block_size: int) -> int:
-    """The sequences that --tokens-per-step are. Raises UsageError where they are no whole number."""
+    """The number of sequences in --tokens-per-step. Raises UsageError unless it is a whole number."""
     sequences, rest = divmod(tokens_per_step, block_size)
     if rest:
         near = " or ".join(map(str, multiples_near(tokens_per_step, block_size)))
@@ -128,7 +131,7 @@ def sequences_of_step(tokens_per_step: int, block_size: int) -> int:
 
 
 def check_contradictions(settings: RunSettings) -> RunSettings:
-    """`settings`, where nothing in them contradicts something else. Raises UsageError."""
+    """Return `settings` unchanged if no two of them contradict each other. Raises UsageError."""
     for one, other in _CONTRADICTIONS:
         if getattr(settings, one) and getattr(settings, other):
             flags = f"--{one} and --{other}".replace("_", "-")
@@ -166,7 +169,7 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
 
 
 def _check_meanings(settings: RunSettings) -> None:
-    """Refuse a setting that was given and would be ignored."""
+    """Refuse a setting that differs from its default and would be ignored."""
     defaults = RunSettings()
     for name, (other, values) in settings.without_meaning().items():
         value, flag, other_flag = getattr(settings, name), name.replace("_", "-"), other.replace("_", "-")
@@ -178,5 +181,5 @@ def _check_meanings(settings: RunSettings) -> None:
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:
-    """Save settings as YAML that `--config` takes back. Raises OSError."""
+    """Save settings as YAML that `--config` can read back. Raises OSError."""
     replace_file(path, yaml.safe_dump(settings.to_dict(), sort_keys=False))

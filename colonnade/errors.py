@@ -1,12 +1,12 @@
-"""The two errors a user meets: wrong input before a run, and a failure inside one.
+"""The two errors a user sees: wrong input before a run, and a failure during one.
 
-Both carry one line that names the value, the limit and what to do. Entry points print that line on rank 0
-and leave with the exit code; any other exception is a bug and keeps its traceback.
+Both carry a one-line message that names the value, the limit and what to do. Entry points print it on rank 0
+and exit with the error's exit code; any other exception is a bug and keeps its traceback.
 """
 
 
 class ColonnadeError(Exception):
-    """Base of the errors whose message is meant for the user as it stands."""
+    """Base of the errors whose message is shown to the user verbatim."""
 
     exit_code = 1
 
@@ -18,14 +18,14 @@ class UsageError(ColonnadeError):
 
 
 class RunError(ColonnadeError):
-    """A run that cannot go on, or cannot go on as it is (exit code 1)."""
+    """A run that cannot continue, or cannot continue with its present settings (exit code 1)."""
 
     exit_code = 1
 
 
 class LocalRunError(RunError):
-    """A failure that only this rank has seen: it prints the line itself, whatever its number."""
+    """A failure that only this rank has seen: it prints the message itself, even if it is not rank 0."""
 
 
 class PeerError(RunError):
-    """Another rank failed and has said why; this one leaves without a word."""
+    """Another rank failed and has reported why; this one exits silently."""

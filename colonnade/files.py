@@ -1,4 +1,4 @@
-"""Writing small files: in one rename, so that a reader or a crash never meets half of one, or plainly."""
+"""Writing small files: atomically by rename, so that neither a reader nor a crash leaves a partial file, or plainly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from colonnade.errors import RunError, UsageError
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Put `content` in place of the file at `path` in one rename, after it is on disk.
+    """Atomically replace the file at `path` with `content`: write it aside, fsync, then rename.
 
-    A file that is replaced keeps its permissions, a new one gets the usual ones. Raises OSError; `path` is then as
-    before.
+    A file that is replaced keeps its permissions; a new one gets the default ones. Raises OSError and then leaves
+    `path` unchanged.
     """
-    # A name of its own for every writer: ranks on several nodes may share both the folder and a process id.
+    # The name is unique per writer: ranks on several nodes may share both the folder and a process id.
     aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         with aside.open("xb") as file:
@@ -31,7 +31,10 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def require_place(flag: str, path: str | Path | None) -> None:
-    """Refuse a file that could not be written when all is done; None is no file. Raises UsageError."""
+    """Refuse an output path, before the work starts, that could not be written at its end; None means no file.
+
+    Raises UsageError.
+    """
     if path is None:
         return
     place = Path(path).absolute()
@@ -45,7 +48,7 @@ def require_place(flag: str, path: str | Path | None) -> None:
 
 
 def require_free(flag: str, path: Path) -> None:
-    """Refuse an output that is there already, or has no place. Raises UsageError."""
+    """Refuse an output path that already exists or whose parent folder does not. Raises UsageError."""
     if path.exists() or path.is_symlink():
         raise UsageError(f"{flag} {path} exists; move it away, or give another name")
     if not path.absolute().parent.is_dir():
@@ -53,7 +56,7 @@ def require_free(flag: str, path: Path) -> None:
 
 
 def write_text(file: str | Path, text: str, shown: str | None = None) -> None:
-    """Write a text file. Raises RunError, which calls it `shown`, or by its path."""
+    """Write a text file. Raises RunError, whose message names the file as `shown`, or by its path."""
     try:
         Path(file).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command lines of the commands that take run settings: flags made from the tables of fields.
+"""Command-line parsing for the commands: flags generated from the tables of settings.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -38,7 +38,7 @@ _PLAN = (
     "Plan a run before it is started: parameters, tokens, steps, memory a rank, FLOPs and time, and a file of settings "
     "for training.py --config. What a run can be told goes into that file. No device is needed."
 )
-# What a plan settles; in a file that is given they are overridden.
+# The settings that a plan determines; values for them in a given --config file are overridden.
 PLANNED = ("total_steps", "initial_batch_size", "gradient_accumulation_steps")
 
 _EVALUATION = (
@@ -53,7 +53,7 @@ _PARITY = (
 
 
 def parse_training(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The settings given to `training.py`, by flag or in a file: `complete_settings` makes them whole.
+    """The settings given to `training.py`, by flag or in a file; `complete_settings` fills in the others.
 
     Raises:
         UsageError: a flag, key or value that cannot be used, or several that contradict each other.
@@ -98,7 +98,7 @@ def parse_resume(arguments: Sequence[str] | None = None) -> tuple[ResumeSettings
 
 
 def parse_plan(arguments: Sequence[str] | None = None) -> tuple[PlanSettings, dict[str, Any]]:
-    """What to plan with, and the run settings given to `plan_run.py`, by flag or in a file.
+    """The plan's own settings, and the run settings given to `plan_run.py`, by flag or in a file.
 
     Raises:
         UsageError: a flag, key or value that cannot be used, or several that contradict each other.
@@ -133,12 +133,12 @@ def parse_parity(arguments: Sequence[str] | None = None) -> tuple[ParitySettings
     parser.add_table(RunSettings)
     values = parser.parse(arguments)
     given = _run_settings(values)
-    if "checkpoint_path" not in values:  # a checkpoint's own settings are below those given
+    if "checkpoint_path" not in values:  # else the checkpoint's settings are merged below the given ones first
         complete_settings(given)
     return ParitySettings(**_checked(ParitySettings, values)), given
 
 
-# Of the settings of `evaluate.py` those that say nothing without another one.
+# Settings of `evaluate.py` that have no effect without another one: {the needed one: those that need it}.
 _ONLY_WITH = {
     "data_glob": ("text_column", "concatenate", "stride", "max_documents", "max_tokens"),
     "tasks": ("tasks_path", "few_shot", "task_limit"),
@@ -146,7 +146,7 @@ _ONLY_WITH = {
 
 
 def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettings:
-    """What `evaluate.py` is to score.
+    """The settings given to `evaluate.py`: which model, and what to score.
 
     Raises:
         UsageError: a flag or value that cannot be used, or there is nothing to score.
@@ -168,7 +168,7 @@ def parse_evaluation(arguments: Sequence[str] | None = None) -> EvaluationSettin
 
 
 def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Run settings of a command line, over those of the file it names."""
+    """The run settings of a command line, merged over those of the --config file it names."""
     flags = _checked(RunSettings, values)
     if "config" in values:
         return override(read_settings(Path(values["config"]), "--config"), flags)
@@ -176,20 +176,20 @@ def _run_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(table: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of `values` that are fields of `table`."""
+    """The entries of `values` that are fields of `table`, checked and converted. Raises UsageError."""
     specs = {spec.name: spec for spec in fields(table)}
     return {key: check_field(specs[key], value, flag_of(key)) for key, value in values.items() if key in specs}
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse for several ranks: complaints as one line, help from rank 0, no flag taken for another."""
+    """argparse for several ranks: one-line errors, help printed by rank 0 only, no abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
-        # A prefix that means one flag today could mean another, or none, after an update.
+        # An abbreviation that is unique today could match another flag, or become ambiguous, after an update.
         super().__init__(allow_abbrev=False, **options)
 
     def parse(self, arguments: Sequence[str] | None) -> dict[str, Any]:
-        """The flags by name. Raises UsageError for one that is unknown, with the nearest known one."""
+        """The given flags by name. Raises UsageError for an unknown flag, naming the nearest known one."""
         namespace, unknown = self.parse_known_args(arguments)
         for argument in unknown:
             if not argument.startswith("--"):
@@ -200,7 +200,7 @@ class OneLineParser(argparse.ArgumentParser):
         return vars(namespace)
 
     def error(self, message: str) -> Any:
-        # argparse says that it ignored what it refuses.
+        # argparse says "ignored" of an argument that it in fact rejects.
         told = message.replace("ignored explicit argument", "takes no value, and was given")
         raise UsageError(f"{told[:300]}; --help lists the flags")
 
@@ -209,7 +209,7 @@ class OneLineParser(argparse.ArgumentParser):
             super().print_help(file)
 
     def add_table(self, table: type, *, leave_out: Collection[str] = (), required: Collection[str] = ()) -> None:
-        """One flag a field, grouped. Flags not given stay out of the namespace."""
+        """Add one flag per field, in the fields' groups. Flags that are not given stay out of the namespace."""
         groups: dict[str, Any] = {}
         for spec in fields(table):
             if spec.name in leave_out:
@@ -239,7 +239,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _SettingsParser(OneLineParser):
-    """A parser that takes a file of run settings as well."""
+    """A parser that also takes a file of run settings (--config)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -248,13 +248,13 @@ class _SettingsParser(OneLineParser):
 
 
 class TrainedModelParser(OneLineParser):
-    """The parser of a command that reads a trained model: it has the flags that name one."""
+    """The parser of a command that reads a trained model, with the flags of `TrainedModelSettings`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_table(TrainedModelSettings, required=("checkpoint_path",))
 
     def parse_with_model(self, arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:
-        """What names the model, and all flags. Raises UsageError."""
+        """The settings that name the model, and all given flags. Raises UsageError."""
         values = self.parse(arguments)
         return TrainedModelSettings(**_checked(TrainedModelSettings, values)), argparse.Namespace(**values)

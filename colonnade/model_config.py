@@ -1,13 +1,13 @@
-"""The sizes of a decoder, under Hugging Face's names, and what a foreign config may not ask for.
+"""The sizes of a decoder, under Hugging Face's names, and the checks that refuse unsupported Hugging Face configs.
 
-Families of models whose block is this decoder's, by `model_type`:
+Model families that this decoder implements, by `model_type`:
 
-    llama       the block as it is; biases by `attention_bias` (q, k, v, o) and `mlp_bias`
-    mistral     the same, as long as attention reaches over the whole context
+    llama       the standard block; biases by `attention_bias` (q, k, v, o) and `mlp_bias`
+    mistral     the same, as long as the attention window covers the whole context
     qwen2       biases on q, k and v
     qwen3       RMSNorm of each head's queries and keys before the rotation (arXiv:2505.09388)
-    ernie4_5    rotary positions turn neighbouring channels instead of the halves of a head; all biases by `use_bias`
-    smollm3     layers without rotary positions (`no_rope_layers`; arXiv:2501.18795)
+    ernie4_5    RoPE rotates neighbouring channels instead of the two halves of a head; all biases by `use_bias`
+    smollm3     some layers without RoPE (`no_rope_layers`; arXiv:2501.18795)
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 from colonnade.errors import UsageError
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is stored padded to a multiple of this, so that its shards do not depend on the rank count."""
+"""The stored vocabulary is padded to a multiple of this, so that its stored shape does not depend on the world size."""
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "ernie4_5", "smollm3")
 
-# Of each kind of scaled rotary positions the numbers that it needs, and those it may have.
+# For each RoPE scaling type: the parameters it requires, and the optional ones.
 _ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
@@ -43,10 +43,10 @@ class ModelConfig:
     """Sizes of a decoder, under the names of a Hugging Face `config.json`.
 
     Attributes:
-        model_type: the family (see above), which `config.json` names as well.
-        rope_scaling: how rotary frequencies are scaled for a longer context: `rope_type` linear, llama3 or yarn with
-            its numbers; None for not at all.
-        no_rope_layers: one number a layer, 0 where it has no rotary positions; None where all have them.
+        model_type: the model family (see above), as named in `config.json`.
+        rope_scaling: how RoPE frequencies are scaled for a longer context: `rope_type` linear, llama3 or yarn with
+            its parameters; None for no scaling.
+        no_rope_layers: one number per layer, 0 for a layer without RoPE, else 1; None if all layers have it.
     """
 
     vocab_size: int
@@ -92,48 +92,48 @@ class ModelConfig:
 
     @property
     def attention_output_bias(self) -> bool:
-        """Whether o_proj has a bias; q_proj, k_proj and v_proj have one with `attention_bias`."""
+        """Whether o_proj has a bias; q_proj, k_proj and v_proj have one if `attention_bias` is set."""
         return self.attention_bias and self.model_type != "qwen2"
 
     @property
     def qk_norm(self) -> bool:
-        """Whether each head's queries and keys pass an RMSNorm before the rotation."""
+        """Whether RMSNorm is applied to each head's queries and keys before the rotation."""
         return self.model_type == "qwen3"
 
     @property
     def rope_interleaved(self) -> bool:
-        """Whether rotary positions turn the channels (2i, 2i + 1) instead of (i, i + head_dim / 2)."""
+        """Whether RoPE rotates the channel pairs (2i, 2i + 1) instead of (i, i + head_dim / 2)."""
         return self.model_type == "ernie4_5"
 
     def has_rope(self, layer: int) -> bool:
-        """Whether the layer of this index has rotary positions."""
+        """Whether the layer with this index has RoPE."""
         return self.no_rope_layers is None or self.no_rope_layers[layer] == 1
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the stored embedding and head. Rows from `vocab_size` on are zero and stay zero."""
+        """Number of rows of the stored embedding and head. Rows from `vocab_size` on are zero and stay zero."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, the vocabulary without padding."""
+        """Parameter count of the whole model, vocabulary padding excluded."""
         return _count(outer_shapes(self)) + self.num_hidden_layers * _count(layer_shapes(self))
 
     @property
     def num_parameters_without_embeddings(self) -> int:
-        """As `num_parameters`, without embedding and head."""
+        """`num_parameters` without embedding and head."""
         return self.num_parameters - (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, vocab_size: int | None = None) -> ModelConfig:
-        """A config from Hugging Face's keys (or a preset's).
+        """Make a config from Hugging Face's keys (or a preset's).
 
         Args:
-            values: the keys of a `config.json`; what does not shape the network is left aside.
-            vocab_size: used where the keys name none (presets leave it to the tokenizer).
+            values: the contents of a `config.json`; keys that do not affect the network are ignored.
+            vocab_size: used if `values` has none (presets leave it to the tokenizer).
 
         Raises:
-            UsageError: a size is missing or impossible, or the config asks for something this decoder lacks.
+            UsageError: a size is missing or impossible, or the config asks for a feature this decoder lacks.
         """
         values = _with_family_defaults(values)
         _refuse_unsupported(values)
@@ -170,7 +170,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: str | Path, *, vocab_size: int | None = None, flag: str = "--model-config") -> ModelConfig:
-        """A config from a Hugging Face `config.json`, or a folder that holds one; `flag` is the one that named it.
+        """Read a config from a Hugging Face `config.json` or a folder that holds one; `flag` is the flag that named it.
 
         Raises `UsageError`.
         """
@@ -197,7 +197,7 @@ _SIZES = tuple(spec.name for spec in fields(ModelConfig) if spec.default is MISS
 
 
 def _require_type(key: str, value: Any, kind: str) -> None:
-    # type(): True is an int to Python.
+    # type(), not isinstance(): in Python True is an int.
     kinds = {
         "int": (int,),
         "float": (int, float),
@@ -210,9 +210,9 @@ def _require_type(key: str, value: Any, kind: str) -> None:
 
 
 def _with_family_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`values`, and for what a foreign config leaves out the default of its family, as `transformers` has it.
+    """Fill in the keys missing from a Hugging Face config with `transformers`' defaults for its model family.
 
-    Not for Llama, whose defaults are this decoder's own; not for sizes, which are never guessed but for `head_dim` and
+    Llama is left as it is, since its defaults are this decoder's own. Sizes are never guessed, except `head_dim` and
     `num_key_value_heads`.
     """
     model_type = values.get("model_type", "llama")
@@ -235,7 +235,7 @@ def _with_family_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_scaling_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a config says of scaled rotary positions, under `rope_scaling` or `rope_parameters`. Raises UsageError."""
+    """A config's RoPE scaling, read from `rope_scaling` or `rope_parameters`; None for none. Raises UsageError."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", None):
@@ -254,7 +254,7 @@ def _rope_scaling_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters of one layer by their names in it, with their shapes: the one place that lists them."""
+    """The shape of each parameter of one layer, by its name within the layer: the only place that lists them."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key_value = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     projections = {
@@ -278,7 +278,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters outside of layers, by name; the vocabulary without padding."""
+    """The shape of each parameter outside the layers, by name, with the vocabulary unpadded."""
     table = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": table,
@@ -292,7 +292,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    """Name what a foreign config asks for and this decoder would silently get wrong."""
+    """Refuse whatever a Hugging Face config asks for that this decoder would silently get wrong. Raises UsageError."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(values.get(key) or {}, Mapping):
             raise UsageError(f"model config: {key} is {values[key]!r:.80}; it must be a mapping")

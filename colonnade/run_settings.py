@@ -1,4 +1,4 @@
-"""The table of run settings: each field its default, limits, group and help text. Flags and YAML are made from it.
+"""The table of run settings: a default, limits, group and help text per field. Flags and YAML keys derive from it.
 
 Nothing heavy is imported, so that `--help` answers at once.
 """
@@ -18,15 +18,15 @@ DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 DATA_PARALLEL_SHARDS = ("none", "zero2", "zero3")
 MAX_STEPS = 10**9
-# Four times the largest batches published; a step's tokens are in memory several times over while they are read ahead.
+# Four times the largest published batches. Reading ahead holds several copies of a step's tokens in memory.
 MAX_TOKENS_PER_STEP = 2**28
 
 
 def setting(default: Any, group: str, text: str, **extra: Any) -> Any:
     """A field with its help text.
 
-    `identity` marks what makes two runs different runs; `unit` is the flag's metavar; `only_with` names another field
-    and the values of it without which this one says nothing.
+    `identity` marks a setting whose change makes it a different run; `unit` is the flag's metavar; `only_with` names
+    another field and the values it must have for this one to take effect.
     """
     return field(default=default, metadata={"group": group, "help": text, **extra})
 
@@ -41,7 +41,7 @@ def step_setting(default: int | None, group: str, text: str, **extra: Any) -> An
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything a run can be told. Units and the value that switches a thing off stand in each help text."""
+    """All settings of a run. Each help text gives the unit, and the value that turns the feature off."""
 
     # Model
     preset: str | None = setting(
@@ -425,7 +425,7 @@ class RunSettings:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that two starts of one run must share; those of spikes only where spikes skip steps."""
+        """The settings that every start of one run must share; the spike settings only if spikes skip steps."""
         silent = self.without_meaning()
         names = [f.name for f in fields(self) if f.metadata.get("identity") and f.name not in silent]
         if self.spike_sigma > 0 and self.spike_action == "skip":
@@ -433,13 +433,13 @@ class RunSettings:
         return {name: getattr(self, name) for name in names}
 
     def without_meaning(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """The fields that say nothing beside the values of others, each with that other and the values it needs."""
+        """The fields with no effect given another field's value, each with that field and the values it needs."""
         needs = {f.name: f.metadata["only_with"] for f in fields(self) if "only_with" in f.metadata}
         return {name: need for name, need in needs.items() if getattr(self, need[0]) not in need[1]}
 
     @property
     def checkpointing(self) -> str:
-        """What the backward pass computes again: none, selective or full."""
+        """The kind of activation recomputation in the backward pass: none, selective or full."""
         return self.activation_checkpointing or ("none" if self.disable_gradient_checkpointing else "full")
 
     def compiles_on(self, device: str) -> bool:

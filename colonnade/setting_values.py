@@ -1,4 +1,4 @@
-"""One setting's value, checked against what its field says, and YAML files read strictly."""
+"""Checking one setting's value against its field's metadata, and reading YAML files strictly."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from colonnade.errors import UsageError
 MAX_MICRO_BATCH = 2**16
 
 _KINDS = {"int": "a whole number", "float": "a finite number", "str": "text", "bool": "true or false"}
-# Enough of a value to recognise it: a file may hold megabytes where a number was expected.
+# Shortens a value in error messages: a file may hold megabytes where a number was expected.
 brief = reprlib.Repr()
 brief.maxstring = brief.maxother = brief.maxlong = 100
 brief.maxlevel = 2
 
 
 def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
-    """One value, checked and converted to its field's type. `source` is the flag or key the user wrote.
+    """Check one value and convert it to its field's type. `source` is the flag or key the user wrote.
 
     Raises:
         UsageError: names `source`, the value and the limit.
@@ -64,7 +64,8 @@ def _convert(kind: str, value: Any) -> Any:
         if not isinstance(value, str) or "\0" in value:
             raise TypeError
         return value
-    # YAML 1.1 reads 1e-3 as text, and a flag is always text; a bool is an int to Python, and 1.0 no whole number.
+    # Text may be a number: YAML 1.1 reads 1e-3 as text, and flags are always text. In Python a bool is an int, so it is
+    # excluded; a float such as 1.0 is not accepted as a whole number.
     if not isinstance(value, str | int | float) or isinstance(value, bool) or (kind == "int" and type(value) is float):
         raise TypeError
     number = int(value) if kind == "int" else float(value)
@@ -88,7 +89,7 @@ _WALL_TIME = re.compile(r"(?:([0-9]{1,3})-)?([0-9]{1,3}):([0-5][0-9]):([0-5][0-9
 
 
 def _check_wall_time(value: Any, source: str) -> str:
-    # YAML 1.1 reads 04:00:00 as a number to the base 60.
+    # YAML 1.1 reads 04:00:00 as a base-60 integer.
     if type(value) is int and value >= 0:
         value = f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
     if not (isinstance(value, str) and _WALL_TIME.fullmatch(value) and wall_time_seconds(value) > 0):
@@ -97,7 +98,7 @@ def _check_wall_time(value: Any, source: str) -> str:
 
 
 def wall_time_seconds(text: str) -> int:
-    """Seconds of a checked `--wall-time`."""
+    """A validated `--wall-time` in seconds."""
     match = _WALL_TIME.fullmatch(text)
     assert match is not None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -109,19 +110,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """Every divisor of a number of at least 1, ascending."""
+    """All divisors of a number >= 1, ascending."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)})
 
 
 def multiples_near(value: int, step: int) -> list[int]:
-    """The multiples of `step` below and above a value that is none, those above 0."""
+    """The multiples of `step` just below and above `value`, which is not one itself; 0 is left out."""
     below = value // step * step
     return [multiple for multiple in (below, below + step) if multiple]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types, and no key twice: PyYAML would take the last one without a word."""
+    """Loads YAML's plain types only and rejects duplicate keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -136,7 +137,7 @@ def read_yaml(path: Path, source: str) -> dict[Any, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"{source} {path}: cannot be read ({error.strerror})") from error
-    # Dates and numbers that no date or number can be are ValueErrors to PyYAML, and so is text that is not UTF-8.
+    # PyYAML raises ValueError for impossible dates and numbers; text that is not UTF-8 raises one as well.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{source} {path}: not YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(values, dict):
@@ -145,10 +146,10 @@ def read_yaml(path: Path, source: str) -> dict[Any, Any]:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a setting."""
+    """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def useless_alone(name: str, needed: str) -> UsageError:
-    """What to raise where `name` was given, and says nothing without `needed`."""
+    """The error to raise if `name` was given but has no effect without `needed`."""
     return UsageError(f"{flag_of(name)} does nothing without {flag_of(needed)}: give both, or neither")

@@ -1,4 +1,4 @@
-"""Bytes that torch allocates on one rank of a parallel, the other ranks being torch's fake process group."""
+"""Bytes that torch allocates on one rank of a parallel layout; torch's fake process group stands in for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model import TensorParallelModel
 
 @dataclass(frozen=True)
 class Allocated:
-    """Bytes of a rank: its parameters, moments, and the most that a step held above these two."""
+    """Bytes of a rank: its parameters, its moments, and the peak of a step above these two."""
 
     parameters: int
     moments: int
@@ -39,9 +39,9 @@ def allocated(
     accumulation: int = 2,
     device_type: str = "cpu",
 ) -> Allocated:
-    """What the first rank allocates in its second step; replaces the process group, if there is one.
+    """What the first rank allocates in its second step. Replaces the process group, if there is one.
 
-    Collectives bring nothing, so values mean nothing; the bytes are those of a real rank.
+    Collectives deliver nothing, so values are meaningless, but the bytes are those of a real rank.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -66,7 +66,7 @@ def allocated(
             max_grad_norm=1.0,
         )
 
-    step()  # what is made once and stays
+    step()  # allocates what is created once and stays
     most = most_above(step, device)
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     return Allocated(_bytes_of(model.parameters()), _bytes_of(moments), most)
@@ -87,7 +87,7 @@ def _trained(
         activation_checkpointing=parallel.activation_checkpointing,
         sequence_parallel=parallel.sequence_parallel,
         overlap_collectives=parallel.overlap_collectives,
-        shares_memory=False,  # accelerators, which the prediction is for, do not
+        shares_memory=False,  # the prediction is for accelerators, which have no such shared memory
     )
     if layout.shard_mesh is not None:
         lower = None if parallel.precision == "fp32" else dtype

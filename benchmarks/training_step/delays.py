@@ -1,4 +1,4 @@
-"""Collectives that take a set time longer, and the passes of `benchmarks/overlap.py` under them."""
+"""Collectives with an artificial delay, and the passes that `benchmarks/overlap.py` measures with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from colonnade.parallel.mesh import init_parallel
 from colonnade.parallel.pending import Pending
 from model import TensorParallelModel
 
-# Large enough for the head's p W to take about as long as a segment, small enough for the layers to set the pace.
+# Large enough that the head's p W takes about as long as a segment, small enough that the layers dominate.
 VOCABULARY, BLOCK = 16_384, 256
 PLACES = ("layers", "head")
 WARM_UPS = 2
@@ -34,11 +34,11 @@ Times = list[dict[str, tuple[float, float]]]
 
 
 class Delay:
-    """Seconds that a collective takes at least, by the place it belongs to.
+    """The minimum seconds that a collective takes, by the place in the model it belongs to.
 
     Attributes:
-        started: collectives since the last `set`, by place.
-        slept: seconds that were left of their delays when they were waited for.
+        started: number of collectives since the last `set`, by place.
+        slept: seconds of their delays that were still left when the collectives were waited for.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Delay:
         self.started, self.slept = dict.fromkeys(PLACES, 0), 0.0
 
     def held_back(self, pending: Pending[Tensor]) -> Pending[Tensor]:
-        """The same value, delivered no earlier than the delay from now on."""
+        """The same value, delivered no earlier than the delay after now."""
         self.started[self.place] += 1
         due = time.perf_counter() + self.seconds[self.place]
 
@@ -72,14 +72,14 @@ class Delay:
 
 
 def sleep_until(due: float) -> float:
-    """Asleep, so that the communication library has the core meanwhile. Returns the seconds that were left."""
+    """Sleep until `due`, which leaves the core to the communication library. Returns the seconds that were left."""
     left = max(0.0, due - time.perf_counter())
     time.sleep(left)
     return left
 
 
 def delay_group(group: TensorGroup, delay: Delay) -> None:
-    """Hold back every collective that `group` starts; those within the head's loss count as the head's."""
+    """Delay every collective that `group` starts; those within the head's loss count as the head's."""
     for name in ("start_sum", "start_gather", "start_sum_part"):
         setattr(group, name, _held_back(getattr(group, name), delay))
     head_loss = decoder.head_loss
@@ -105,9 +105,9 @@ class _DelayedWork:
 
 
 class Link:
-    """Takes the place of `torch.distributed.all_reduce`: sums pass one after the other, each in `seconds`.
+    """Replaces `torch.distributed.all_reduce` by a simulated link: sums pass one after the other, each in `seconds`.
 
-    The sums of gradients are all under way together, so that a delay from the start of each on would be one delay.
+    All sums of gradients are in flight at once, so delays counted from the start of each would overlap into one.
     """
 
     def __init__(self) -> None:
@@ -127,13 +127,13 @@ class Link:
 
 
 def measure_tensor_parallel(fractions: Sequence[float], rounds: int, sequence_parallel: bool) -> dict[str, Any]:
-    """Seconds of passes with and without overlap at each delay, the delays being fractions of a segment. Collective.
+    """Seconds of passes with and without overlap at each delay; delays are fractions of a segment's time. Collective.
 
     Returns:
-        segments: seconds of half a micro-batch's attention and feed-forward, in the forward pass.
-        delay: 1.0 of it: the shorter of the two.
-        started: collectives of a pass with overlap, by place; and without it.
-        rounds: seconds of a pass by case, and of them the first rank's sleep, of each round.
+        segments: seconds of attention and of feed-forward for half a micro-batch, in the forward pass.
+        delay: the delay at fraction 1.0: the shorter of the two segments.
+        started: for each case, with and without overlap, the number of collectives in a pass, by place.
+        rounds: for each round and case, the seconds of a pass and how many of them the first rank slept.
     """
     job = dataclasses.replace(work(VOCABULARY, "fp32"), block=BLOCK)
     layout = init_parallel(int(os.environ["WORLD_SIZE"]), torch.device("cpu"))
@@ -176,7 +176,7 @@ def _pass(own: TensorParallelModel, ids: Tensor) -> None:
 
 
 def _segment_seconds(own: TensorParallelModel, one: Pass) -> dict[str, float]:
-    """Median seconds of the segments in a forward pass. Both ranks compute at once."""
+    """Median seconds of each segment in a forward pass, while both ranks compute."""
     taken: dict[str, list[float]] = {"attention": [], "mlp": []}
 
     def watched(name: str, segment: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -201,7 +201,7 @@ def _segment_seconds(own: TensorParallelModel, one: Pass) -> dict[str, float]:
 
 
 def timed(one: Pass) -> float:
-    """Seconds of a pass, from when all ranks begin until the last has ended."""
+    """Seconds of a pass, from the moment all ranks begin until the last one ends."""
     dist.barrier()
     began = time.perf_counter()
     one()
@@ -225,14 +225,14 @@ def _in_turns(names: Sequence[str], seconds: Callable[[str], tuple[float, float]
 
 
 def measure_data_parallel(fractions: Sequence[float], rounds: int) -> dict[str, Any]:
-    """Seconds of a backward pass with the sums of its gradients, during it and after it. Collective.
+    """Seconds of a backward pass with all-reduces of its gradients during it, and after it. Collective.
 
-    All sums of a pass together take the named fractions of the backward pass.
+    All all-reduces of a pass together take the given fractions of the backward pass's time.
 
     Returns:
-        backward: seconds of a backward pass without sums.
-        started: sums of a pass, by case.
-        rounds: seconds by case, and of them the first rank's sleep, of each round.
+        backward: seconds of a backward pass without all-reduces.
+        started: number of all-reduces in a pass, with overlap and without.
+        rounds: for each round and case, the seconds and how many of them the first rank slept.
     """
     job = dataclasses.replace(work(VOCABULARY, "fp32"), block=BLOCK)
     layout = init_parallel(1, torch.device("cpu"))

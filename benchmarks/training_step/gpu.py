@@ -1,4 +1,4 @@
-"""The measured part of `benchmarks/gpu_step.py`: each function is the life of one process on one device."""
+"""The measurements of `benchmarks/gpu_step.py`: each `measure_` function runs in its own process on one device."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from colonnade.parallel.mesh import init_parallel
 from colonnade.tuning.memory import is_out_of_memory
 from model import TensorParallelModel
 
-# Rows, inner size, columns: a square that suits any library, and the feed-forward of a large model.
+# Rows, inner size, columns: a square product that any library does well, and the feed-forward of a large model.
 PRODUCTS = {"cuda": ((8192, 8192, 8192), (16_384, 3072, 8192), (16_384, 8192, 3072)), "cpu": ((256, 256, 256),)}
-# Operations of all turns of a product. Long enough for a GPU to slow down as it does under load: half a second.
+# Total FLOPs per shape: about half a second, long enough for a GPU's clock to drop as it does under load.
 PRODUCT_FLOPS = {"cuda": 4e14, "cpu": 1e9}
 DTYPE = torch.bfloat16
 KERNELS = {
@@ -40,16 +40,16 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What every contender is measured at.
+    """The sizes and settings that every contender is measured with.
 
     Attributes:
         config: sizes of the decoder.
-        block: tokens a sequence.
-        micro_batches: tried in this order until one does not fit.
-        windows: the median of so many counts.
-        window_steps: steps of a window.
+        block: tokens per sequence.
+        micro_batches: sizes tried in this order until one does not fit.
+        windows: number of timed windows, of which the median counts.
+        window_steps: steps per window.
         device_type: cuda or cpu.
-        profile_folder: where tables of kernels go; None for no profile.
+        profile_folder: where to write the tables of kernels; None for no profile.
     """
 
     config: ModelConfig
@@ -71,7 +71,7 @@ class Plan:
 
 
 def measure_ours(plan: Plan, name: str, options: dict[str, Any], shards: int) -> dict[str, Any]:
-    """Our step, of the whole model or of the first of so many shards."""
+    """Measure our step with the whole model, or with the first of `shards` shards."""
     arguments = {key: value for key, value in options.items() if key != "attention"}
     model = our_shard(plan, arguments, shards)
     optimizer = our_optimizer(model)
@@ -80,7 +80,7 @@ def measure_ours(plan: Plan, name: str, options: dict[str, Any], shards: int) ->
 
 
 def our_shard(plan: Plan, options: dict[str, Any], shards: int) -> TensorParallelModel:
-    """The model of the first of so many ranks, of which the others are not there."""
+    """The model on the first of `shards` tensor-parallel ranks; the other ranks do not exist."""
     if shards > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -89,7 +89,7 @@ def our_shard(plan: Plan, options: dict[str, Any], shards: int) -> TensorParalle
 
 
 def measure_transformers(plan: Plan, name: str, compiled: bool) -> dict[str, Any]:
-    """The step of `transformers`' LlamaForCausalLM."""
+    """Measure the step of `transformers`' LlamaForCausalLM."""
     with plan.device:
         model = llama_model(plan.config)
     optimizer = adamw(model)
@@ -98,7 +98,7 @@ def measure_transformers(plan: Plan, name: str, compiled: bool) -> dict[str, Any
 
 
 def _measure(plan: Plan, name: str, shards: int, make: Callable[[Work], Contender]) -> dict[str, Any]:
-    """Speed and memory at each micro-batch that fits, and the best of them."""
+    """Speed and memory at each micro-batch size that fits, and the fastest of them."""
     rates = [matmul_rate(plan.device)]
     tried: list[dict[str, Any]] = []
     does_not_fit = 0
@@ -135,7 +135,7 @@ def _if_it_fits(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _release() -> None:
-    torch.compiler.reset()  # a CUDA graph's memory goes with what was compiled
+    torch.compiler.reset()  # CUDA graphs release their memory only with the compiled code
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -172,7 +172,7 @@ def _await(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Operations a second of bare products, of the shape that the device is fastest at."""
+    """FLOP/s of bare products in the shape that is fastest on the device."""
     rates = []
     for shape in PRODUCTS[device.type]:
         repeats = round(PRODUCT_FLOPS[device.type] / product_flops(shape))

@@ -1,4 +1,4 @@
-"""Our own training step for `benchmarks/step.py`, and its deterministic mode against the default one."""
+"""Our own training step for `benchmarks/step.py`, and the comparison of its deterministic mode with the default one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model import ModelConfig, TensorParallelModel
 
 
 def ours(work: Work, layout: ParallelLayout, *, alone: bool = False, **options: Any) -> Contender:
-    """A run's own step with its defaults, eager, no activations recomputed. `options` go to the model."""
+    """The step of a run with default settings, but eager and without recomputation. `options` go to the model."""
     model = TensorParallelModel(work.config, layout, compute_dtype=work.dtype, **options)
     return our_contender(model, our_optimizer(model), work, alone=alone)
 
@@ -32,7 +32,7 @@ def our_optimizer(model: TensorParallelModel) -> torch.optim.Optimizer:
 def our_contender(
     model: TensorParallelModel, optimizer: torch.optim.Optimizer, work: Work, *, alone: bool = False
 ) -> Contender:
-    """A contender from a model and its optimizer."""
+    """Make a contender from a model and its optimizer."""
     device = model.layout.device
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     share = work.share(device)
@@ -58,7 +58,7 @@ def our_contender(
 # ------------------------------------------------------------------------------------- deterministic over default
 
 SLICES = 4
-# Large enough that matrix products set the pace, small enough for two cores: about 0.3 s a step in float32.
+# Large enough that matrix products dominate, small enough for two cores: about 0.3 s per step in float32.
 MODE_SIZES: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 384,

@@ -1,7 +1,8 @@
-"""What a training step is compared with: the same decoder trained by other means, each a `Contender`.
+"""What our training step is compared with: the same decoder trained by other means, each a `Contender`.
 
-A contender's step is all of it: forward and backward of one micro-batch, the gradient norm, clipping to 1.0 and fused
-AdamW. Parameters, gradients and moments are float32; bf16 is torch.autocast, as each of these is used. All run eagerly.
+A contender's step is complete: forward and backward of one micro-batch, the gradient norm, clipping to 1.0 and fused
+AdamW. Parameters, gradients and moments are float32; bf16 is through torch.autocast, as is usual with each of them. All
+run eagerly.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Contender:
     """One way of training.
 
     Attributes:
-        step: takes an optimizer step and returns the loss, the mean over the tokens.
-        held: parameters and moments of this rank, which stay in memory between steps.
-        alone: runs on the first rank, with the threads of all ranks, while the others sleep.
+        step: takes an optimizer step and returns the mean loss over the tokens.
+        held: returns this rank's parameters and moments, which stay in memory between steps.
+        alone: whether it runs on the first rank only, with the threads of all ranks, while the others sleep.
     """
 
     step: Callable[[], Tensor]
@@ -51,7 +52,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def contender(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], *, alone: bool = False
 ) -> Contender:
-    """A contender from what runs forward and backward and returns the loss."""
+    """Make a contender from `loss`, which runs forward and backward and returns the loss."""
 
     def step() -> Tensor:
         value = loss()
@@ -64,7 +65,7 @@ def contender(
 
 
 def mixed_precision(work: Work, device: torch.device) -> AbstractContextManager[Any]:
-    """torch.autocast in the dtype of the products; nothing in float32."""
+    """torch.autocast in the dtype of the products; a no-op in float32."""
     return torch.autocast(device.type, work.dtype, enabled=work.dtype != torch.float32)
 
 
@@ -72,7 +73,7 @@ def mixed_precision(work: Work, device: torch.device) -> AbstractContextManager[
 
 
 class PlainAttention(nn.Module):
-    """Causal grouped-query attention; projections of as many heads as it is given, or as a plan leaves it."""
+    """Causal grouped-query attention over 1 / `parts` of the heads, or over the heads that a parallel plan leaves."""
 
     def __init__(self, config: ModelConfig, parts: int) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class PlainAttention(nn.Module):
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv:2104.09864) of [B, n, T, D], in the halves of a head as `transformers` has them."""
+    """Applies RoPE (arXiv:2104.09864) to [B, n, T, D], pairing the halves of a head as `transformers` does."""
     cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
     left, right = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-right, left), dim=-1) * sin
@@ -134,14 +135,14 @@ class PlainBlock(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """The decoder as anyone would write it, without a thought of ranks: token ids [B, T] -> logits [B, T, V].
+    """The decoder as anyone would write it, unaware of ranks: token ids [B, T] -> logits [B, T, V].
 
     Its parameters have `transformers`' names, without the leading "model.".
 
     Args:
         config: the sizes.
-        parts: attention heads and feed-forward channels are cut into that many parts, of which this is one.
-        whole: applied to what attention and feed-forward return: makes the sum over the parts of it.
+        parts: attention heads and feed-forward channels are split into this many parts, of which this is one.
+        whole: applied to the partial outputs of attention and feed-forward, to sum them over the parts.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class PlainDecoder(nn.Module):
 
 
 def torch_plan(work: Work, mesh: DeviceMesh, device: torch.device) -> Contender:
-    """torch's own tensor parallelism: `PlainDecoder` under `parallelize_module`, with `loss_parallel`."""
+    """torch's native tensor parallelism: `PlainDecoder` under `parallelize_module`, with `loss_parallel`."""
     model = parallelized(PlainDecoder(work.config).to(device), mesh)
     return contender(model, adamw(model), plan_loss(model, work, device))
 
@@ -182,9 +183,9 @@ def torch_plan(work: Work, mesh: DeviceMesh, device: torch.device) -> Contender:
 def parallelized(model: PlainDecoder, mesh: DeviceMesh) -> PlainDecoder:
     """The plan of torch's tensor-parallel tutorial and of torchtitan's Llama, with sequence parallelism.
 
-    The embedding is cut by rows and its output over the sequence; norms and residuals stay cut over the sequence
-    (all-gather before a column-parallel product, reduce-scatter after a row-parallel one); the head's logits stay cut
-    over the vocabulary. gloo has the collectives that this needs.
+    The embedding is sharded by rows and its output over the sequence; norms and residuals stay sharded over the
+    sequence (all-gather before a column-parallel product, reduce-scatter after a row-parallel one); the head's logits
+    stay sharded over the vocabulary. gloo supports the collectives that this needs.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -239,7 +240,7 @@ def plan_loss(model: nn.Module, work: Work, device: torch.device) -> Callable[[]
 
 
 class _ForwardSum(torch.autograd.Function):
-    """The sum over ranks of a partial result in a fresh tensor; the gradient passes as it is."""
+    """Sums a partial result over ranks into a new tensor; the gradient passes through unchanged."""
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor) -> Tensor:
@@ -253,19 +254,19 @@ class _ForwardSum(torch.autograd.Function):
 
 
 def predecessor(work: Work, ranks: int, device: torch.device) -> Contender:
-    """The scheme of this project's predecessor, re-created to show what succeeding it costs or gains.
+    """The scheme of this project's predecessor, re-created to show the cost or gain of replacing it.
 
-    Attention heads and feed-forward channels are cut; embedding and head are whole on every rank, so each computes all
-    logits. The results of the row-parallel products are summed by an all-reduce outside of autograd, and no gradient
-    ever is: each rank trains on gradients of its own paths alone. Each clips by the norm of what it holds. So the
-    gradients are wrong by design, which is why it was succeeded; its speed is what this measures.
+    Attention heads and feed-forward channels are sharded; embedding and head are replicated, so each rank computes all
+    logits. The outputs of the row-parallel products are summed by an all-reduce outside autograd, and gradients never
+    are: each rank trains on the gradients of its own paths only, and clips by the norm of what it holds. So the
+    gradients are wrong by design, which is why the scheme was replaced; this measures only its speed.
     """
     model = predecessor_model(work.config, ranks).to(device)
     return contender(model, adamw(model), dense_loss(model, work, device))
 
 
 def predecessor_model(config: ModelConfig, ranks: int) -> PlainDecoder:
-    """A rank's part of `predecessor`: heads and channels of its own, embedding and head whole."""
+    """A rank's part of `predecessor`: its own heads and channels, with the whole embedding and head."""
     return PlainDecoder(config, ranks, _ForwardSum.apply)
 
 
@@ -285,13 +286,13 @@ def dense_loss(model: nn.Module, work: Work, device: torch.device) -> Callable[[
 
 
 def llama(work: Work, device: torch.device) -> Contender:
-    """`transformers`' LlamaForCausalLM with scaled dot-product attention on one process; it computes its own loss."""
+    """`transformers`' LlamaForCausalLM with scaled dot-product attention in one process; it computes its own loss."""
     model = llama_model(work.config).to(device)
     return contender(model, adamw(model), llama_loss(model, work, device), alone=True)
 
 
 def llama_model(config: ModelConfig) -> nn.Module:
-    """A fresh LlamaForCausalLM of these sizes."""
+    """A new LlamaForCausalLM of these sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: Any = {**config.to_dict(), "use_cache": False}
@@ -300,13 +301,13 @@ def llama_model(config: ModelConfig) -> nn.Module:
 
 
 def llama_loss(model: Any, work: Work, device: torch.device) -> Callable[[], Tensor]:
-    """Forward and backward of a LlamaForCausalLM, which is given labels."""
+    """Forward and backward of a LlamaForCausalLM, which computes the loss from the labels."""
     share = work.share(device)
     ids, labels = share[:, :-1].contiguous(), share[:, 1:].contiguous()
 
     def loss() -> Tensor:
         with mixed_precision(work, device):
-            # Labels that stand in their places already: all tokens count, as they do for the others.
+            # The labels are already shifted, so that all tokens count, as they do for the other contenders.
             value = model(input_ids=ids, labels=labels, shift_labels=labels).loss
         value.backward()
         found: Tensor = value.detach()

@@ -1,4 +1,4 @@
-"""Ranks that take the steps of `benchmarks/step.py` in turns, and what is measured of each."""
+"""The ranks that run the contenders of `benchmarks/step.py` in turns, and the measurements of each contender."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from colonnade.parallel.launch import quiet_libraries
 from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
 
 MATMUL = "matmul"
-# Rows, inner size, columns: a rank's gate and up product, its head, and a product that suits any library.
+# Rows, inner size, columns: a rank's gate and up product, its head, and a square product that any library does well.
 PRODUCTS = ((2048, 512, 1376), (2048, 512, 16_000), (2048, 2048, 2048))
-# Operations of one turn of a product: half a second on a core, a twentieth on a GPU.
+# FLOPs of one turn of a bare product: half a second on a CPU core, a twentieth of a second on a GPU.
 PRODUCT_FLOPS = {"cpu": 4e10, "cuda": 4e13}
 PROFILED_STEPS, PROFILED_ROWS = 2, 60
 
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 returns of `measure(*args)`, called on all of so many new processes with one thread each."""
+    """Call `measure(*args)` on `ranks` new processes with one thread each; return what it returns on rank 0."""
     barrier = multiprocessing.get_context("spawn").Barrier(ranks)
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's log lines
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer")
         multiprocessing.spawn(_rank, args=(ranks, _free_port(), answer, barrier, measure, args), nprocs=ranks)
@@ -67,7 +67,7 @@ def _rank(
 
 
 class _Turns:
-    """How the ranks wait for each other: asleep, which `torch.distributed` does not promise of its barriers."""
+    """The barrier at which ranks wait for each other: it sleeps, which `torch.distributed`'s may not do."""
 
     barrier: Any = None
 
@@ -77,12 +77,12 @@ class _Turns:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender took.
+    """The time and memory of a contender.
 
     Attributes:
         seconds: of each round.
-        memory: bytes of parameters and moments on the first rank, and the most that a step has allocated there above
-            them (gradients, activations, what the optimizer needs for a moment); 0 for a bare product.
+        memory: bytes on the first rank: parameters and moments, plus the peak of what a step allocates above them
+            (gradients, activations, the optimizer's temporary tensors); 0 for a bare product.
         loss: of the first step.
     """
 
@@ -101,12 +101,12 @@ def measure_case(
 ) -> list[dict[str, Measured]]:
     """Seconds and memory of the contenders of each group, which stay in memory together and take turns. Collective.
 
-    A round is one step of each; every other round goes backwards. A first step warms up, a second one is measured for
-    its memory, and the rounds begin.
+    A round is one step of each; every other round runs in reverse order. Before the rounds, a first step warms up and a
+    second one is measured for its memory.
 
     Args:
-        variants: options of our model, by the name of a contender.
-        profiles: what the files begin with that tables of the first rank's kernels go to.
+        variants: options of our model, by name of the contender.
+        profiles: path prefix of the files that get the tables of the first rank's kernels; None for no profile.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
@@ -145,7 +145,7 @@ def measure_case(
 
 
 def _absent() -> Contender:
-    """What a rank has of a contender that runs on another rank."""
+    """A placeholder for a contender that runs on another rank only."""
     return Contender(lambda: torch.zeros(()), list, alone=True)
 
 
@@ -163,7 +163,7 @@ def _take_turns(contenders: dict[str, Contender], rounds: int, device: torch.dev
 
 
 def _step(contender: Contender) -> Tensor:
-    """Take a step, or let the first rank take it with all threads."""
+    """Take a step on all ranks, or, for a contender that runs alone, on the first rank with all threads."""
     if not contender.alone:
         return contender.step()
     ranks, is_first = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
@@ -190,12 +190,12 @@ def _await_all(device: torch.device) -> None:
 
 
 def step_memory(contender: Contender, device: torch.device) -> int:
-    """Bytes held between steps and the most that one step has above them: as torch allocates them, on this rank."""
+    """Bytes that torch allocates on this rank: those held between steps, plus the peak of one step above them."""
     return sum(tensor.nbytes for tensor in contender.held()) + most_above(lambda: _step(contender), device)
 
 
 def kernels(step: Callable[[], object], device: torch.device) -> str:
-    """A table of what takes the most time on this rank in some steps."""
+    """A table of the kernels that take the most time on this rank in `PROFILED_STEPS` steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     step()
     with profile(activities=activities) as recorded:
@@ -212,23 +212,23 @@ def kernels(step: Callable[[], object], device: torch.device) -> str:
 
 
 def product_name(shape: tuple[int, int, int]) -> str:
-    """The name of a bare product among the contenders."""
+    """The contender name of a bare product."""
     return f"{MATMUL} {'x'.join(map(str, shape))}"
 
 
 def product_flops(shape: tuple[int, int, int]) -> int:
-    """Operations of one product of this shape."""
+    """FLOPs of one product of this shape."""
     rows, inner, columns = shape
     return 2 * rows * inner * columns
 
 
 def product_repeats(shape: tuple[int, int, int], device_type: str) -> int:
-    """Products of a turn."""
+    """Number of products in one turn."""
     return max(1, round(PRODUCT_FLOPS[device_type] / product_flops(shape)))
 
 
 def bare_product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> Contender:
-    """Matrix products x W^T of one shape into memory that is there, on every rank at the same time."""
+    """Matrix products x W^T of one shape into a preallocated output, on every rank at the same time."""
     rows, inner, columns = shape
     x, weight = (torch.randn(count, inner, device=device).to(dtype) for count in (rows, columns))
     out = torch.empty(rows, columns, dtype=dtype, device=device)

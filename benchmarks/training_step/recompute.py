@@ -1,4 +1,4 @@
-"""Passes whose activations are kept, computed again or shared out, for `benchmarks/activation_checkpointing.py`."""
+"""Passes whose activations are kept, recomputed or sharded, for `benchmarks/activation_checkpointing.py`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from benchmarks.training_step.work import PRECISIONS, work
 from colonnade.parallel.mesh import init_parallel
 from model import TensorParallelModel
 
-# Small, so that the layers set time and memory and not the loss.
+# Small, so that the layers dominate time and memory, not the loss.
 VOCABULARY = 4096
 
 
 def measure(
     variants: dict[str, dict[str, Any]], precision: str, block: int, micro_batches: int, rounds: int
 ) -> dict[str, Any]:
-    """Time and memory of forward and backward passes of models that take turns in one process. Collective.
+    """Time and memory of forward and backward passes, for models that take turns in the same process. Collective.
 
     Args:
-        variants: keyword arguments of `TensorParallelModel`, and "keeps_weights" (True).
-        micro_batches: into which the four sequences are cut.
+        variants: keyword arguments of `TensorParallelModel`, plus "keeps_weights" (default True), by name.
+        micro_batches: the number into which the four sequences are split.
 
     Returns:
-        bytes: the most that a pass allocates above parameters and gradients on this rank, by variant.
-        seconds: of a pass by variant, of each round.
+        bytes: by variant, the peak of what a pass allocates above parameters and gradients on this rank.
+        seconds: for each round, the time of a pass by variant.
     """
     job = dataclasses.replace(work(VOCABULARY, precision), block=block)
     layout = init_parallel(int(os.environ["WORLD_SIZE"]), torch.device("cpu"))
@@ -45,7 +45,7 @@ def measure(
 
     contenders = {name: contender(**options) for name, options in variants.items()}
     for one in contenders.values():
-        one.step()  # gradients are there from now on
+        one.step()  # allocates the gradients
     found = {name: step_memory(one, layout.device) for name, one in contenders.items()}
     seconds: list[dict[str, float]] = []
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""Variants of our own step, as the command line of a benchmark names them."""
+"""Parsing the variants of our own step that a benchmark's command line asks for."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from model import TensorParallelModel
 def parsed_variants(
     texts: Sequence[str], reserved: Collection[str], also: Collection[str] = (), *, device_type: str
 ) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of the model by name, each from NAME:KEY=VALUE,KEY=VALUE.
+    """Keyword arguments of the model for each variant, by its name, parsed from NAME:KEY=VALUE,KEY=VALUE.
 
     Args:
-        reserved: names that mean something else.
+        texts: the variants.
+        reserved: names with another meaning.
         also: keys that the benchmark itself takes, with text as their value.
+        device_type: cuda or cpu.
 
     Raises:
-        UsageError: one is not of that form, or names or holds what the model does not take here.
+        UsageError: a variant has another form, a name that is taken, or a key or value that the model does not take.
     """
     variants: dict[str, dict[str, Any]] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""What the benchmarks of a training step compute: the sizes, the tokens, and the operations that such a step needs."""
+"""The workload of the training-step benchmarks: sizes, tokens, and the FLOPs of such a step."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Work:
 
     Attributes:
         config: sizes of the decoder.
-        micro_batch: sequences.
-        block: tokens a sequence.
+        micro_batch: number of sequences.
+        block: tokens per sequence.
         dtype: of the matrix products; parameters and optimizer state are float32.
     """
 
@@ -58,21 +58,21 @@ class Work:
 
 
 def work(vocabulary: int, precision: str) -> Work:
-    """The step of `benchmarks/step.py` at a vocabulary of that many entries."""
+    """The step of `benchmarks/step.py` with a vocabulary of the given size."""
     config = ModelConfig(vocab_size=vocabulary, max_position_embeddings=BLOCK, **SIZES)
     return Work(config, MICRO_BATCH, BLOCK, PRECISIONS[precision])
 
 
 def step_flops(config: ModelConfig, micro_batch: int, block: int, *, causal: bool = True) -> int:
-    """Floating-point operations of a step's matrix products and attention; all else, and all recomputed, counts 0.
+    """FLOPs of a step's matrix products and attention; everything else, and all recomputation, counts as 0.
 
-    A product with a weight of n elements takes 2 n operations a token forward and 4 n backward (for the gradients of
-    its input and of the weight). So do the head's; the embedding is a lookup. Attention is Q K^T and P V forward, twice
-    that backward, over the pairs of a token and one it may see: block * (block + 1) / 2 of a sequence. A kernel that
-    computes the scores again in its backward pass gets nothing for it.
+    A product with a weight of n elements takes 2 n FLOPs per token forward and 4 n backward (for the gradients of its
+    input and of the weight). This includes the head; the embedding is a lookup. Attention is Q K^T and P V forward, and
+    twice that backward, over the pairs of a token and one it may attend to: block * (block + 1) / 2 per sequence. A
+    kernel that recomputes the scores in its backward pass gets no credit for it.
 
     Args:
-        causal: False counts all block * block pairs, as kernels without a mask compute them.
+        causal: False counts all block * block pairs, as computed by kernels without a mask.
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -85,7 +85,7 @@ def step_flops(config: ModelConfig, micro_batch: int, block: int, *, causal: boo
 
 
 def most_above(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch has allocated at once during a step, above what there was before it."""
+    """The peak of the bytes that torch has allocated during a step, above what was allocated before it."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)

@@ -1,1 +1,1 @@
-"""What a run tells about itself: metric rows, plots and the progress on screen."""
+"""What a run reports about itself: metric rows, plots and on-screen progress."""

@@ -1,7 +1,7 @@
 """One chart as inline SVG for a page: drawn by matplotlib, coloured by the page's style sheet.
 
-Colours are put in as marks that no drawing has by itself, and replaced: ink by `currentColor`, the curve of number i by
-the variable `--curve-i`. So a page can be light or dark.
+Charts are drawn in placeholder colours that matplotlib does not use otherwise, which are then replaced: the text colour
+by `currentColor`, that of curve i by the CSS variable `--curve-i`. This lets a page be light or dark.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 
 _INK = "#010203"
 CURVE_COLORS = 8
-# More points than pixels tell nothing: of each stretch the lowest and the highest stay.
+# More points than pixels add nothing: only the lowest and the highest point of each stretch are kept.
 MOST_POINTS = 1600
-# Points (1/72 inch) that a page of 400 to 1400 pixels shows at 0.7 to 1.2 times their size.
+# In points (1/72 inch); pages that are 400 to 1400 pixels wide show the chart at 0.7 to 1.2 times this size.
 _WIDTH, _HEIGHT = 400, 215
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of one series.
+    """One series to draw.
 
     Attributes:
-        steps, values: of its points; a NaN leaves a gap.
-        color: number of the page's colour, from 0.
-        style: "line", "faint" (below another one), "dashed", or "dots" (a line with its points).
+        steps, values: the points; a NaN leaves a gap.
+        color: index of one of the page's curve colours, from 0.
+        style: "line", "faint" (a line behind another one), "dashed", or "dots" (a line with markers at its points).
     """
 
     steps: Sequence[int]
@@ -47,17 +47,17 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def chart(curves: Sequence[Curve], restarts: Sequence[tuple[int, int | None]] = (), *, from_zero: bool = False) -> str:
-    """An `<svg>` element of the curves over their steps.
+    """An `<svg>` element with the curves plotted over steps.
 
     Args:
-        restarts: (step, colour) of vertical dotted lines; None for the colour of the text.
-        from_zero: the lower end of the axis is 0.
+        restarts: (step, colour) of vertical dotted lines; None for the text colour.
+        from_zero: start the value axis at 0.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Text stays text: small, and in the font of the page.
+    # fonttype "none" keeps text as text instead of paths: smaller, and shown in the page's font.
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}):
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
         axes = figure.add_axes((0.14, 0.13, 0.84, 0.83))
@@ -89,21 +89,21 @@ def chart(curves: Sequence[Curve], restarts: Sequence[tuple[int, int | None]] = 
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """At most `MOST_POINTS` of the points: the lowest and the highest of each stretch, in their order."""
+    """At most `MOST_POINTS` of the points: the lowest and the highest of each stretch, in order."""
     if len(steps) <= MOST_POINTS:
         return list(steps), list(values)
     array = np.asarray(values, np.float64)
     kept: list[int] = []
     for part in np.array_split(np.arange(len(array)), MOST_POINTS // 2):
         finite = part[np.isfinite(array[part])]
-        # A stretch of nothing but NaN stays a gap.
+        # A stretch of only non-finite values remains a gap.
         ends = {finite[array[finite].argmin()], finite[array[finite].argmax()]} if len(finite) else {part[0]}
         kept += sorted(int(end) for end in ends)
     return [steps[index] for index in kept], [values[index] for index in kept]
 
 
 def _tick(value: float, _position: float = 0) -> str:
-    """A number at an axis: 0.00024, 1.6, 412k."""
+    """The label of an axis tick: 0.00024, 1.6, 412k."""
     from matplotlib.ticker import EngFormatter
 
     return f"{value:.4g}" if abs(value) < 10_000 else EngFormatter(sep="")(value)
@@ -114,7 +114,7 @@ def _mark(color: int) -> str:
 
 
 def _for_page(text: str) -> str:
-    """The element alone, without a size of its own and without names that the next chart would repeat."""
+    """Only the `<svg>` element, without its fixed size and the ids that other charts on the page would repeat."""
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z]+\d?[a-z]?_\d+"', "", svg)

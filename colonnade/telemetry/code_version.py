@@ -1,4 +1,4 @@
-"""Which version of this program runs: its number, and the commit where it is a checkout."""
+"""Which version of this program is running: the version number, and the commit if it is a git checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GIT_SECONDS = 10.0
 
 
 def code_version(root: Path = _ROOT) -> dict[str, str | None]:
-    """`version`, and `commit`: 12 digits and more, `-dirty` where files were changed; None where git cannot tell."""
+    """`version`, and `commit`: at least 12 hex digits, plus `-dirty` if files were changed; None if git cannot tell."""
     return {"version": colonnade.__version__, "commit": _commit(root)}
 
 
@@ -24,7 +24,7 @@ def describe_code(code: Mapping[str, str | None]) -> str:
 
 
 def _commit(root: Path) -> str | None:
-    # An installed package may lie inside the checkout of something else.
+    # An installed package may lie inside the checkout of another project, whose commit git would report.
     if not (root / ".git").exists():
         return None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}

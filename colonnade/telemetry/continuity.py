@@ -1,23 +1,24 @@
-"""Does the loss go on where it was? The first steps after a restart against the last ones before it."""
+"""Checks that the loss continues where it was: compares the first steps after a restart with the last before it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 FIRST_STEPS = 5
-# A line through fewer losses says little of how they scatter.
+# A line fitted to fewer losses says little about their spread.
 _LEAST_WINDOW = 10
 _SIGMAS = 4.0
-# Losses of a large batch may lie on a smooth curve; a run on other ranks differs from it by rounding at least.
+# Losses of large batches may lie on an almost smooth curve; a run on other ranks still differs from it by rounding.
 _LEAST_SPREAD = 0.002
 
 
 def loss_continuity(window: Sequence[float], first: Sequence[float]) -> str | None:
-    """One line on the mean of the `first` losses after a restart; None where the window is too short to tell.
+    """One line that says whether the mean of the `first` losses after a restart fits those in the `window` before it.
 
-    The spread is the standard deviation of the window's losses about the straight line through them (least squares), at
-    least 0.2% of the loss. The mean is to lie within four spreads of where the line leads, or of the mean of the last
-    quarter of the window, or between the two: a loss that has been falling may go on falling, or level off.
+    The spread is the standard deviation of the window's losses around the least-squares line through them, at least
+    0.2% of the loss. The mean must lie within four spreads of the line's extrapolation, or of the mean of the last
+    quarter of the window, or between the two: a falling loss may keep falling, or level off. Returns None if the window
+    is too short to tell.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""`metrics.csv`: the run as a table with one row a step, for a spreadsheet."""
+"""`metrics.csv`: the run as a table with one row per step, for spreadsheets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OWN = set(COLUMNS) - {"step", "time", "tokens_seen"}
 
 
 class CsvTable:
-    """One row a step that was logged or validated; a validation stands in the row of its step.
+    """One row per step that was logged or validated; a validation goes into the row of its step.
 
-    UTF-8, commas, a header, lines end in a newline. What is not known or not finite is an empty cell; `time` is UTC as
-    spreadsheets read it. A row is in the file when `write` returns; a start drops the rows of later steps, a torn last
-    line, and columns that are not its own.
+    UTF-8, comma-separated, with a header; lines end in a newline. Unknown or non-finite values are empty cells; `time`
+    is UTC in a format that spreadsheets read. A row is in the file when `write` returns. `open` drops the rows of later
+    steps, a partial last line, and unknown columns.
 
     Raises OSError.
     """
@@ -43,7 +43,7 @@ class CsvTable:
         replace_file(self._path, "".join(map(_line, [dict(zip(COLUMNS, COLUMNS, strict=True)), *kept])))
         self._file = open(self._path, "r+b")  # noqa: SIM115 - closed by close()
         self._last_at = self._file.seek(0, io.SEEK_END)
-        # A validation of this very step may be yet to come.
+        # This step's validation may still follow, and is merged into this row.
         if kept:
             self._last = dict(kept[-1])
             self._last_at -= len(_line(self._last).encode())

@@ -1,6 +1,6 @@
-"""What a run has read of its data: counted in the data position, so that a kill or a resume neither loses nor repeats.
+"""What data a run has read. The counts are part of the data position, so kills and resumes neither lose nor repeat any.
 
-Tokens are counted as they are delivered. Rows are counted up to the place where the next block begins.
+Tokens are counted when they are delivered. Rows are counted up to the place where the next block begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from colonnade.files import replace_file
 
 
 def data_metrics(position: DataPosition) -> dict[str, Any]:
-    """The columns of a metrics row: tokens read, delivered again and lost, rows filtered, each corpus's share."""
+    """Columns of a metrics row: tokens read and repeated, rows read and filtered, padding fraction, corpus shares."""
     totals = position.totals()
     total = LaneCounts.sum([*totals.values(), *(counts for _, counts in position.retired)])
     row: dict[str, Any] = {
@@ -33,7 +33,7 @@ def data_metrics(position: DataPosition) -> dict[str, Any]:
 
 
 def data_summary(position: DataPosition) -> list[str]:
-    """A line a corpus for the end of a run."""
+    """The lines to print at the end of a run, one per corpus."""
     totals = position.totals()
     shares = _shares(totals)
     lines = []
@@ -49,7 +49,7 @@ def data_summary(position: DataPosition) -> list[str]:
 
 
 def data_ledger(position: DataPosition) -> dict[str, Any]:
-    """The whole account, as JSON."""
+    """The complete ledger, as a JSON object."""
     totals, head = position.totals(), position.head
     shares = _shares(totals)
     corpora = {}
@@ -89,7 +89,7 @@ def data_ledger(position: DataPosition) -> dict[str, Any]:
 
 
 def write_data_ledger(path: Path, position: DataPosition) -> None:
-    """Replace the ledger of a run. Raises RunError where it cannot be written."""
+    """Replace a run's ledger file. Raises RunError if it cannot be written."""
     try:
         replace_file(path, json.dumps(data_ledger(position), indent=2) + "\n")
     except OSError as error:

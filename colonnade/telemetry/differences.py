@@ -1,4 +1,4 @@
-"""How far two sets of tensors by one name are apart, as relative norms, and which tensor is the worst."""
+"""How far apart two sets of named tensors are, as relative norms, and which tensor differs the most."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Norms(NamedTuple):
-    """L2 norms, summed in float64: of what a tensor differs by, and of what was expected; and its elements."""
+    """L2 norms, accumulated in float64, of a tensor's difference and of its expected value; and its element count."""
 
     difference: float
     expected: float
@@ -21,17 +21,17 @@ class Norms(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """A relative difference, and the tensor it is that of."""
+    """A relative difference, and the name of the tensor that has it."""
 
     value: float
     name: str
 
 
 def differences(tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Tensor] | None) -> dict[str, Norms]:
-    """The norms of each tensor; infinite where nothing is expected by its name.
+    """The norms of each tensor; the difference is infinite if `expected` has no tensor of that name.
 
-    Every tensor is gone through, since gathering it may be collective: also where `expected` is None, on ranks that
-    compare nothing. Those get an empty answer.
+    Always iterates over every tensor, since producing it may be a collective. Ranks that compare nothing pass None as
+    `expected` and get an empty answer.
     """
     found = {}
     for name, tensor in tensors:
@@ -46,11 +46,11 @@ def differences(tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Te
 
 
 def worst_of(found: Mapping[str, Norms], *, at_least_average: bool = False) -> Difference:
-    """The largest of the differences, each over the norm of what was expected.
+    """The largest of the differences, each divided by the norm of what was expected.
 
     Args:
-        at_least_average: over no less than the tensor would have if its elements were of the average size of all. For
-            parameters: a bias that began at 0 is nothing but its first updates.
+        at_least_average: divide by at least the norm the tensor would have if its elements had the root-mean-square
+            size of all elements. For parameters: a bias that started at 0 consists of nothing but its first updates.
     """
     average = 0.0
     if at_least_average:
@@ -60,13 +60,13 @@ def worst_of(found: Mapping[str, Norms], *, at_least_average: bool = False) -> D
         name: _ratio(norms.difference, max(norms.expected, average * math.sqrt(norms.elements)))
         for name, norms in found.items()
     }
-    # A NaN is worse than any number, and no comparison finds it.
+    # A NaN counts as worse than any number; max() alone would miss it, since comparisons with NaN are false.
     name = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
     return Difference(ratios[name], name)
 
 
 def relative(expected: float, actual: float) -> float:
-    """The difference of two numbers over the expected one; 0 for equal ones, infinite for another than 0."""
+    """The difference of two numbers relative to the expected one; 0 if they are equal, infinite if only it is 0."""
     return _ratio(abs(actual - expected), abs(expected))
 
 

@@ -1,13 +1,13 @@
 """Fingerprints of parameters and moments that do not depend on how they are sharded.
 
-Each element contributes a 64-bit mix of its bits and its index in the whole parameter, and the contributions are added
-modulo 2^64: the order does not matter, and neither does who holds what. Two such sums with different mixes make 128
-bits. For one index a mix is a bijection of the value, so a change to a single element changes both sums for certain;
-other changes go unnoticed with a probability of 2^-128. The mix is splitmix64's (Steele, Lea and Flood, OOPSLA 2014).
+Each element contributes a 64-bit hash of its bits and its index in the whole parameter, and the contributions are added
+modulo 2^64, so neither the order nor the sharding matters. Two such sums with different hashes make 128 bits. For a
+given index the hash is a bijection of the value, so a change to a single element certainly changes both sums; other
+changes go unnoticed with a probability of 2^-128. The hash is splitmix64's mix (Steele, Lea and Flood, OOPSLA 2014).
 
-Every rank takes the sums of what it holds, and all ranks see the sums of all: copies, of a whole tensor over a
-tensor-parallel group or of any over the data-parallel ranks (where these share out the parameters: over the replicas),
-must agree.
+Every rank computes the sums of what it holds, and the sums are all-gathered. Copies must agree: those of a tensor that
+is replicated over a tensor-parallel group, and those of any tensor on the data-parallel ranks (if these shard the
+parameters, on the replicas).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 from colonnade.errors import RunError
 
-# Elements mixed at a time: on the CPU what a core's cache holds (five times as fast as blocks of 8 MiB), elsewhere
-# enough to keep a device busy.
+# Elements hashed at a time: on the CPU as many as fit into a core's cache (five times as fast as blocks of 8 MiB),
+# elsewhere enough to keep the device busy.
 _CPU_BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 22
 _LANES = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)
 FINGERPRINT_KEYS = ("fingerprint", "moments_fingerprint")
@@ -37,18 +37,18 @@ _BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def float32_bits(value: float) -> str:
-    """The bits of a float32 in hexadecimal. All NaNs read alike: which of them an addition returns is not defined."""
+    """The bits of a float32 in hexadecimal. All NaNs map to one value: which NaN an addition returns is undefined."""
     return struct.pack(">f", float("nan") if value != value else value).hex()
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What all ranks hold of a model and its optimizer, in hexadecimal; the same on every rank.
+    """Fingerprints of a model and its optimizer over all ranks, in hexadecimal; the same on every rank.
 
     Attributes:
         tensors: 128 bits for each parameter, by name, from the first rank that holds a copy.
-        moments: the same for each state of the optimizer, by `<parameter>.<state>`.
-        drifted: of both, those whose copies differ, with the ranks that do in words.
+        moments: the same for each tensor of the optimizer's state, by `<parameter>.<state>`.
+        drifted: the tensors of either kind whose copies differ, each with a phrase that names the ranks.
     """
 
     tensors: dict[str, str]
@@ -56,21 +56,21 @@ class Fingerprint:
     drifted: dict[str, str]
 
     def columns(self) -> dict[str, str]:
-        """One value for all parameters and one for all moments, as rows and manifests keep them."""
+        """One value for all parameters and one for all moments, as stored in metrics rows and manifests."""
         return dict(zip(FINGERPRINT_KEYS, (combined(self.tensors), combined(self.moments)), strict=True))
 
     def require_equal_copies(self, step: int) -> None:
-        """Raises RunError, on all ranks, where ranks hold different copies of a tensor after `step`."""
+        """Raises RunError, on all ranks, if ranks hold different copies of a tensor after `step`."""
         _require_no_drift(self.drifted, step)
 
 
 def require_equal_parameters(model: nn.Module, step: int) -> None:
-    """Compare the parameters that several ranks hold, of a model of `DTensor`s, and no others. Collective.
+    """Compare the copies of those parameters of a model of `DTensor`s that several ranks hold. Collective.
 
-    Over a tensor-parallel group those it does not cut, over data-parallel ranks (or replicas) all of them.
+    Within a tensor-parallel group these are the replicated parameters; across data-parallel ranks (or replicas), all.
 
     Raises:
-        RunError: on all ranks, where copies differ: names the parameter and the ranks.
+        RunError: on all ranks, if copies differ: names the parameter and the ranks.
     """
     parameters = dict(model.named_parameters())
     first = next(iter(parameters.values()))
@@ -98,7 +98,7 @@ def _require_no_drift(drifted: Mapping[str, str], step: int) -> None:
 def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fingerprint:
     """Fingerprint of a model of `DTensor` parameters, and of its optimizer's state. Collective over all ranks.
 
-    Ranks must lie as `colonnade.parallel.mesh` lays them: those of a tensor-parallel group are neighbours.
+    Ranks must be ordered as in `colonnade.parallel.mesh`: those of a tensor-parallel group are consecutive.
     """
     parameters = dict(model.named_parameters())
     states: dict[str, Tensor] = {}
@@ -124,24 +124,24 @@ def fingerprint_of(model: nn.Module, optimizer: Optimizer | None = None) -> Fing
 
 
 def _is_cut(tensor: Tensor) -> bool:
-    """Whether tensor-parallel ranks hold different parts."""
+    """Whether tensor-parallel ranks hold different shards."""
     return isinstance(tensor, DTensor) and not tensor.placements[-1].is_replicate()
 
 
 def _is_shared_out(tensor: Tensor) -> bool:
-    """Whether the data-parallel ranks of a replica hold different parts."""
+    """Whether the data-parallel ranks of a replica hold different shards."""
     return isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1
 
 
 def _rank_grid(parameter: DTensor) -> tuple[int, int, int]:
-    """(replicas, ranks that share out one replica's parameters, tp), whose product is the number of ranks."""
+    """(replicas, data-parallel ranks that shard one replica's parameters, tp); their product is the world size."""
     mesh = parameter.device_mesh
     tp, held = mesh.size(mesh.ndim - 1), mesh.size()
     return dist.get_world_size() // held, held // tp, tp
 
 
 def _sums_of_ranks(tensors: Mapping[str, Tensor], device: torch.device, ranks: tuple[int, int, int]) -> Tensor:
-    """The sums of what each rank holds of each tensor, on the CPU of every rank. [*ranks, tensors, lanes]"""
+    """Every rank's sums over what it holds of each tensor, in CPU memory on every rank: [*ranks, tensors, lanes]."""
     sums = torch.stack([_local_sums(tensor).to(device) for tensor in tensors.values()])
     held = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(held, sums)
@@ -149,7 +149,7 @@ def _sums_of_ranks(tensors: Mapping[str, Tensor], device: torch.device, ranks: t
 
 
 def _drifted(tensors: Mapping[str, Tensor], by_rank: Tensor) -> dict[str, str]:
-    """The tensors whose copies differ, with the ranks that do in words."""
+    """The tensors whose copies differ, each with a phrase that names the ranks."""
     found = {}
     for index, (name, tensor) in enumerate(tensors.items()):
         sums = by_rank[:, :, :, index]
@@ -160,7 +160,7 @@ def _drifted(tensors: Mapping[str, Tensor], by_rank: Tensor) -> dict[str, str]:
 
 
 def _groups_of_copies(tensor: Tensor, ranks: Sequence[int]) -> list[list[int]]:
-    """The ranks that hold one part of a tensor, for each of its parts. `ranks`: (replicas, shards, tp, ...)"""
+    """For each distinct shard of a tensor, the ranks that hold it. `ranks`: (replicas, shards, tp, ...)"""
     numbers = torch.arange(ranks[0] * ranks[1] * ranks[2]).view(*ranks[:3])
     groups = [numbers] if not _is_shared_out(tensor) else list(numbers.split(1, dim=1))
     if _is_cut(tensor):
@@ -169,7 +169,7 @@ def _groups_of_copies(tensor: Tensor, ranks: Sequence[int]) -> list[list[int]]:
 
 
 def _who_differs(sums: Tensor, groups: Iterable[Iterable[int]]) -> str:
-    """The ranks whose copies differ from those of the most, in words. `sums`: [replicas, shards, tp, lanes]"""
+    """A phrase that names the ranks whose copies differ from the majority's. `sums`: [replicas, shards, tp, lanes]"""
     of_rank = sums.flatten(0, 2).tolist()
     parts = []
     for group in groups:
@@ -191,20 +191,20 @@ def _ranks(ranks: Iterable[int]) -> str:
 
 
 def combined(fingerprints: Mapping[str, str]) -> str:
-    """128 bits in hexadecimal for all tensors together, from the fingerprint of each."""
+    """128 bits in hexadecimal for all tensors together, computed from their fingerprints."""
     text = "".join(f"{name} {value}\n" for name, value in sorted(fingerprints.items()))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()
 def _local_sums(tensor: Tensor) -> Tensor:
-    """Both sums over what this rank holds of a tensor; one that is no `DTensor` it holds whole. [2], int64"""
+    """Both sums over what this rank holds of a tensor: [2], int64. A tensor other than a `DTensor` is held whole."""
     local, offsets = tensor, (0,) * tensor.ndim
     if isinstance(tensor, DTensor):
         local = tensor.to_local()
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     sums = torch.zeros(len(_LANES), dtype=torch.int64, device=local.device)
-    # A vector is a matrix of one column: row r and column c of the whole have the index r * columns + c.
+    # Treats a vector as a matrix with one column; row r and column c of the whole have the index r * columns + c.
     rows = local.reshape(local.shape[0], math.prod(local.shape[1:])) if local.ndim else local.reshape(1, 1)
     first_row, first_column, *_ = (*offsets, 0, 0)
     columns = tensor.numel() // (tensor.shape[0] if tensor.ndim else 1)
@@ -220,7 +220,7 @@ def _local_sums(tensor: Tensor) -> Tensor:
 
 
 def _mix(bits: Tensor, index: Tensor, lane: int) -> Tensor:
-    """splitmix64's output function of the value at its place; int64 arithmetic wraps modulo 2^64."""
+    """splitmix64's output function of the value and its index; int64 arithmetic wraps modulo 2^64."""
     mixed = bits + index * _signed(lane)
     mixed = (mixed ^ _shift(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ _shift(mixed, 27)) * _signed(0x94D049BB133111EB)
@@ -228,10 +228,10 @@ def _mix(bits: Tensor, index: Tensor, lane: int) -> Tensor:
 
 
 def _shift(values: Tensor, by: int) -> Tensor:
-    """Logical shift to the right; torch's shift of int64 copies the sign."""
+    """Logical right shift; torch's right shift of int64 is arithmetic (copies the sign bit)."""
     return (values >> by) & ((1 << (64 - by)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
+    """The int64 with the same bits as an unsigned 64-bit number."""
     return value - 2**64 if value >= 2**63 else value

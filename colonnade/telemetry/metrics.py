@@ -1,4 +1,4 @@
-"""The run's record: one JSON object a line in `metrics.jsonl`, and what is computed from such records."""
+"""The run's record, `metrics.jsonl` with one JSON object per line, and what is computed from such records."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-_HIGHEST_EXPONENT = 700.0  # e to more than that is no float
+_HIGHEST_EXPONENT = 700.0  # exp of slightly more overflows a float
 
 
 def perplexity_of(loss: float) -> float:
-    """e to the mean cross-entropy of a token in nats."""
+    """exp of the mean cross-entropy per token in nats."""
     return math.exp(min(loss, _HIGHEST_EXPONENT))
 
 
 class MetricsLog:
-    """Appends rows to a JSON Lines file, one write and one flush a row; a kill costs at most the row being written.
+    """Appends rows to a JSON Lines file, one write and flush per row; a kill loses at most the row being written.
 
-    One process writes (rank 0). A torn last line that a kill left is cut off when the log is opened. Rows are strict
-    JSON: numbers that are not finite become null.
+    Only one process writes (rank 0). Opening the log removes a partial last line left by a kill. Rows are strict JSON:
+    non-finite numbers become null.
 
-    Raises RunError when the file cannot be written.
+    Raises RunError if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,10 +50,10 @@ class MetricsLog:
             raise _cannot_write(self.path, error) from error
 
     def truncate_after(self, step: int) -> int:
-        """Drop the rows of steps later than `step`, and return how many those were.
+        """Drop the rows of steps later than `step`, and return how many there were.
 
-        A run that resumes at `step` computes the later steps again; without this the file would tell them twice. A row
-        without a step goes with the row before it. The file is replaced in one rename.
+        A run that resumes at `step` repeats the later steps; without this the file would contain them twice. A row
+        without a step is treated like the row before it. The file is replaced atomically by rename.
         """
         rows = read_metrics(self.path)
         kept = []
@@ -84,15 +84,15 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics file, in order; a torn last line is left out.
+    """Read the rows of a metrics file, in order; a partial last line is skipped.
 
-    Raises UsageError when the file cannot be read or when a line before the last is not a JSON object.
+    Raises UsageError if the file cannot be read or if a complete line is not a JSON object.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UsageError(f"cannot read metrics from {path}: {error.strerror or error}") from error
-    # What follows the last newline is empty, or a row that was never finished.
+    # The text after the last newline is empty, or an unfinished row.
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():
@@ -108,7 +108,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have `key`; a null, which stands for a value not finite, becomes NaN."""
+    """Steps and values of the rows that have `key`; null, which stands for a non-finite value, becomes NaN."""
     points = [
         (int(row["step"]), math.nan if row[key] is None else float(row[key]))
         for row in rows
@@ -118,15 +118,15 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list
 
 
 def restarts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The steps from which a run went on after it had begun, each once."""
+    """The steps at which a run was restarted, without duplicates."""
     return sorted({int(row["step"]) for row in rows[1:] if row.get("started") and row.get("step") is not None})
 
 
 def unigram_entropy(token_ids: np.ndarray) -> float:
-    """Entropy of the tokens' own frequencies, in nats a token: -sum p log p.
+    """Entropy of the tokens' own frequencies, in nats per token: -sum p log p.
 
-    It is the lowest loss on these tokens of any model that ignores context, so a model that has learnt more than
-    frequencies lies below it. `token_ids` has any shape. Raises ValueError when it is empty.
+    This is the lowest loss that a model ignoring context can reach on these tokens, so a model that has learnt more
+    than frequencies is below it. `token_ids` has any shape. Raises ValueError if it is empty.
     """
     import numpy as np
 
@@ -143,7 +143,7 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with NumPy scalars as Python's and with None for what strict JSON cannot hold."""
+    """`value` with NumPy scalars converted to Python's, and None in place of non-finite floats."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -156,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """End the file at its last newline."""
+    """Truncate the file after its last newline."""
     if not path.exists():
         return
     with open(path, "r+b") as file:

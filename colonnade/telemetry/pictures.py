@@ -1,4 +1,4 @@
-"""`loss.png` and `report.html`, drawn while a run is under way and at its end."""
+"""`loss.png` and `report.html`: the report is also drawn during a run, both at its end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from colonnade.telemetry.report import METRICS_NAME, REPORT_NAME, write_report
 from colonnade.telemetry.sinks import Row
 
 PLOT_NAME = "loss.png"
-# Drawing takes about a second of a core, which the training would have used.
+# Drawing takes about one core-second that the training could have used.
 REPORT_SECONDS = 300.0
 
 
 class Pictures:
-    """The pictures of a run in its folder, made from its `metrics.jsonl`.
+    """The pictures in a run's folder, made from its `metrics.jsonl`.
 
-    `report.html` is drawn again with a validation, every five minutes at most, and both at the end.
+    `report.html` is redrawn after a validation, at most every five minutes; both are drawn at the end.
     """
 
     name = "loss.png and report.html"
@@ -27,7 +27,7 @@ class Pictures:
         self._drawn = time.monotonic()
 
     def open(self, step: int) -> None:
-        """Nothing: a picture is drawn from the whole record."""
+        """No-op: a picture is always drawn from the whole record."""
 
     def write(self, row: Row) -> None:
         if "validation_loss" in row and time.monotonic() - self._drawn >= REPORT_SECONDS:
@@ -35,7 +35,7 @@ class Pictures:
             self._drawn = time.monotonic()
 
     def close(self, failed: bool) -> None:
-        # A run that failed leaves at once; `python -m colonnade.telemetry.report` draws it.
+        # A failed run exits at once; `python -m colonnade.telemetry.report` can draw its report later.
         if failed:
             return
         plot_loss(self._directory / METRICS_NAME, self._directory / PLOT_NAME, unigram_entropy=self._unigram_entropy)

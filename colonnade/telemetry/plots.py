@@ -15,22 +15,22 @@ from colonnade.telemetry.metrics import perplexity_of, read_metrics, restarts, s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# With fewer points the raw curve is clear enough by itself.
+# With fewer points, the raw curve is clear enough without smoothing.
 SMOOTH_FROM_POINTS = 40
-# How far the smoothing reaches to each side, as a share of the points.
+# How far the smoothing window reaches to each side, as a fraction of the points.
 SMOOTH_REACH = 1 / 50
 
 TRAIN_COLOR, VALIDATION_COLOR, RATE_COLOR, REFERENCE_COLOR = "#1f5fa8", "#d1495b", "#4d7c43", "#666666"
 
 
 def plot_loss(metrics_path: str | Path, output_png: str | Path, *, unigram_entropy: float | None = None) -> bool:
-    """Draw losses and learning rate over the steps of `metrics_path` into `output_png`, replaced in one rename.
+    """Plot the losses and learning rate in `metrics_path` over steps, and atomically replace `output_png`.
 
-    Losses and `unigram_entropy` (the floor for models without context) are in nats a token. Restarts are dotted
-    vertical lines. Returns False, and draws nothing, when the file holds no loss yet. Rows whose loss was not finite
-    leave a gap.
+    Losses and `unigram_entropy` (the lower bound for models that ignore context) are in nats per token. Restarts are
+    dotted vertical lines. Returns False, and draws nothing, if the file has no finite loss yet. Rows whose loss is not
+    finite leave a gap.
 
-    Raises UsageError when the metrics cannot be read and RunError when the picture cannot be written.
+    Raises UsageError if the metrics cannot be read and RunError if the picture cannot be written.
     """
     rows = read_metrics(metrics_path)
     train = series(rows, "loss")
@@ -38,7 +38,7 @@ def plot_loss(metrics_path: str | Path, output_png: str | Path, *, unigram_entro
     if not any(math.isfinite(value) for _, values in (train, validation) for value in values):
         return False
 
-    # Figure without pyplot: no window system, no global state, and always the Agg canvas.
+    # Figure without pyplot needs no window system, has no global state, and always uses the Agg canvas.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -98,7 +98,7 @@ def _draw_learning_rate(axes: Axes, rates: tuple[list[int], list[float]]) -> Non
 
 
 def _title(train: tuple[list[int], list[float]], validation: tuple[list[int], list[float]]) -> str:
-    """The last losses and what perplexity they are, for a reader who wants the number rather than the curve."""
+    """The last losses with their perplexities, for readers who want the number rather than the curve."""
     parts = []
     for name, (steps, losses) in (("training", train), ("validation", validation)):
         if steps and math.isfinite(losses[-1]):
@@ -108,10 +108,10 @@ def _title(train: tuple[list[int], list[float]], validation: tuple[list[int], li
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving average over `SMOOTH_REACH` of the points to each side; a NaN stays NaN and enters no average.
+    """Centred moving average over `SMOOTH_REACH` of the points on each side; a NaN stays NaN and enters no average.
 
-    Centred, because an average of the past alone lies above a falling loss. At the start, where the loss is steep, the
-    window shrinks on both sides; at the end it loses what would lie beyond.
+    Centred, because an average of past values alone lies above a falling loss. At the start, where the loss is steep,
+    the window shrinks on both sides; at the end it is cut off at the last point.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The run on screen: a progress bar where there is a terminal, plain lines where there is none."""
+"""The run's progress on screen: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     import tqdm
 
-# Without a terminal the bar is printed as a line of its own, at most this often.
+# Without a terminal, the bar is printed as a separate line, at most this often.
 PLAIN_INTERVAL_S = 30.0
-# Characters of a sample's prompt and of its text that are printed.
+# Number of characters printed of a sample's prompt and of its text.
 SAMPLE_PROMPT, SAMPLE_TEXT = 30, 70
 
-# How a row is read: key of the row, how its value is written.
+# How a row is shown: a key of the row, and how its value is formatted.
 _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("epoch", lambda value: f"epoch {value:g}"),
     ("loss", lambda value: f"loss {value:.4f}"),
@@ -36,10 +36,9 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
 class ProgressReport:
     """Shows a run's steps as a bar on `bar_stream` and its rows and messages as lines on `line_stream`.
 
-    Counts optimizer steps out of `total_steps`, starting at `initial_step`. On a terminal the lines scroll above the
-    bar; elsewhere (a file, a pipe) nothing is ever redrawn: the bar appears as a line at most every 30 s and at the
-    end. With `bar=False` there are only the lines. With `enabled=False`, for ranks other than 0, every method does
-    nothing.
+    Counts optimizer steps out of `total_steps`, starting at `initial_step`. On a terminal, lines scroll above the bar;
+    elsewhere (a file, a pipe) nothing is redrawn: the bar is printed as a line, at most every 30 s and at the end. With
+    `bar=False` there are only the lines. With `enabled=False`, for ranks other than 0, every method is a no-op.
     """
 
     def __init__(
@@ -72,12 +71,12 @@ class ProgressReport:
                 unit="step",
                 file=self._bar_stream,
                 dynamic_ncols=True,
-                # The average since the start: single steps differ by compilation, validation and saving.
+                # Average speed since the start: compilation, validation and saving make single steps vary.
                 smoothing=0.0,
             )
 
     def update(self, step: int, loss: float | None = None) -> None:
-        """Say that `step` is done. `loss` is given when it is known; until the next one it stays beside the bar."""
+        """Report that `step` is done. `loss` is passed when known, and stays beside the bar until the next one."""
         if not self._enabled:
             return
         if loss is not None:
@@ -91,24 +90,24 @@ class ProgressReport:
             self._show_plain()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Print one metrics row, readably; keys without a known meaning stay in the metrics file alone."""
-        # How a run started has been told at length already.
+        """Print one metrics row in readable form; keys that are not in `_COLUMNS` appear in the metrics file only."""
+        # The details of a run's start have been printed already.
         if self._enabled and not row.get("started"):
             self.message(format_row(row, self._total))
 
     def message(self, text: str) -> None:
-        """Print `text` on a line of its own, above the bar."""
+        """Print `text` on a separate line, above the bar."""
         if not self._enabled:
             return
         if self._bar is not None:
             self._bar.write(text, file=self._lines)
         else:
             print(text, file=self._lines)
-        # A pipe is buffered by blocks; a reader of the log should not be minutes behind.
+        # Pipes are block-buffered; without a flush, readers of the log could be minutes behind.
         self._lines.flush()
 
     def close(self) -> None:
-        """Draw the last state and let go of the screen. May be called twice."""
+        """Draw the last state and release the screen. May be called twice."""
         if not self._enabled:
             return
         if self._bar is not None:
@@ -143,8 +142,8 @@ class ProgressReport:
 def format_row(row: Mapping[str, Any], total_steps: int | None = None) -> str:
     """One line for a metrics row: its step (out of `total_steps`), then each known value that is present.
 
-    A value that is None is left out. Units are written with the value; tokens are shortened (12.3k, 4.56M), and so are
-    samples.
+    Values of None are left out. Values include their units; token counts are shortened (12.3k, 4.56M), and samples
+    are truncated.
     """
     parts = [write(float(row[key])) for key, write in _COLUMNS if row.get(key) is not None]
     parts += [
@@ -159,12 +158,12 @@ def format_row(row: Mapping[str, Any], total_steps: int | None = None) -> str:
 
 
 def _one_line(text: str, length: int) -> str:
-    """`text` in at most so many characters: its end is cut off."""
+    """`text` truncated to at most `length` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _short(value: float) -> str:
-    """`value` with three significant digits and a decimal prefix: 950, 12.3k, 4.56M."""
+    """`value` with three significant digits and a metric suffix: 950, 12.3k, 4.56M."""
     from tqdm import tqdm
 
     return tqdm.format_sizeof(value) if math.isfinite(value) else str(value)

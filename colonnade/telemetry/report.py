@@ -1,8 +1,8 @@
-"""`report.html`: a run, or several beside each other, as one page that needs nothing else and no network.
+"""`report.html`: one run, or several side by side, as a self-contained page that needs no network.
 
     python -m colonnade.telemetry.report RUN [RUN...] [--output FILE]
 
-Everything is read from `metrics.jsonl`, and whether the run has ended from COMPLETE.json or STOPPED.json beside it.
+Everything is read from `metrics.jsonl`, except whether the run has ended: COMPLETE.json or STOPPED.json beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from colonnade.telemetry.plots import SMOOTH_FROM_POINTS, smooth
 from colonnade.telemetry.report_page import PAGE
 
 METRICS_NAME, REPORT_NAME = "metrics.jsonl", "report.html"
-# Of earlier ones the page tells how many there are.
+# The page shows samples of this many steps, and only counts the earlier ones.
 SAMPLED_STEPS = 20
 
 
@@ -33,9 +33,9 @@ class History:
     """What a run has recorded.
 
     Attributes:
-        name: of its folder.
-        rows: of `metrics.jsonl`.
-        end: what it says of its end; empty where it has none.
+        name: name of the run's folder.
+        rows: the rows of `metrics.jsonl`.
+        end: how the run ended, from COMPLETE.json or STOPPED.json; empty if neither can be read.
     """
 
     name: str
@@ -54,18 +54,18 @@ class History:
         return [row for row in self.rows if row.get("started")]
 
     def last(self, key: str) -> Any:
-        """The last value of `key` that is known."""
+        """The last value of `key` that is not None."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
 
     @cached_property
     def shares(self) -> list[str]:
-        """The corpora of a mixture."""
+        """The keys `data_share/<corpus>` of the corpora of a mixture, sorted."""
         return sorted({key for row in self.rows for key in row if key.startswith("data_share/")})
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of the page with its legend: (label, colour or None, style) of each entry."""
+    """A chart on the page with its legend, whose entries are (label, colour or None, style)."""
 
     title: str
     svg: str
@@ -73,7 +73,7 @@ class Panel:
 
 
 def read_history(run: Path) -> History:
-    """The run in a folder, or of a metrics file.
+    """Read a run from its folder or its metrics file.
 
     Raises:
         UsageError: there is no such run, or its metrics cannot be read.
@@ -85,17 +85,17 @@ def read_history(run: Path) -> History:
     for name in ("COMPLETE.json", "STOPPED.json"):
         try:
             end = {"how": name.partition(".")[0].lower(), **json.loads((file.parent / name).read_text())}
-        except (OSError, ValueError, TypeError):  # none, or one that tells nothing
+        except (OSError, ValueError, TypeError):  # missing, or not a readable JSON object
             continue
         break
     return History(file.resolve().parent.name, read_metrics(file), end)
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
-    """Write the page of these runs to `output`, in one rename.
+    """Write the page of these runs to `output`, atomically by rename.
 
     Raises:
-        UsageError: a run has no metrics that can be read.
+        UsageError: a run has no readable metrics.
         RunError: the page cannot be written.
     """
     page = report_page([read_history(run) for run in runs])
@@ -107,7 +107,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
 
 def report_page(histories: Sequence[History]) -> str:
     """The page, as HTML."""
-    # Two folders may have one name.
+    # Two folders may have the same name.
     names = [history.name for history in histories]
     labels = [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
     return PAGE.render(
@@ -150,7 +150,7 @@ def _loss(value: Any) -> str | None:
     return None if value is None else f"{value:.4f} (perplexity {perplexity_of(value):.4g})"
 
 
-# Of the newest start where a run has several.
+# What the page says of a run: (name, value from its history and its newest start).
 _FACTS: tuple[tuple[str, Callable[[History, dict[str, Any]], Any]], ...] = (
     ("state", lambda history, _: _state(history)),
     ("parameters", lambda _, start: _number(start.get("parameters"))),
@@ -173,7 +173,7 @@ _FACTS: tuple[tuple[str, Callable[[History, dict[str, Any]], Any]], ...] = (
 
 
 def _facts_table(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
-    """Rows of (fact, its value in each run); those that no run knows are left out."""
+    """Rows of (fact, its value in each run); facts unknown for every run are left out."""
     table = []
     for name, read in _FACTS:
         values = [read(history, history.starts[-1] if history.starts else {}) for history in histories]
@@ -191,7 +191,7 @@ _SIMPLE = (
     ("Tokens a second", "tokens_per_second"),
     ("Utilisation (model FLOPs / peak)", "model_flops_utilization"),
 )
-# A loss that has fallen from far above leaves little room for what it does now.
+# From this many points on, the later half of the loss gets a second chart: the early fall hides recent changes.
 _ZOOM_FROM_POINTS = 80
 
 
@@ -215,7 +215,7 @@ def _panels(histories: Sequence[History], labels: Sequence[str]) -> list[Panel]:
         for index, (history, label) in enumerate(zip(histories, labels, strict=True)):
             if history.last(key) is not None:
                 points = history.series(key)
-                # A schedule has no noise, and its corners are meant.
+                # The learning-rate schedule has no noise, and smoothing would round off its corners.
                 is_smooth = key == "learning_rate"
                 curves += [Curve(*points, index)] if is_smooth else _smoothed(*points, index, alone=alone)
                 legend.append((label, index, "line"))
@@ -229,7 +229,7 @@ def _panels(histories: Sequence[History], labels: Sequence[str]) -> list[Panel]:
 
 
 def _smoothed(steps: Sequence[int], values: Sequence[float], color: int, *, alone: bool) -> list[Curve]:
-    """A series, smoothed where it is long; over itself where it is the only one."""
+    """The curves of a series: smoothed if it is long, with the raw curve behind if there is only one run."""
     if len(steps) < SMOOTH_FROM_POINTS:
         return [Curve(steps, values, color)]
     raw = [Curve(steps, values, color, "faint")] if alone else []
@@ -242,7 +242,7 @@ def _after(step: int, curve: Curve) -> Curve:
 
 
 def _losses(histories: Sequence[History], labels: Sequence[str]) -> tuple[list[Curve], list[_Entry]]:
-    """Training and validation: of one run in two colours, of several in the colour of each."""
+    """Training and validation losses: in two colours for a single run, in one colour per run for several."""
     curves: list[Curve] = []
     legend: list[_Entry] = []
     alone = len(histories) == 1
@@ -263,7 +263,7 @@ def _losses(histories: Sequence[History], labels: Sequence[str]) -> tuple[list[C
 
 
 def _data_shares(histories: Sequence[History], labels: Sequence[str]) -> tuple[list[Curve], list[_Entry]]:
-    """A line a corpus and run; every one its own colour, for as many as there are."""
+    """One line per corpus and run, each in its own colour as long as there are enough; then dashed."""
     curves: list[Curve] = []
     legend: list[_Entry] = []
     for history, label in zip(histories, labels, strict=True):
@@ -277,7 +277,7 @@ def _data_shares(histories: Sequence[History], labels: Sequence[str]) -> tuple[l
 
 
 def _missing(histories: Sequence[History]) -> list[str]:
-    """What has no chart, and why."""
+    """Lines that say which charts are missing, and why."""
     lines = []
     if not any(history.series("loss")[0] for history in histories):
         lines.append("No step has been logged yet.")
@@ -292,7 +292,7 @@ def _missing(histories: Sequence[History]) -> list[str]:
 
 
 def _samples(history: History) -> tuple[list[tuple[int, list[dict[str, str]]]], int]:
-    """(step, samples) of the last steps that have some, the newest first, and how many earlier ones are left out."""
+    """(step, samples) of the last steps with samples, newest first, and how many earlier steps are left out."""
     rows = [(int(row["step"]), list(row["samples"])) for row in history.rows if row.get("samples")]
     return rows[::-1][:SAMPLED_STEPS], max(0, len(rows) - SAMPLED_STEPS)
 

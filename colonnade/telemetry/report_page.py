@@ -1,11 +1,11 @@
-"""The page that `report` fills: HTML and its style sheet. Values are escaped where they are put in."""
+"""The page template that `report` fills in: HTML and its style sheet. Values are escaped when inserted."""
 
 from __future__ import annotations
 
 from jinja2 import Environment, StrictUndefined
 
-# Distinct for readers who see colours differently (after Okabe and Ito, "Color universal design", 2008), in a darker
-# and a lighter set.
+# Distinguishable with colour vision deficiency (after Okabe and Ito, "Color universal design", 2008), in a darker and
+# a lighter set.
 _LIGHT = ("#0a6fb0", "#cf4f00", "#00805c", "#b0508a", "#8a6d00", "#3f8fc4", "#6b4fa0", "#5a5a5a")
 _DARK = ("#5ab4ec", "#ff9150", "#3fd6a4", "#ee9ccb", "#e3c53f", "#a5d8f7", "#bda3f2", "#bdbdbd")
 
@@ -103,7 +103,7 @@ _TEMPLATE = """<!doctype html>
 </html>
 """
 
-# autoescape: prompts and names of corpora may hold anything; a name that is missing is a mistake.
+# autoescape: prompts and corpus names may contain anything. StrictUndefined: a missing template variable is a bug.
 _environment = Environment(autoescape=True, undefined=StrictUndefined)
 _environment.globals["style"] = _STYLE
 PAGE = _environment.from_string(_TEMPLATE)

@@ -1,8 +1,8 @@
-"""Where the rows of a run go: one small interface, and what keeps a sink that fails or hangs from touching the run.
+"""Where the rows of a run go: a small sink interface, and the isolation of the run from sinks that fail or hang.
 
-`Tracker` hands each row to the screen and to `metrics.jsonl` at once, and to every other sink through a queue and a
-thread of its own. A sink that raises is reported in one line and gets nothing more; one that hangs is left behind at
-the end, when its time is up.
+`Tracker` passes each row synchronously to the screen and to `metrics.jsonl`, and to every other sink through a queue
+and a thread per sink. A sink that raises is reported in one line and receives nothing more; one that hangs is abandoned
+at the end of the run, after a timeout.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.progress import ProgressReport
 
 Row: TypeAlias = Mapping[str, Any]
-# Lines for the screen, from the threads of sinks: printed with the next row.
+# Lines for the screen from the sinks' threads, printed with the next row.
 Lines: TypeAlias = "queue.SimpleQueue[str]"
 
-# Rows that wait for a sink's thread. A row is some hundred bytes; a sink that is so far behind hangs.
+# Most rows that may be queued for a sink's thread. A row is some hundred bytes; a sink this far behind is hanging.
 MOST_WAITING = 10_000
 
 
 class Sink(Protocol):
-    """Something that takes the rows of a run. Its methods are called in order, on one thread, and may raise."""
+    """A destination for the rows of a run. Its methods are called in order, on one thread, and may raise."""
 
     name: str
 
     def open(self, step: int) -> None:
-        """Called once, before the first row. Rows of steps after `step` that an earlier start wrote are to vanish."""
+        """Called once, before the first row. Should drop rows of steps after `step` that an earlier start wrote."""
 
     def write(self, row: Row) -> None:
-        """Take a row: `step`, `time`, and what else `metrics.jsonl` holds. What is not finite may be there as such."""
+        """Take a row: `step`, `time`, and whatever else `metrics.jsonl` holds. Values may be NaN or infinite."""
 
     def close(self, failed: bool) -> None:
-        """Finish what is written. `failed`: the run ends with an error."""
+        """Complete the output. `failed`: whether the run ended with an error."""
 
 
 class JsonLines:
-    """`metrics.jsonl`, the run's own record: other sinks, the pictures and an audit are made from it."""
+    """`metrics.jsonl`, the run's own record: the pictures are made from it, and an audit compares with it."""
 
     name = "metrics.jsonl"
 
@@ -53,7 +53,7 @@ class JsonLines:
         self._log: MetricsLog | None = None
 
     def open(self, step: int) -> None:
-        """Raises RunError where it cannot be written, and UsageError where it holds what is no row."""
+        """Raises RunError if the file cannot be written, and UsageError if it cannot be read as rows."""
         self._log = MetricsLog(self._path)
         self._log.truncate_after(step)
 
@@ -68,15 +68,15 @@ class JsonLines:
 
 
 class Tracker:
-    """The sinks of a run. With none of them, as on ranks other than 0, every method does nothing.
+    """The sinks of a run. Without any, as on ranks other than 0, rows only go to `progress` (a no-op on those ranks).
 
     Args:
         step: the step the run is at.
-        progress: the screen, which is open.
-        record: `metrics.jsonl`; None where it is not written.
-        must_record: the run is to end where `record` fails, instead of going on without.
-        others: sinks that get threads of their own.
-        lines: what sinks and others say, for the screen.
+        progress: the screen, already open.
+        record: `metrics.jsonl`; None if it is not written.
+        must_record: whether the run ends if `record` fails, instead of continuing without it.
+        others: sinks that each get their own thread.
+        lines: messages for the screen from sinks and others.
 
     Raises:
         RunError, UsageError: `record` cannot be opened.
@@ -100,10 +100,10 @@ class Tracker:
         self._others = [_OnThread(sink, step, self._lines) for sink in others]
 
     def write(self, row: Row) -> None:
-        """Hand on a row, with the time it is now. Waits for the screen and for `metrics.jsonl` alone.
+        """Pass on a row with the current time added. Waits only for the screen and for `metrics.jsonl`.
 
         Raises:
-            RunError: `metrics.jsonl` cannot be written, and must be.
+            RunError: `metrics.jsonl` cannot be written, and `must_record` is set.
         """
         self._progress.write(row)
         if self._is_silent:
@@ -122,7 +122,7 @@ class Tracker:
         self.tell()
 
     def tell(self) -> None:
-        """Print what sinks have said."""
+        """Print the messages that sinks have queued."""
         while True:
             try:
                 self._progress.message(self._lines.get_nowait())
@@ -130,7 +130,7 @@ class Tracker:
                 return
 
     def close(self, seconds: float, *, failed: bool = False) -> None:
-        """Close the sinks, all at once, and wait so long for them at most."""
+        """Close all sinks in parallel, and wait at most `seconds` for all of them together."""
         if self._record is not None:
             self._record.close(failed)
             self._record = None
@@ -144,14 +144,14 @@ class Tracker:
 
 
 class _OnThread:
-    """A sink, its thread and the rows that wait for it."""
+    """A sink, its thread and its queue of rows."""
 
     def __init__(self, sink: Sink, step: int, lines: Lines) -> None:
         self._sink, self._step, self._lines = sink, step, lines
         self._rows: queue.Queue[Row | None] = queue.Queue(MOST_WAITING)
         self._failed_run = False
         self._is_off = False
-        # A daemon: a sink that hangs does not keep the process.
+        # A daemon thread: a hanging sink does not keep the process alive.
         self._thread = Thread(target=self._live, name=f"sink {sink.name}", daemon=True)
         self._thread.start()
 
@@ -193,5 +193,5 @@ class _OnThread:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 with milliseconds."""
+    """The current time in UTC, ISO 8601 with milliseconds."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -1,4 +1,4 @@
-"""Rows as TensorBoard events, through torch's writer."""
+"""Writes rows as TensorBoard events, through torch's `SummaryWriter`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class TensorBoard:
-    """Scalars under the names of `metrics.jsonl`, samples and starts as text.
+    """Scalars under their names in `metrics.jsonl`; samples and starts as text.
 
-    Every start writes a file of its own. It tells TensorBoard to purge the steps after the one it begins at, so each
-    step is shown once.
+    Every start of the run writes a separate file, which tells TensorBoard to purge the steps after the one it starts
+    at, so each step is shown once.
     """
 
     name = "TensorBoard"
@@ -42,7 +42,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step, walltime=time)
         for number, sample in enumerate(row.get("samples") or ()):
             self._writer.add_text(f"samples/{number}", _block(f"{sample['prompt']}{sample['text']}"), step, time)
-        # A run that is killed leaves without a word.
+        # Flush every row, since a killed run has no chance to.
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
@@ -51,7 +51,7 @@ class TensorBoard:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The finite numbers of a row by name, without its step."""
+    """The finite numbers in a row by name, except its step."""
     return {
         name: value
         for name, value in row.items()
@@ -60,7 +60,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def _block(text: str) -> str:
-    """`text` as a Markdown block that is shown as it stands."""
+    """`text` as a Markdown code block, which is shown verbatim."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 

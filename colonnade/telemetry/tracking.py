@@ -1,4 +1,4 @@
-"""The sinks that a run's settings ask for."""
+"""Opens the sinks that a run's settings ask for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from colonnade.telemetry.sinks import JsonLines, Lines, Sink, Tracker
 from colonnade.telemetry.tensorboard import TensorBoard
 from colonnade.telemetry.weights_and_biases import WeightsAndBiases
 
-# Modes of the client in which nothing leaves the machine; an artifact would be copied for later, whole.
+# Modes of the client in which nothing leaves the machine; it would only copy the whole checkpoint for a later upload.
 _WITHOUT_STORE = ("offline", "disabled", "dryrun")
 _NEEDED = (
     ("wandb_entity", "wandb_project"),
@@ -32,7 +32,7 @@ CSV_NAME, TENSORBOARD_NAME = "metrics.csv", "tensorboard"
 
 
 def require_sinks(settings: RunSettings) -> None:
-    """Raises UsageError where tracking settings do nothing by themselves, or a package is missing that they need."""
+    """Raises UsageError if tracking settings have no effect or contradict others, or if they need a missing package."""
     for needs, needed in _NEEDED:
         if getattr(settings, needs) and not getattr(settings, needed):
             raise useless_alone(needs, needed)
@@ -49,14 +49,16 @@ def require_sinks(settings: RunSettings) -> None:
 def open_tracker(
     settings: RunSettings, step: int, progress: ProgressReport, *, unigram_entropy: float | None
 ) -> tuple[Tracker, CheckpointUploads | None]:
-    """The sinks of a run, and the uploads of its checkpoints where they are asked for; on the rank that writes.
+    """Open a run's sinks, and its checkpoint uploads if the settings ask for them; on the rank that writes.
 
     Args:
+        settings: the run's settings.
         step: the step the run is at.
+        progress: the screen.
         unigram_entropy: as for `plot_loss`.
 
     Raises:
-        RunError, UsageError: `metrics.jsonl` cannot be written, or holds what is no row.
+        RunError, UsageError: `metrics.jsonl` cannot be written, or cannot be read as rows.
     """
     directory = Path(settings.checkpoint_dir)
     lines: Lines = queue.SimpleQueue()

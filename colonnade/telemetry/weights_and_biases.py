@@ -1,4 +1,4 @@
-"""Rows in Weights & Biases, through its client."""
+"""Sends rows to Weights & Biases, through its client."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ ID_NAME = "wandb_run.json"
 
 
 class WeightsAndBiases:
-    """A run there, under one id for all starts, which is kept in the run's folder.
+    """A run in Weights & Biases, under one id for all starts, which is stored in the run's folder.
 
-    `step` is the axis of all charts. The client only adds: steps that a restart computes again are there twice.
-    `WANDB_MODE` (offline, disabled) is the client's own. Without credentials, or where the server cannot be reached,
-    this start is kept offline.
+    `step` is the x-axis of all charts. The client can only append, so steps that a restart repeats appear twice.
+    The client honours `WANDB_MODE` (offline, disabled) itself. Without credentials, or if the server cannot be reached,
+    this start is recorded offline.
 
     Args:
         directory: the run's folder; the client's files go into `wandb/` below it.
-        project, entity, run_name: as the client takes them; None for its own choice, of the name that of the folder.
-        config: what is shown as the run's configuration.
-        say: takes a line for the screen.
+        project, entity, run_name: as in `wandb.init`; an entity of None is the client's default, a name of None that of
+            the folder.
+        config: shown as the run's configuration.
+        say: called with each line for the screen.
 
     Attributes:
-        ready: the client's run, once it is open.
+        ready: a future of the client's run, set when it is open.
     """
 
     name = "Weights & Biases"
@@ -66,8 +67,8 @@ class WeightsAndBiases:
         run_id = own_id(self._directory, self._project, self._entity)
 
         def begin(mode: str | None) -> wandb.Run:
-            # silent: no question for a key on a terminal, and no lines among the run's own; console: the client would
-            # put itself between the run and its output.
+            # silent: no prompt for an API key on a terminal, and no output among the run's own. console: otherwise the
+            # client would intercept the run's output.
             settings = wandb.Settings(silent=True, console="off")
             return wandb.init(
                 project=self._project,
@@ -94,7 +95,7 @@ class WeightsAndBiases:
                 f"warning: {self.name} {reason}: this start is kept offline; wandb sync sends what is in "
                 f"{self._directory / 'wandb'}"
             )
-            # The client's process still holds the id for the run that could not begin.
+            # The client's service process still reserves the id for the run that failed to start.
             wandb.teardown()
             run = begin("offline")
         run.define_metric("*", step_metric="step")
@@ -121,7 +122,7 @@ class WeightsAndBiases:
 
 
 def own_id(directory: Path, project: str, entity: str | None) -> str:
-    """The id of the folder's run in this project; made and kept where there is none. Raises OSError."""
+    """The id of the folder's run in this project; created and stored if there is none. Raises OSError."""
     path, place = directory / ID_NAME, {"project": project, "entity": entity}
     try:
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""What fits and how long it takes: tried (the micro-batch autotuner) or computed (the cost model and plans)."""
+"""What fits in memory and how long a step takes: measured (micro-batch autotuner) or computed (cost model, plans)."""

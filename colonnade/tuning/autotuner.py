@@ -2,10 +2,11 @@
 
 1. ``plan_search``: which sizes may be used. The global batch (in chunks) = micro-batch x accumulation x dp is fixed
    when a run is created; before that, ``auto`` keeps the accumulation and lets the global batch follow.
-2. ``find_micro_batch``: tries sizes. A trial runs on each rank alone, collectives replaced by identity
-   (``memory.TrialRunner``), and never fails between two collectives. Its outcome is voted on, fits = minimum and
-   seconds = maximum over ranks, so that all ranks walk through the same trials.
-3. ``tune_micro_batch``: the two with the record of earlier answers (``batch_record``), which a restart uses untried.
+2. ``find_micro_batch``: tries sizes. A trial runs on each rank alone, with collectives replaced by the identity
+   (``memory.TrialRunner``), so it cannot fail between two collectives. The ranks vote on its outcome (fits = minimum,
+   seconds = maximum over ranks), so that all of them run the same sequence of trials.
+3. ``tune_micro_batch``: combines both with the record of earlier answers (``batch_record``), which a restart reuses
+   without trials.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-# Step times of equal work differ by about this much from trial to trial; less is no reason to prefer a size.
+# Step times for the same work vary by about this fraction between trials; a smaller gain does not count as faster.
 THROUGHPUT_NOISE = 0.02
 
-# Bounds ``auto`` on a device whose memory a tiny model never fills.
+# Upper bound for ``auto``, for tiny models that never fill a device's memory.
 LARGEST_MICRO_BATCH = 2**16
 
-# (fits, seconds) of this rank -> (fits on every rank, seconds of the slowest). All ranks must reach each call.
+# (fits, seconds) of this rank -> (fits on every rank, seconds of the slowest rank). A collective: every rank calls it.
 Agree = Callable[[bool, float], tuple[bool, float]]
 
 
@@ -41,10 +42,10 @@ Agree = Callable[[bool, float], tuple[bool, float]]
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """The sizes a search may use, and what the answer settles.
+    """The sizes a search may use, and what its answer determines.
 
-    Exactly one of ``chunks_per_rank`` (the global batch over dp) and ``gradient_accumulation_steps`` is given: it
-    stays, the other follows from the micro-batch.
+    Exactly one of ``chunks_per_rank`` (the global batch divided by dp) and ``gradient_accumulation_steps`` is given: it
+    is fixed, and the other follows from the micro-batch.
     """
 
     candidates: Sequence[int]
@@ -54,13 +55,13 @@ class SearchPlan:
     gradient_accumulation_steps: int | None
 
     def settled(self, micro_batch_size: int) -> SearchPlan:
-        """The plan once the run exists with this size: its global batch is fixed from then on."""
+        """The plan once a run has been created with this size: its global batch is fixed from then on."""
         if self.chunks_per_rank is not None or self.gradient_accumulation_steps is None:
             return self
         return plan_search(self.at_most, chunks_per_rank=micro_batch_size * self.gradient_accumulation_steps)
 
     def key_fields(self, depends_on: Mapping[str, Any]) -> dict[str, Any]:
-        """``depends_on`` with what the plan adds: the record's key (``batch_record``)."""
+        """The record's key (``batch_record``): ``depends_on`` plus the fields of this plan."""
         return {
             **depends_on,
             "chunks_per_rank": self.chunks_per_rank,
@@ -75,14 +76,14 @@ def plan_search(
     gradient_accumulation_steps: int | None = None,
     chunks_per_rank: int | None = None,
 ) -> SearchPlan:
-    """The plan for ``--initial-batch-size`` (None: ``auto``).
+    """The search plan for ``--initial-batch-size`` (None: ``auto``). The candidates are:
 
-    - ``chunks_per_rank`` (a run that exists, or ``--tokens-per-step``): its divisors, up to a number that was given.
-    - a number n and the accumulation: the global batch is n x accumulation x dp whatever fits, so the divisors of
-      n x accumulation up to n.
-    - ``auto`` and the accumulation: any size; the global batch follows.
+    - with ``chunks_per_rank`` (an existing run, or ``--tokens-per-step``): its divisors, up to the given size if any;
+    - with a given size n and the accumulation: the divisors of n x accumulation up to n, because the global batch is
+      n x accumulation x dp whatever fits;
+    - with ``auto`` and the accumulation: any size; the global batch follows.
 
-    A number is where the search starts, going down; ``auto`` starts at 1, going up.
+    A given size is where the search starts, going down; ``auto`` starts at 1, going up.
 
     Raises:
         UsageError: a size below 1.
@@ -122,16 +123,16 @@ def agree_alone(fits: bool, seconds: float) -> tuple[bool, float]:
 
 
 def agree_over_group(group: ProcessGroup | None, device: torch.device | str) -> Agree:
-    """The vote by one all-reduce over ``group`` (None: all ranks), on a ``device`` its backend serves.
+    """A vote by one all-reduce over ``group`` (None: all ranks), on a ``device`` that its backend supports.
 
-    No other collective of the group may be under way: it would pair with the vote.
+    No other collective of the group may be in flight: the vote could be matched with it on another rank.
     """
 
     def agree(fits: bool, seconds: float) -> tuple[bool, float]:
         import torch
         import torch.distributed as dist
 
-        # One minimum carries both: the maximum of seconds is minus the minimum of minus seconds.
+        # One MIN all-reduce covers both: max(seconds) = -min(-seconds).
         vote = torch.tensor([float(fits), -seconds], dtype=torch.float64, device=device)
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
         lowest_fits, minus_seconds = vote.tolist()
@@ -146,7 +147,7 @@ def agree_over_group(group: ProcessGroup | None, device: torch.device | str) -> 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The chosen size and all trials in their order."""
+    """The chosen size and all trials in the order they ran."""
 
     size: int
     trials: tuple[Trial, ...]
@@ -163,21 +164,21 @@ def find_micro_batch(
 ) -> SearchResult:
     """Find the largest of ``candidates`` (ascending) that fits on every rank, or a smaller one that is faster.
 
-    From below: the smallest candidate first, then doubling (to the largest candidate within twice the size, else the
-    next one) until a size does not fit, then bisection between the last that fits and the first that does not.
-    From above: the largest candidate, used if it fits; else bisection below it.
+    From below: start with the smallest candidate and double (to the largest candidate within twice the size, else the
+    next one) until a size does not fit, then bisect between the last that fits and the first that does not.
+    From above: try the largest candidate and use it if it fits; else bisect below it.
 
     Of all sizes that fit, the largest whose throughput (size / seconds) is within ``THROUGHPUT_NOISE`` of the best is
     chosen: a smaller size is preferred only if it is faster than all larger ones by more than that.
 
     Args:
         candidates: the sizes to choose from; a ``range`` or a list.
-        run_trial: one trial on this rank, ``(fits, seconds)``; it holds no collective.
+        run_trial: runs one trial on this rank, without collectives, and returns ``(fits, seconds)``.
         agree: the vote. Every rank calls it once after each trial.
         from_above: start from the largest candidate.
-        flat_doublings: from below, end the growth after this many doublings in a row that did not raise
-            the best throughput by ``THROUGHPUT_NOISE``; None: only memory ends it.
-        limit_bytes: named in the error, where known.
+        flat_doublings: from below, stop growing after this many doublings in a row that did not raise the best
+            throughput by ``THROUGHPUT_NOISE``; None: grow until memory runs out.
+        limit_bytes: the memory limit to name in the error, if known.
 
     Raises:
         RunError: not even the smallest candidate fits.
@@ -209,7 +210,7 @@ def find_micro_batch(
 def _grow(
     candidates: Sequence[int], attempt: Callable[[int], Trial], flat_doublings: int | None
 ) -> tuple[int, int | None]:
-    """Positions of the last size that fits (-1: none) and of the first that does not (None: none was met)."""
+    """Positions of the last size that fits (-1: none) and of the first that does not (None: every trial fitted)."""
     best, flat = 0.0, 0
     fitting, position = -1, 0
     while True:
@@ -226,13 +227,13 @@ def _grow(
 
 
 def _descend(candidates: Sequence[int], attempt: Callable[[int], Trial]) -> tuple[int, int | None]:
-    """As ``_grow``, from one trial of the largest candidate; nothing is known below it."""
+    """Like ``_grow``, but from a single trial of the largest candidate; smaller ones stay untried."""
     last = len(candidates) - 1
     return (last, None) if attempt(last).fits else (-1, last)
 
 
 def _throughput(trial: Trial) -> float:
-    """Samples a second; the clock may read 0 for a simulated or tiny step."""
+    """Sequences per second; infinite if the measured time is 0, as for a simulated or tiny step."""
     return trial.size / trial.seconds if trial.seconds else math.inf
 
 
@@ -248,12 +249,12 @@ def _prefer_faster(trials: Sequence[Trial]) -> int:
 
 @dataclass(frozen=True)
 class TunedMicroBatch:
-    """The answer of the autotuner: chunks a rank takes at a time, and how often before an optimizer step."""
+    """The autotuner's answer: chunks per micro-batch on each rank, and micro-batches per optimizer step."""
 
     micro_batch_size: int
     gradient_accumulation_steps: int
-    trials: tuple[Trial, ...]  # empty where the answer came from the record
-    plan: SearchPlan  # of the run as it is now settled; its key and candidates serve ``record_out_of_memory``
+    trials: tuple[Trial, ...]  # empty if the answer came from the record
+    plan: SearchPlan  # with the run's global batch fixed; ``record_out_of_memory`` needs its key and candidates
 
 
 def tune_micro_batch(
@@ -265,7 +266,7 @@ def tune_micro_batch(
     depends_on: Mapping[str, Any],
     is_writer: bool,
 ) -> TunedMicroBatch:
-    """The micro-batch on record for this plan, else a search for it, which is then put on record.
+    """Use the recorded micro-batch for this plan, or search for one and record it.
 
     Every rank calls this. The ranks vote on the record too: if one cannot read an answer, all search; if they read
     different ones, the smallest counts.
@@ -275,15 +276,15 @@ def tune_micro_batch(
         trials: this rank's trials (``memory.trial_runner``).
         agree: the vote.
         directory: the run's checkpoint folder.
-        depends_on: what the answer depends on besides the plan, values JSON knows: device name, its total memory (not
+        depends_on: what the answer depends on besides the plan, as JSON values: device name, its total memory (not
             the free memory, which differs at each start), memory limit, model, block size, tp, dp, precision, ...
         is_writer: true on the one rank that writes the record.
 
     Raises:
-        RunError: nothing fits.
+        RunError: no size fits, or the record cannot be written.
     """
     answer = stored_answer(directory, plan.key_fields(depends_on))
-    # A stored size that is no candidate (an edited record) gives way to the next one below it.
+    # A stored size that is not a candidate (an edited record) is replaced by the next candidate below it.
     position = bisect_right(plan.candidates, answer) - 1 if answer is not None else -1
     known = position >= 0
     all_know, minus_size = agree(known, -float(plan.candidates[position]) if known else -math.inf)
@@ -301,7 +302,7 @@ def tune_micro_batch(
     settled = plan.settled(result.size)
     if is_writer and not all_know:
         store_answer(directory, plan.key_fields(depends_on), result.size, result.trials)
-        if settled is not plan:  # a restart finds the run's global batch settled and asks under that key
+        if settled is not plan:  # a restart knows the run's global batch, so it looks under this key
             store_answer(directory, settled.key_fields(depends_on), result.size, result.trials)
     accumulation = plan.gradient_accumulation_steps
     if plan.chunks_per_rank is not None:

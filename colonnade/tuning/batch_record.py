@@ -1,8 +1,8 @@
-"""Micro-batch sizes already found, kept with the run in ``<checkpoint-dir>/micro_batch.json``.
+"""Micro-batch sizes already found, stored with the run in ``<checkpoint-dir>/micro_batch.json``.
 
-An answer belongs to everything it depends on (device, memory, model, block size, parallel sizes, precision, ...):
-the caller passes these as a mapping, and the answer is filed under a hash of it. A size that ran out of memory in
-the middle of a run leaves an upper bound beside the answer, and the next start with the same mapping obeys it.
+An answer is valid only for what it depends on (device, memory, model, block size, parallel sizes, precision, ...):
+the caller passes these as a mapping, and the answer is stored under a hash of it. A size that ran out of memory in
+the middle of a run adds an upper bound to the answer, which the next start with the same mapping obeys.
 
 The file is a cache: unreadable content costs one warning and a new search, never the run. Ranks that share the
 folder may write at the same time: each write is a rename of a complete file, and ranks that fail together record
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """One micro-batch size as all ranks saw it.
+    """The outcome of one micro-batch size over all ranks.
 
-    ``seconds`` is the time of the slowest rank, None where the size did not fit on every rank.
+    ``seconds`` is the time of the slowest rank, None if the size did not fit on every rank.
     """
 
     size: int
@@ -45,10 +45,10 @@ class Trial:
 def micro_batch_candidates(chunks_per_rank: int, at_most: int | None = None) -> list[int]:
     """Micro-batch sizes that divide ``chunks_per_rank``, ascending, none above ``at_most``.
 
-    ``chunks_per_rank`` is the global batch over dp: micro-batch x accumulation, in chunks.
+    ``chunks_per_rank`` is the global batch divided by dp: micro-batch x accumulation, in chunks.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: an argument is below 1.
     """
     if chunks_per_rank < 1 or (at_most is not None and at_most < 1):
         raise ValueError(f"chunks per rank and the limit must be at least 1, not {chunks_per_rank} and {at_most}")
@@ -56,9 +56,9 @@ def micro_batch_candidates(chunks_per_rank: int, at_most: int | None = None) -> 
 
 
 def stored_answer(directory: Path, key_fields: Mapping[str, Any]) -> int | None:
-    """The micro-batch size on record for exactly these fields, not above a bound left by an out-of-memory error.
+    """The recorded micro-batch size for exactly these fields, capped by any bound that an out-of-memory error left.
 
-    A bound without an answer (the size came from elsewhere) is itself the answer.
+    None if nothing is recorded. A bound without an answer (the size came from elsewhere) is itself the answer.
     """
     entry = _read_entries(directory).get(record_key(key_fields))
     if entry is None:
@@ -67,9 +67,9 @@ def stored_answer(directory: Path, key_fields: Mapping[str, Any]) -> int | None:
 
 
 def store_answer(directory: Path, key_fields: Mapping[str, Any], size: int, trials: Iterable[Trial] = ()) -> None:
-    """Record ``size`` for these fields, with the trials that led to it. A bound already on record stays.
+    """Record ``size`` for these fields, with the trials that led to it. An existing bound is kept.
 
-    One rank writes (two with different answers would overwrite each other); the folder is created if missing.
+    Only one rank may call this (two with different answers would overwrite each other); a missing folder is created.
     """
     if size < 1:
         raise ValueError(f"a micro-batch size is at least 1, not {size}")
@@ -85,10 +85,10 @@ def record_out_of_memory(
     """Record that ``failed_size`` ran out of memory in the middle of a run; return the size the next start uses.
 
     ``candidates`` are the sizes the run may use, ascending (``micro_batch_candidates``); the bound is the next one
-    below ``failed_size``. Any rank may call this, several at once as well.
+    below ``failed_size``. Any rank may call this, even several at once.
 
     Raises:
-        RunError: nothing smaller exists.
+        RunError: there is no smaller candidate, or the record cannot be written.
     """
     position = bisect_left(candidates, failed_size)
     if position == 0:
@@ -107,7 +107,8 @@ def record_key(key_fields: Mapping[str, Any]) -> str:
     """SHA-256 of the fields as canonical JSON: their order does not matter, every value does.
 
     Raises:
-        TypeError: a value JSON does not know; its text might differ from start to start, so none is made up.
+        TypeError: a value is not a JSON type; its `str` is no substitute, since it might differ between starts.
+        ValueError: a value is NaN or infinite.
     """
     canonical = json.dumps(dict(key_fields), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -119,7 +120,7 @@ def _read_entries(directory: Path) -> dict[str, dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:  # a torn file: JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError) as error:  # a damaged file: JSONDecodeError and UnicodeDecodeError are ValueErrors
         logger.warning("%s is ignored: %s", path, " ".join(str(error).split()))
         return {}
     if not isinstance(content, dict) or content.get("version") != RECORD_VERSION:
@@ -137,7 +138,7 @@ def _is_usable(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     sizes = [entry[name] for name in ("size", "at_most") if name in entry]
-    return bool(sizes) and all(type(size) is int and size >= 1 for size in sizes)  # type(): True is no size
+    return bool(sizes) and all(type(size) is int and size >= 1 for size in sizes)  # type(): True is an int
 
 
 def _write_entries(directory: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,9 +1,8 @@
 """What a rank sends in a step, computed from sizes alone: calls and bytes by group and collective.
 
-The collectives are those of one `optimizer_step` in the library's order of sums; the deterministic mode has others.
-`tests/test_communication.py` counts them on real ranks. Bytes are those of the largest tensor of a call: what an
-all-reduce sums, the gathered tensor of an all-gather, what goes into a reduce-scatter, the larger of what goes into an
-all-to-all and what comes out of it.
+The collectives are those of one `optimizer_step` in the library's default summation order; the deterministic mode uses
+others. `tests/test_communication.py` counts them on real ranks. Bytes are those of the largest tensor of a call: an
+all-reduce's tensor, an all-gather's output, a reduce-scatter's input, the larger of an all-to-all's input and output.
 
 Letters as in `cost_model.py`; G is the number of ranks of a group.
 """
@@ -26,7 +25,7 @@ DOUBLE = 8
 def step_traffic(
     config: ModelConfig, parallel: ParallelConfig, micro_batch: int, block: int, accumulation: int
 ) -> list[Traffic]:
-    """All collectives of a step in micro-batches of `micro_batch` x `block` tokens, those of one rank left out."""
+    """All collectives of a step whose micro-batches have `micro_batch` x `block` tokens; one-rank groups have none."""
     found: list[Traffic] = []
     if parallel.tp > 1:
         found += _tensor_parallel(config, parallel, micro_batch, block, accumulation)
@@ -47,22 +46,22 @@ def _tensor_parallel(
 ) -> Iterator[Traffic]:
     tp, layers = parallel.tp, config.num_hidden_layers
     halves = 2 if parallel.overlap_collectives and micro_batch > 1 else 1
-    # Sequence parallelism fills up the tokens of each half.
+    # Sequence parallelism pads the tokens of each half to a multiple of tp.
     rows = [len(part) * block for part in _chunks(micro_batch, halves)]
     if parallel.sequence_parallel:
         rows = [-(-count // tp) * tp for count in rows]
     width = config.hidden_size * BYTES[parallel.precision]
     whole = accumulation * width * sum(rows)
     calls = accumulation * halves
-    # In the layers one half computes while the other waits.
+    # In the layers, one half of the micro-batch computes while the other waits for a collective.
     other_half: Computation | None = "step" if halves == 2 else None
 
     def passes(what: str, collective: str, times: int, behind: Computation | None = None) -> Traffic:
-        """So many times all halves."""
+        """A collective that runs `times` times on each half of every micro-batch."""
         return Traffic("tp", what, collective, tp, calls * times, whole * times, behind)
 
     def of_f(collective: str) -> Iterator[Traffic]:
-        """Backward, the sums of f."""
+        """The sums that f makes in the backward pass."""
         late = parallel.overlap_weight_gradients
         attention: Computation | None = other_half or ("gradients of q, k, v" if late else None)
         feed_forward: Computation | None = other_half or ("gradients of gate, up" if late else None)
@@ -71,11 +70,11 @@ def _tensor_parallel(
 
     embedded = 0 if parallel.replicate_embeddings else 1
     is_full = parallel.activation_checkpointing == "full"
-    # What is computed again ends where the last product's input is there, before the second g; with halves it goes on.
+    # Recomputation stops once the last product's input exists, before the second g; with two halves it includes that g.
     again = layers * is_full * halves
     if parallel.sequence_parallel:
         yield passes("embedding", REDUCE_SCATTER, embedded)
-        yield passes("embedding", ALL_GATHER, 1)  # backward; also where a rank takes its share of a whole embedding
+        yield passes("embedding", ALL_GATHER, 1)  # backward, also if a rank takes its tokens of a replicated embedding
         yield passes("layers", ALL_GATHER, 4 * layers, other_half)
         yield passes("layers", REDUCE_SCATTER, 2 * layers, other_half)
         yield from of_f(REDUCE_SCATTER)
@@ -98,13 +97,13 @@ def _tensor_parallel(
 
 
 def _chunks(count: int, parts: int) -> list[range]:
-    """As `Tensor.chunk` cuts `count` rows."""
+    """The row ranges into which `Tensor.chunk` splits `count` rows."""
     size = -(-count // parts)
     return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
 def _statistics(parallel: ParallelConfig, tokens: int, accumulation: int) -> Traffic:
-    """Of each chunk of tokens the softmax's maximum, sum, and logit of the target, from each rank."""
+    """For each chunk of tokens: every rank's softmax maximum, sum of exponentials and target logit."""
     import torch
 
     chunk = chunk_tokens(tokens, torch.float32 if parallel.precision == "fp32" else torch.bfloat16)
@@ -113,12 +112,12 @@ def _statistics(parallel: ParallelConfig, tokens: int, accumulation: int) -> Tra
 
 
 def _times_a_step(parallel: ParallelConfig, accumulation: int) -> int:
-    """How often sums of parameters' gradients run: once where weights are kept over the micro-batches."""
+    """How often tp ranks sum parameters' gradients in a step: once if weights are kept across micro-batches."""
     return 1 if parallel.shards == 1 else accumulation
 
 
 def _whole_parameters(config: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Traffic:
-    """Norms and biases that are used for a share of the tokens have partial gradients."""
+    """Sums for replicated norms and biases: each rank applies them to its share of the tokens only."""
     times = _times_a_step(parallel, accumulation)
     used = [
         (math.prod(shape), count)
@@ -131,7 +130,7 @@ def _whole_parameters(config: ModelConfig, parallel: ParallelConfig, accumulatio
 
 
 def _key_value_gradients(config: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Traffic:
-    """With fewer key/value heads than ranks their parameters are whole on each, and the gradients are summed."""
+    """With fewer key/value heads than ranks, their parameters are replicated and the gradients are summed."""
     calls = size = 0
     if config.num_key_value_heads % parallel.tp:
         times = _times_a_step(parallel, accumulation)
@@ -152,9 +151,9 @@ def _head_norm_gradients(config: ModelConfig, parallel: ParallelConfig, accumula
 
 
 def _gradients(config: ModelConfig, parallel: ParallelConfig) -> Traffic:
-    """One all-reduce for each large gradient, during the last backward pass, and one for all others and the loss.
+    """With overlap: one all-reduce per large gradient during the last backward pass, one for all others and the loss.
 
-    Or, after it, one for each parameter's gradient and one for the loss.
+    Without overlap, after the backward pass: one all-reduce per parameter's gradient and one for the loss.
     """
     sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, parallel)]
     if not parallel.overlaps_gradients:
@@ -163,7 +162,7 @@ def _gradients(config: ModelConfig, parallel: ParallelConfig) -> Traffic:
     of = {name: size for name, size, _ in sizes}
     layers = config.num_hidden_layers
     shared = config.num_key_value_heads % parallel.tp != 0
-    # Of whole key/value parameters a rank's joined weight has one head.
+    # If key/value parameters are replicated over tp, a rank's joined weight contains one head of them.
     part = config.num_key_value_heads if shared else 1
     key_value = (of["self_attn.k_proj.weight"] + of["self_attn.v_proj.weight"]) // part
     matrices = [

@@ -1,13 +1,13 @@
-"""What a step holds in memory, computed from sizes alone: bytes of a rank by kind.
+"""The memory a step needs, computed from sizes alone: bytes of a rank by kind.
 
-The memory is that of the tensors, at the moment of a step when most of them live. What allocators, communication
-libraries and kernels take besides is not in it. Activations are those that the eager functions keep for the backward
-pass (`colonnade/parallel/layers.py`, `elementwise.py`, `head_loss.py` beside it); compiled segments may keep others.
-`tests/test_cost_model.py` and `benchmarks/cost_model.py` compare with the bytes that torch allocates.
+The memory is that of the tensors at the peak of a step. It excludes what allocators, communication libraries and
+kernels take in addition. Activations are those that the eager functions keep for the backward pass (in
+`colonnade/parallel/layers.py`, `elementwise.py` and `head_loss.py`); compiled segments may keep others.
+`tests/test_cost_model.py` and `benchmarks/cost_model.py` compare the result with the bytes that torch allocates.
 
-Letters: M tokens of a micro-batch (B x T), R those of them whose residual stream a rank holds; H hidden; n, k heads of
-queries and of keys on a rank; D head size; i feed-forward channels and v vocabulary entries of a rank; e bytes of an
-activation, 2 or 4.
+Letters: M tokens of a micro-batch (B x T), R those of them whose residual stream a rank holds; H hidden; n, k query
+and key heads on a rank; D head size; i feed-forward channels and v vocabulary entries of a rank; e bytes per
+activation element, 2 or 4.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """What decides what a rank holds and sends.
+    """The settings that determine what a rank holds and sends.
 
     Attributes:
-        tp, dp: tensor-parallel ranks, and data-parallel ones.
+        tp, dp: number of tensor-parallel and of data-parallel ranks.
         precision: of activations and matrix products: fp32, bf16 or fp16.
         optimizer: adamw or muon.
         activation_checkpointing: none, selective or full, as in `TensorParallelModel`.
         data_parallel_shard: none, zero2 or zero3, as in `shard_over_data_parallel`.
-        overlap_weight_gradients: as in `TensorParallelModel`: it changes what a rank waits for.
-        overlaps_gradients: those that each data-parallel rank holds are summed during the backward pass.
-        replicas: groups of data-parallel ranks that each share out the model by themselves.
-        on_cpu: ranks are on a CPU.
+        overlap_weight_gradients: as in `TensorParallelModel`; it affects which collectives a rank has to wait for.
+        overlaps_gradients: without sharding, data-parallel gradients are summed during the backward pass.
+        replicas: number of data-parallel groups that each shard a full copy of the model (hybrid sharding).
+        on_cpu: whether the ranks run on CPUs.
     """
 
     tp: int = 1
@@ -58,20 +58,20 @@ class ParallelConfig:
 
     @property
     def shards(self) -> int:
-        """Data-parallel ranks that share out one copy of the parameters; 1 where each has them all."""
+        """Number of data-parallel ranks that shard one copy of the parameters; 1 if each holds all of them."""
         return 1 if self.data_parallel_shard == "none" else self.dp // self.replicas
 
     @property
     def repeats_heads(self) -> bool:
-        """Whether attention copies each key/value head for its queries (`takes_groups` in `attention.py`).
+        """Whether attention repeats each key/value head for its group of queries (`takes_groups` in `attention.py`).
 
-        In fp16 it does so before Ampere too, which is not counted.
+        GPUs before Ampere also do so in fp16; this model ignores that.
         """
         return self.on_cpu or self.precision == "fp32"
 
     @property
     def gather_bytes(self) -> int:
-        """Bytes an element that a block's shared-out parameters are brought together in."""
+        """Bytes per element when a block's sharded parameters are all-gathered."""
         return BYTES[self.precision]
 
 
@@ -80,16 +80,17 @@ class Memory:
     """Bytes of one rank by kind.
 
     Attributes:
-        parameters: float32, of this rank.
-        weights: what products take beside them: copies in another dtype, and parameters that data-parallel ranks share
-            out and have brought together.
-        gradients: float32, as they are between two micro-batches.
-        optimizer: its moments, float32: two of AdamW, one of Muon.
+        parameters: this rank's parameters, float32.
+        weights: what matrix products need in addition: copies in another dtype, and parameters that data-parallel ranks
+            shard and have all-gathered.
+        gradients: float32, as held between two micro-batches.
+        optimizer: the optimizer's moments, float32: two for AdamW, one for the matrices that Muon updates.
         activations: what the forward pass keeps for the backward pass.
-        logits: what head and loss hold beside the activations: logits of a chunk of tokens, gradients of the head.
-        layer: what the backward pass of a layer holds beside the activations: gradients inside of it, and what is
-            computed again.
-        total: at the worst moment. `logits` and `layer` have moments of their own, so they do not add up.
+        logits: what head and loss hold in addition to the activations: logits of a chunk of tokens, gradients of the
+            head.
+        layer: what the backward pass of a layer holds in addition to the activations: its internal gradients and its
+            recomputed activations.
+        total: the peak of a step. `logits` and `layer` peak at different times, so the fields do not add up to it.
     """
 
     parameters: int
@@ -106,7 +107,7 @@ class Memory:
 
 
 def local_shapes(config: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Of each kind of parameter its name, its shape on a tensor-parallel rank, and how many there are."""
+    """For each kind of parameter: its name, its shape on a tensor-parallel rank, and how many of it the model has."""
     repeats = [(name, shape, 1) for name, shape in outer_shapes(config).items()]
     repeats += [(name, shape, config.num_hidden_layers) for name, shape in layer_shapes(config).items()]
     for name, shape, count in repeats:
@@ -120,16 +121,17 @@ def local_shapes(config: ModelConfig, parallel: ParallelConfig) -> Iterator[tupl
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements of a tensor-parallel rank's parameters, before data-parallel ranks share them out.
+    """Element counts of a tensor-parallel rank's parameters, before data-parallel ranks shard them unless noted.
 
     Attributes:
-        block: of one layer; outside: of embedding, last norm and head.
+        block: of one layer.
+        outside: of embedding, last norm and head.
         table: of the head, which may be the embedding.
-        projections: matrices and their biases of all layers.
-        joined: of one layer, those matrices that are joined from several.
-        gate_up, down: of one layer.
-        own: what one data-parallel rank holds of all.
-        moments: of the optimizer, for what it holds.
+        projections: of the matrices, and their biases, of all layers.
+        joined: of one layer's matrices that are joined from several parameters (q, k, v; gate, up).
+        gate_up, down: of one layer's feed-forward matrices.
+        own: of all parameters, what one data-parallel rank holds after sharding.
+        moments: of the optimizer's moments for what that rank holds.
     """
 
     block: int
@@ -151,7 +153,7 @@ class Elements:
             is_of_block = name in layer_shapes(config)
             found["block" if is_of_block else "outside"] += numel
             found["projections"] += numel * count if "_proj." in name else 0
-            # Cut by rows; the first rank has the most.
+            # Sharded by rows; the first rank holds the most.
             own = -(-shape[0] // parallel.shards) * math.prod(shape[1:]) * count
             found["own"] += own
             found["moments"] += own * (1 if parallel.optimizer == "muon" and is_hidden_matrix(name, len(shape)) else 2)
@@ -169,7 +171,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class _Step:
-    """The sizes of one step on one rank; every property is in bytes."""
+    """The memory of one step on one rank; sizes are in bytes."""
 
     config: ModelConfig
     parallel: ParallelConfig
@@ -191,18 +193,18 @@ class _Step:
 
     @property
     def stream(self) -> int:
-        """The residual stream, as this rank holds it."""
+        """The residual stream of the tokens that this rank holds."""
         rows = -(-self.tokens // self.parallel.tp) if self.parallel.sequence_parallel else self.tokens
         return rows * self.config.hidden_size * self.e
 
     @property
     def whole(self) -> int:
-        """All tokens of the residual stream."""
+        """The residual stream of all tokens."""
         return self.tokens * self.config.hidden_size * self.e
 
     @property
     def inner(self) -> int:
-        """One activation of the feed-forward."""
+        """One activation tensor inside the feed-forward."""
         return self.tokens * self.config.intermediate_size // self.parallel.tp * self.e
 
     @cached_property
@@ -211,12 +213,12 @@ class _Step:
 
     @property
     def attention(self) -> int:
-        """Rotated queries and keys in one tensor; keys and values; the result; sums of exponentials."""
+        """What attention keeps: rotated queries and keys in one tensor; keys and values; the output; log-sum-exps."""
         config, tp = self.config, self.parallel.tp
         heads, shared = config.num_attention_heads // tp, max(1, config.num_key_value_heads // tp)
         rotated, projected = heads + shared, heads + 2 * shared
         if self.parallel.repeats_heads and shared < heads:
-            kept = rotated + 2 * heads  # the projection itself is kept by norms of heads alone
+            kept = rotated + 2 * heads  # the projection itself is kept only for per-head norms
             kept += projected if config.qk_norm else 0
         else:
             kept = rotated + projected
@@ -225,13 +227,13 @@ class _Step:
 
     @property
     def layer_kept(self) -> int:
-        """Of a layer's forward pass: two norms' inputs and results, attention, gate and up, their product."""
+        """What a layer's forward pass keeps: inputs and outputs of two norms, attention, gate, up and their product."""
         factors = 2 * FLOAT32 * self.stream // (self.config.hidden_size * self.e)
         return 2 * self.stream + 2 * self.whole + factors + self.attention + 3 * self.inner
 
     @property
     def joins(self) -> int:
-        """Joined weights of one layer, which are not kept over micro-batches where parameters are shared out."""
+        """Joined weights of one layer: with sharded parameters they are not kept across micro-batches."""
         return self.e * self.elements.joined if self.parallel.shards > 1 else 0
 
     @property
@@ -245,24 +247,24 @@ class _Step:
 
     @property
     def layer(self) -> int:
-        """In the feed-forward's backward pass: what is computed again, and the gradients of its activations."""
+        """In the feed-forward's backward pass: recomputed activations, and the gradients of its activations."""
         again = {"none": 0, "selective": 3 * self.inner, "full": self.layer_kept + self.joins}
         streams = 2 if self.parallel.overlap_collectives and self.micro_batch > 1 else 1
         of_weight = FLOAT32 + (self.e if self.is_half else 0)
-        # The product is gone; gradients of it, of gate and up, and one of what is between.
+        # The product is freed; gradients of it, of gate and of up, and of one intermediate are added.
         inside = 3 * self.inner // streams
-        # Gate and up are gone as well; the gradient of their weight, in its own dtype before it is added.
+        # Gate and up are freed as well; their weight's gradient exists in the products' dtype before it is accumulated.
         after = (self.whole - self.inner) // streams + of_weight * self.elements.gate_up
         gradients = 0
         if self.parallel.shards > 1:
             gradients = self.head_waiting + self.parallel.gather_bytes * self.elements.down
-        # The stream's gradient takes the place of what the last norm kept.
+        # The residual stream's gradient replaces what the last norm kept.
         return again[self.parallel.activation_checkpointing] + max(inside, after) + gradients
 
     @property
     def logits(self) -> int:
-        """At the last chunk of tokens: the head's gradients, and the chunk."""
-        # Here, since the settings' flags are parsed without torch.
+        """At the last chunk of tokens: the gradients of the head and of its input, and what the chunk needs."""
+        # Imported here because flags are parsed without torch.
         import torch
 
         from colonnade.parallel.head_loss import SOFTMAX_PART, chunk_tokens, row_block_of
@@ -283,19 +285,19 @@ class _Step:
         head = self.e * elements.table if self.is_half else 0
         if parallel.shards == 1:
             return head + (self.e * elements.projections if self.is_half else 0)
-        # Under zero3 the block at hand, and the next one on its way.
+        # zero3 holds the current block and prefetches the next one.
         blocks = 2 if parallel.data_parallel_shard == "zero3" else self.config.num_hidden_layers
         blocks = min(blocks, self.config.num_hidden_layers)
         return head + FLOAT32 * elements.outside + parallel.gather_bytes * blocks * elements.block
 
     @property
     def adds_whole_gradients(self) -> bool:
-        """Whether micro-batches add up before the ranks share out their sum."""
+        """Whether whole gradients accumulate over the micro-batches before they are reduce-scattered."""
         return self.parallel.data_parallel_shard == "zero2" and self.parallel.shards > 1 and self.accumulation > 1
 
     @property
     def head_waiting(self) -> int:
-        """Where parameters are shared out, the head's gradient until the end of the backward pass."""
+        """With sharded parameters, the head's whole gradient, which is held until the end of the backward pass."""
         return 0 if self.parallel.shards == 1 or self.adds_whole_gradients else FLOAT32 * self.elements.table
 
     @property
@@ -307,7 +309,7 @@ class _Step:
 
     @property
     def end_of_block(self) -> int:
-        """Under zero2 and zero3, a whole block's gradients on the way to the ranks that keep their parts."""
+        """With zero2 and zero3, a whole block's gradients while they are reduce-scattered."""
         if self.parallel.shards == 1:
             return 0
         gathered = self.parallel.gather_bytes
@@ -315,49 +317,49 @@ class _Step:
 
     @property
     def embedding(self) -> int:
-        """In the embedding's backward pass, the last one: gradients that are there or arrive, and the stream's."""
+        """In the embedding's backward pass, the last one: existing and new gradients, and the residual stream's."""
         elements, is_tied = self.elements, self.config.tie_word_embeddings
         stream = FLOAT32 * self.tokens * self.config.hidden_size
         table, outside = FLOAT32 * elements.table, FLOAT32 * elements.outside
-        # A tied head's gradient is there, and the embedding's is added to it.
+        # A tied head's gradient exists already, and the embedding's is added to it.
         arriving = 2 * table if is_tied else table
         shards = self.parallel.shards
         if shards == 1:
             return self.gradients + stream + arriving - (table if self.accumulation == 1 else 0)
-        # The last block's gradients are on their way to the ranks that keep their parts.
+        # The last block's gradients are being reduce-scattered.
         there = stream + FLOAT32 * (elements.own - elements.outside // shards + elements.block) + outside
         if self.adds_whole_gradients:
             there += arriving
         else:
             there += arriving - table + (FLOAT32 * elements.outside // shards if self.accumulation > 1 else 0)
-        return there - (self.weights - outside)  # of the weights those of the blocks are gone
+        return there - (self.weights - outside)  # of `weights`, only what lies outside the blocks is not freed yet
 
     def worst(self) -> int:
-        """Gradients, activations and what lives beside them at the worst moment."""
+        """The peak of gradients, activations and temporary tensors together."""
         parallel, elements = self.parallel, self.elements
         is_full = parallel.activation_checkpointing == "full"
         first_layer = self.stream if is_full else self.activations // self.config.num_hidden_layers
         in_layer = max(self.activations + self.layer, self.activations - first_layer + self.end_of_block)
-        # With tied embeddings the head's gradient waits for the embedding's.
+        # With tied embeddings, the head's gradient is held until the embedding's is computed.
         is_tied = self.config.tie_word_embeddings
         head = FLOAT32 * elements.table
         waiting = head if is_tied and not self.head_waiting else 0
         if self.accumulation > 1:
             in_pass = self.gradients + max(self.activations + self.logits, in_layer + waiting)
             return max(in_pass, self.embedding)
-        # The only micro-batch of a step makes gradients while its activations go.
+        # In a step of one micro-batch, gradients are created while activations are freed.
         is_shared = parallel.shards > 1
         missing = 0 if is_shared else FLOAT32 * elements.block + (0 if is_tied else head)
         return max(
             self.activations + self.logits,
-            in_layer + (0 if is_shared else head),  # where it is shared out the layer's moment has it
+            in_layer + (0 if is_shared else head),  # if sharded, `in_layer` includes the head's gradient
             first_layer + self.layer + self.gradients - missing,
             self.embedding,
         )
 
 
 def state_memory(config: ModelConfig, parallel: ParallelConfig) -> tuple[int, int, int]:
-    """Bytes of a rank's parameters, of their gradients and of the optimizer's moments, all float32."""
+    """Bytes of a rank's parameters, gradients and optimizer moments, all float32."""
     elements = Elements.of(config, parallel)
     return FLOAT32 * elements.own, FLOAT32 * elements.own, FLOAT32 * elements.moments
 
@@ -365,10 +367,10 @@ def state_memory(config: ModelConfig, parallel: ParallelConfig) -> tuple[int, in
 def step_memory(
     config: ModelConfig, parallel: ParallelConfig, micro_batch: int, block: int, accumulation: int = 2
 ) -> Memory:
-    """What a rank holds at the worst moment of a step, in micro-batches of `micro_batch` x `block` tokens.
+    """What a rank holds at the peak of a step whose micro-batches have `micro_batch` x `block` tokens.
 
     Args:
-        accumulation: micro-batches of a step; from the second on, gradients are there already.
+        accumulation: micro-batches per step; from the second on, gradients exist already.
     """
     parameters, _, moments = state_memory(config, parallel)
     step = _Step(config, parallel, micro_batch, block, accumulation)
@@ -385,7 +387,7 @@ def step_memory(
 
 
 def run_flops(config: ModelConfig, tokens: int, block: int) -> int:
-    """FLOPs of training on so many tokens (`training_flops_per_token`)."""
+    """FLOPs of training on `tokens` tokens (`training_flops_per_token`)."""
     return tokens * training_flops_per_token(
         config.num_parameters_without_embeddings,
         config.num_hidden_layers,

@@ -6,8 +6,8 @@ import re
 
 # Dense peaks in TFLOP/s per device as torch names it, from the vendors' data sheets (figures there marked "with
 # sparsity" are halved). "fp32" is arithmetic outside the matrix units, "tf32" what fp32 products use when
-# torch.set_float32_matmul_precision allows it. Consumer cards: with accumulation in fp32, as training uses them.
-# The first pattern that matches counts, so variants stand before the plain name.
+# torch.set_float32_matmul_precision allows it. Consumer cards: with accumulation in fp32, as in training.
+# The first matching pattern counts, so variants come before the plain name.
 _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bB200\b", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": 75.0, "fp8": 4500.0}),
     (r"\bH200 NVL\b", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp8": 1670.5}),
@@ -27,8 +27,8 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bMI3(00X|25X)\b", {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4, "fp8": 2614.9}),
 )
 
-# Memory in GB from the same data sheets, which call 2^30 bytes a GB; what a driver reports is up to 2% less. Where a
-# name covers several sizes, the smallest.
+# Memory in GB from the same data sheets, where a GB is 2^30 bytes; drivers report up to 2% less. If a name covers
+# several sizes, the smallest is listed.
 _MEMORY_GB: tuple[tuple[str, int], ...] = (
     (r"\bB200\b", 180),
     (r"\bGH200 144G", 144),
@@ -51,7 +51,7 @@ _MEMORY_GB: tuple[tuple[str, int], ...] = (
     (r"\bMI325X\b", 256),
 )
 
-_FLOAT8_OF_ROWS = r"\b(G?H[12]00|B200)\b"  # Ada has float8, and no kernels with such scales (torch 2.13)
+_FLOAT8_OF_ROWS = r"\b(G?H[12]00|B200)\b"  # Ada has float8, but no kernels with row-wise scales (torch 2.13)
 
 _DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -64,21 +64,21 @@ def training_flops_per_token(
     vocab_size: int,
     hidden_size: int,
 ) -> int:
-    """FLOPs of one token in one training step (forward and backward), the numerator of MFU.
+    """FLOPs per token of one training step (forward and backward), the numerator of MFU.
 
     ``6 x (N + H x V) + 12 x L x A x T`` (PaLM, arXiv:2204.02311, appendix B; nanoGPT's ``estimate_mfu``):
-    each weight takes part in one multiply and one add forward and twice that backward; each layer's ``Q K^T`` and
-    ``P V`` take ``2 A T`` each forward, twice that backward. Attention counts **in full**, not halved for
-    the causal mask: the convention of PaLM, nanoGPT and most published MFU figures. Operations recomputed by
+    each weight takes part in one multiply and one add in the forward pass and twice that in the backward pass; each
+    layer's ``Q K^T`` and ``P V`` take ``2 A T`` each forward, twice that backward. Attention counts **in full**, not
+    halved for the causal mask: the convention of PaLM, nanoGPT and most published MFU figures. Operations recomputed by
     activation checkpointing do not count (that would be hardware utilization), nor do norms, RoPE and softmax.
     The input embedding is a lookup and costs nothing; the output head is a product of H x V whether tied or not.
 
     Args:
         num_parameters_without_embeddings: N, parameters of the whole model (all tensor-parallel ranks) without input
-            embedding and output head. Norm weights may be in it: they change the result by less than 1e-3.
+            embedding and output head. Norm weights may be included: they change the result by less than 1e-3.
         num_layers: L.
         hidden_attention_width: A = num_attention_heads x head_dim (not the KV heads).
-        block_size: T, tokens a sequence.
+        block_size: T, tokens per sequence.
         vocab_size: V, without padding.
         hidden_size: H.
     """
@@ -87,12 +87,12 @@ def training_flops_per_token(
 
 
 def peak_flops(device_name: str, dtype_name: str) -> float | None:
-    """Dense peak of one device in FLOP/s, None when it is not known (a CPU, an unlisted card, a MIG partition).
+    """Dense peak of one device in FLOP/s, None if unknown (a CPU, an unlisted card, a MIG partition).
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` gives it.
-        dtype_name: ``fp32``, ``tf32``, ``bf16``, ``fp16`` or ``fp8`` (torch's own names work too). Pass ``tf32`` for
-            fp32 training with TF32 products allowed.
+        dtype_name: ``fp32``, ``tf32``, ``bf16``, ``fp16`` or ``fp8``, or torch's name for one of fp32, bf16 and fp16.
+            Pass ``tf32`` for fp32 training with TF32 products allowed.
     """
     if re.search(r"\bMIG\b", device_name):
         return None
@@ -104,12 +104,12 @@ def peak_flops(device_name: str, dtype_name: str) -> float | None:
 
 
 def has_float8_of_rows(device_name: str) -> bool:
-    """Whether a device has products in float8 with a scale for each row; one that is not known is taken for newer."""
+    """Whether a device has float8 products with row-wise scales; an unknown device is assumed to be newer, so True."""
     return device_memory(device_name) is None or re.search(_FLOAT8_OF_ROWS, device_name, re.IGNORECASE) is not None
 
 
 def device_memory(device_name: str) -> int | None:
-    """Bytes of one device's memory, None when it is not known. `device_name` as in `peak_flops`."""
+    """Memory of one device in bytes, None if unknown. `device_name` as in `peak_flops`."""
     if re.search(r"\bMIG\b", device_name):
         return None
     for pattern, size in _MEMORY_GB:

@@ -2,13 +2,13 @@
 
 Two ways to find out:
 
-- On an accelerator (CUDA, ROCm) the size is tried: an out-of-memory error, or a peak above the limit, is a no.
-- On the CPU an overdrawn process is killed, or the machine swaps; there is nothing to catch. Sizes 1 and 2 are
-  measured, memory is fitted as fixed + slope x size, and a larger size runs only if it is predicted to fit. Every
-  size that runs joins the fit.
+- On an accelerator (CUDA, ROCm) the size is tried: an out-of-memory error, or a peak above the limit, means no.
+- On the CPU, a process that uses too much memory is killed, or the machine swaps; there is no error to catch. Sizes 1
+  and 2 are measured, memory is fitted as fixed + slope x size, and a larger size runs only if it is predicted to fit.
+  Every size that runs is added to the fit.
 
-``trial_runner`` picks the one for a device. The probe it runs (one step at a given size, its time in seconds as
-result) comes from the caller and must hold no collective.
+``trial_runner`` picks the one for a device. The caller provides the probe (it runs one step at a given size and returns
+the seconds it took), which must not contain any collective.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 
-# What the limit leaves free of a device's total memory: collectives allocate their buffers only when they first run,
-# fragmentation grows over a long run, and a step may be a little larger than the probed one (evaluation, saving).
+# Fraction of memory that the limit leaves free: collectives allocate their buffers only when they first run,
+# fragmentation grows over a long run, and a step may need a little more than the probed one (evaluation, saving).
 SAFETY_MARGIN = 0.05
 
-# A forward and backward pass takes at least tens of milliseconds where memory is short; a reading takes about 20 us.
+# A forward and backward pass that is large enough to run short of memory takes tens of milliseconds or more; reading
+# the memory in use takes about 20 us.
 SAMPLE_INTERVAL_SECONDS = 0.002
 
 CALIBRATION_SIZES = (1, 2)
@@ -48,15 +49,15 @@ Probe = Callable[[int], float]
 
 
 class TrialRunner(Protocol):
-    """Runs one trial on this rank: ``(fits, seconds)``, seconds being infinite where the size does not fit."""
+    """Runs one trial on this rank and returns ``(fits, seconds)``; seconds are infinite if the size does not fit."""
 
     @property
     def limit_bytes(self) -> int:
-        """What one rank may use, in bytes."""
+        """Bytes that one rank may use."""
 
     @property
     def flat_doublings(self) -> int | None:
-        """End the growth after this many doublings without more throughput; None: grow to the memory limit."""
+        """Stop growing after this many doublings without more throughput; None: grow to the memory limit."""
 
     def __call__(self, size: int) -> tuple[bool, float]: ...
 
@@ -64,15 +65,17 @@ class TrialRunner(Protocol):
 def trial_runner(
     device: torch.device, probe: Probe, memory_limit_gib: float | None = None, *, cuda_graphs: bool = False
 ) -> TrialRunner:
-    """The trials of a device. Call it once model and optimizer state are in memory on all ranks of the machine:
-    on the CPU the memory free at this moment is shared out among them.
+    """The trial runner for a device.
+
+    Call it once model and optimizer state are in memory on all ranks of the machine: on the CPU, the memory that is
+    free at this moment is divided among them.
 
     Args:
         device: where the model is.
-        probe: runs one forward, backward and whatever else a step keeps in memory, at the given micro-batch size, and
-            returns the seconds it took, first-use costs (compilation, kernel selection) excluded.
+        probe: runs a forward and a backward pass, and whatever else a step keeps in memory, at the given micro-batch
+            size; returns the seconds it took, excluding first-use costs (compilation, kernel selection).
         memory_limit_gib: ``--memory-limit-gib``, for one rank; None: what the device has, less ``SAFETY_MARGIN``.
-        cuda_graphs: the probe records graphs.
+        cuda_graphs: whether the probe records CUDA graphs.
     """
     if device.type == "cpu":
         return HostTrials(probe, PeakRss(), host_memory_limit(memory_limit_gib))
@@ -81,7 +84,7 @@ def trial_runner(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the device or the host, in torch, cuBLAS, cuDNN or NCCL."""
+    """Whether an error means that device or host memory ran out, in torch, cuBLAS, cuDNN or NCCL."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -95,21 +98,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class DeviceMemory(Protocol):
-    """What ``AcceleratorTrials`` needs of a device."""
+    """What ``AcceleratorTrials`` needs from a device."""
 
     def start_trial(self) -> None:
-        """Hand cached blocks back and forget the last peak."""
+        """Release the allocator's cached blocks and reset the peak."""
 
     def peak_bytes(self) -> int:
         """The most memory the device had in use since ``start_trial``."""
 
 
 class AcceleratorMemory:
-    """Memory of one CUDA or ROCm device, as its caching allocator and its driver see it.
+    """Memory of one CUDA or ROCm device, as its caching allocator and its driver report it.
 
     Args:
-        cuda_graphs: forget recorded graphs between trials. Their memory lives as long as they do, so what one size took
-            would count for the next.
+        cuda_graphs: discard recorded graphs between trials. Their memory lives as long as they do, so one size's
+            graphs would count towards the next size's peak.
     """
 
     def __init__(self, device: torch.device, *, cuda_graphs: bool = False) -> None:
@@ -123,13 +126,13 @@ class AcceleratorMemory:
         if self._has_graphs:
             import torch
 
-            torch.compiler.reset()  # what is compiled goes with them; its code is found again on disk
+            torch.compiler.reset()  # also drops compiled code, which is reloaded from the cache on disk
         gc.collect()
         self._module.empty_cache()
         self._module.reset_peak_memory_stats(self._device)
 
     def peak_bytes(self) -> int:
-        """Peak reserved by the allocator, plus what is in use beside it: context, collectives, other processes."""
+        """Peak reserved by the allocator, plus what is in use outside it: context, collectives, other processes."""
         free, total = self._module.mem_get_info(self._device)
         beside = total - free - self._module.memory_reserved(self._device)
         return int(self._module.max_memory_reserved(self._device) + max(0, beside))
@@ -142,7 +145,7 @@ def accelerator_memory_limit(total_bytes: int, memory_limit_gib: float | None) -
 
 
 class AcceleratorTrials:
-    """Trials on an accelerator: a size fits if the probe ends without running out of memory, its peak in the limit."""
+    """Trials on an accelerator: a size fits if the probe does not run out of memory and peaks within the limit."""
 
     flat_doublings: int | None = None
 
@@ -154,13 +157,13 @@ class AcceleratorTrials:
     def __call__(self, size: int) -> tuple[bool, float]:
         self._memory.start_trial()
         seconds = self._run(size)
-        # Read before the clean-up: it hands the blocks back whose peak is asked for.
+        # Read the peak before cleaning up, which releases the blocks and resets it.
         fits = seconds is not None and self._memory.peak_bytes() <= self.limit_bytes
         self._memory.start_trial()
         return (True, seconds) if fits and seconds is not None else (False, float("inf"))
 
     def _run(self, size: int) -> float | None:
-        """Seconds, or None when memory ran out; on return no frame of a failed probe keeps a tensor alive."""
+        """Seconds, or None if memory ran out; in that case no stack frame of the failed probe keeps a tensor alive."""
         try:
             return self._probe(size)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -178,25 +181,25 @@ class AcceleratorTrials:
 
 
 class HostMemory(Protocol):
-    """What ``HostTrials`` needs of the host."""
+    """What ``HostTrials`` needs from the host."""
 
     def peak_during(self, probe: Probe, size: int) -> tuple[float, int]:
-        """Run ``probe(size)``; its seconds, and the peak of this process's memory meanwhile, in bytes."""
+        """Run ``probe(size)``; return its seconds, and this process's peak memory during the call in bytes."""
 
 
 class PeakRss:
-    """Peak resident memory of this process during a call, by a thread that samples it through psutil.
+    """Peak resident memory of this process during a call, sampled by a thread through psutil.
 
-    Not ``resource.getrusage().ru_maxrss``: that is the peak of the whole life of the process and never falls, so that
-    a trial below the peak of loading the model or reading a checkpoint would show nothing; on Linux it survives
-    ``exec`` as well, and its unit is KiB on Linux but bytes on macOS.
+    Not ``resource.getrusage().ru_maxrss``: that is the peak over the process's whole lifetime and never falls, so a
+    trial below the peak of loading the model or reading a checkpoint would not show; on Linux it also survives
+    ``exec``, and its unit is KiB on Linux but bytes on macOS.
     """
 
     def peak_during(self, probe: Probe, size: int) -> tuple[float, int]:
         import psutil
 
         process = psutil.Process()
-        gc.collect()  # cycles left by the trial before would count for this one
+        gc.collect()  # reference cycles left by the previous trial would count towards this one
         peak = process.memory_info().rss
         done = threading.Event()
 
@@ -216,11 +219,11 @@ class PeakRss:
 
 
 def host_memory_limit(memory_limit_gib: float | None) -> int:
-    """Resident bytes this rank may use: the given limit, or what it uses now plus its share of what is free.
+    """Resident bytes this rank may use: the given limit, or what it uses now plus its share of the free memory.
 
-    The share is psutil's available memory, less ``SAFETY_MARGIN``, over the ranks of this machine
-    (``LOCAL_WORLD_SIZE``, 1 without torchrun). psutil reports the machine: under a tighter limit of a container or a
-    batch system, give ``--memory-limit-gib``.
+    The share is psutil's available memory, less ``SAFETY_MARGIN``, divided by the ranks of this machine
+    (``LOCAL_WORLD_SIZE``, 1 without torchrun). psutil reports the machine's memory: under a tighter limit set by a
+    container or a batch system, give ``--memory-limit-gib``.
     """
     if memory_limit_gib is not None:
         return int(memory_limit_gib * GIB)
@@ -232,9 +235,9 @@ def host_memory_limit(memory_limit_gib: float | None) -> int:
 
 
 class HostTrials:
-    """Trials on the CPU: sizes 1 and 2 are measured, larger ones run only where the fit predicts that they fit."""
+    """Trials on the CPU: sizes 1 and 2 are measured; a larger one runs only if the fit predicts that it fits."""
 
-    # Throughput of a CPU saturates at small sizes; a search up to the memory limit would take minutes and gain nothing.
+    # CPU throughput saturates at small sizes; a search up to the memory limit would take minutes and gain nothing.
     flat_doublings: int | None = 2
 
     def __init__(self, probe: Probe, memory: HostMemory, limit_bytes: int) -> None:
@@ -244,7 +247,7 @@ class HostTrials:
         self._measured: dict[int, tuple[float, int]] = {}  # size -> seconds, peak bytes
 
     def __call__(self, size: int) -> tuple[bool, float]:
-        # Calibrating here, when a size first needs it, keeps the trials all ranks vote on the same on every device.
+        # Calibrating lazily, inside a trial, keeps the sequence of voted trials the same on every kind of device.
         for smaller in (*(calibration for calibration in CALIBRATION_SIZES if calibration < size), size):
             if smaller not in self._measured:
                 if self.predicted_bytes(smaller) > self.limit_bytes:
@@ -256,10 +259,10 @@ class HostTrials:
         return True, seconds
 
     def predicted_bytes(self, size: int) -> int:
-        """Peak at ``size`` as fixed + slope x size; 0 before two sizes are measured.
+        """The predicted peak at ``size`` as fixed + slope x size; 0 before two sizes are measured.
 
-        The highest of: least squares over all measured sizes; the line through the largest two, since a first trial's
-        one-time costs can hide the slope of small sizes; and the peak of any smaller size.
+        The highest of: the least-squares line through all measured sizes; the line through the largest two, since the
+        first trial's one-time costs can hide the slope at small sizes; and the peaks measured at sizes up to this one.
         """
         if len(self._measured) < len(CALIBRATION_SIZES):
             return 0

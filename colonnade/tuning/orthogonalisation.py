@@ -1,4 +1,4 @@
-"""What Muon adds to a step: the matrices that ranks exchange, and the iterations over each whole one."""
+"""What Muon adds to a step: exchanging matrices between ranks, and the Newton-Schulz iterations on each whole one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from colonnade.tuning.traffic import ALL_TO_ALL, BROADCAST, Traffic
 
 
 def matrix_traffic(config: ModelConfig, parallel: ParallelConfig) -> list[Traffic]:
-    """The exchanges of `WholeMatrices` in a step with Muon, as the first rank has them.
+    """The exchanges of `WholeMatrices` in a step with Muon, counted for the first rank.
 
-    Momentum goes to the whole matrix in float32, and the result comes back in the dtype of the iterations.
+    Momentum is sent in float32 to assemble each whole matrix; results come back in the dtype of the iterations.
     """
     tp, shards, copies = parallel.tp, parallel.shards, parallel.dp // parallel.shards
     result_bytes = FLOAT32 if parallel.on_cpu else BYTES["bf16"]
@@ -28,13 +28,14 @@ def matrix_traffic(config: ModelConfig, parallel: ParallelConfig) -> list[Traffi
     for matrices in _rounds(config, parallel):
         of_copy = matrices[: tp * shards]
         own = of_copy[:tp]
-        if shards > 1:  # a rank's rows of all matrices, against all rows of its group's
+        if shards > 1:  # this rank's rows of all matrices, or all rows of its own group's matrices, if that is more
             here, there = sum(_rows_of_first(cut) for cut in of_copy), sum(_part(cut) for cut in own)
             calls["rows"] += 2
             sizes["rows"] += max(here, there) * both_ways
         if tp > 1:
             first = own[0]
-            # Of a matrix that each rank holds whole no parts go to its rank, and results go to all.
+            # For a matrix replicated over tp, no parts are sent to the rank that computes it, but all ranks receive the
+            # result.
             whole = _part(first) * (1 if first.dim is None else tp)
             sent = sum(_part(cut) for cut in own if cut.dim is not None or cut is first)
             calls["parts"] += 2
@@ -55,9 +56,9 @@ def matrix_traffic(config: ModelConfig, parallel: ParallelConfig) -> list[Traffi
 
 
 def orthogonalisation_flops(config: ModelConfig, parallel: ParallelConfig) -> int:
-    """Operations that the ranks wait for: those of the largest matrix of each round.
+    """The FLOPs on the critical path: those of the largest matrix of each round, which the other ranks wait for.
 
-    All matrices have one side H, so the one with the most elements has the most operations.
+    All matrices have one side H, so the one with the most elements takes the most FLOPs.
     """
     largest = (matrices[0] for matrices in _rounds(config, parallel))
     return sum(newton_schulz_flops(_whole_shape(cut, parallel.tp)) for cut in largest)
@@ -80,10 +81,10 @@ def _whole_shape(cut: MatrixCut, tp: int) -> tuple[int, int]:
 
 
 def _part(cut: MatrixCut) -> int:
-    """Elements of a tensor-parallel rank's part."""
+    """Elements of one tensor-parallel rank's part of the matrix."""
     return math.prod(cut.shape)
 
 
 def _rows_of_first(cut: MatrixCut) -> int:
-    """Elements of what the first rank holds of that, where data-parallel ranks share it out."""
+    """Elements of that part which the first data-parallel rank holds, if they shard it by rows."""
     return math.prod(cut.shard_shape(0))

@@ -1,4 +1,4 @@
-"""A run planned from sizes: the fastest way to split the ranks, what a step holds, and what the numbers rest on."""
+"""Planning a run from sizes: the fastest way to split the ranks, the memory of a step, and the assumptions made."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Plan:
     """A run, and what it costs.
 
     Attributes:
-        tokens: that are trained on: whole steps, so up to a step more than were asked for.
-        micro_batch, accumulation: of each rank.
-        memory: of a rank, at the worst moment of a step.
+        tokens: trained on in total: whole steps, so up to one step more than asked for.
+        micro_batch, accumulation: sequences per micro-batch and micro-batches per step, on each rank.
+        memory: of a rank, at the peak of a step.
         traffic: what a rank sends in a step.
-        time: of a step; None where the device's peak is not known.
-        candidates: the best of each way to split the ranks, the recommended one first; those that do not fit last.
-        memory_limit: bytes a rank may use; None where the device is not known.
+        time: of a step; None if the device's peak FLOP/s are unknown.
+        candidates: the best one for each way to split the ranks, the recommended one first, those that do not fit last.
+        memory_limit: bytes a rank may use; None if the device is not given.
         flops: of the whole run.
-        seconds: of the whole run; None where the device's peak is not known.
-        assumptions: what the numbers rest on, a line each.
+        seconds: of the whole run; None if the device's peak FLOP/s are unknown.
+        assumptions: what the numbers are based on, one line each.
     """
 
     gpus: int
@@ -67,7 +67,7 @@ class Plan:
     assumptions: tuple[str, ...]
 
     def settings(self) -> dict[str, Any]:
-        """What `training.py` has to be told."""
+        """The planned settings to pass to `training.py`."""
         return {
             "total_steps": self.steps,
             "warmup_steps": self.warmup_steps,
@@ -88,24 +88,26 @@ class Plan:
 
 
 def warmup_of(steps: int) -> int:
-    """A hundredth of the steps, between 10 and 2000, and never more than half of them."""
+    """Warm-up steps: a hundredth of all steps, between 10 and 2000, but never more than half of them."""
     return min(LONGEST_WARMUP, max(SHORTEST_WARMUP, steps // 100), steps // 2)
 
 
 def recommended_step(flops: float) -> float:
-    """Tokens a step for a compute budget in FLOPs, those of the vocabulary left out (arXiv:2401.02954, section 3.1)."""
+    """Tokens per step for a compute budget in FLOPs that excludes the vocabulary's (arXiv:2401.02954, section 3.1)."""
     return float(0.2920 * flops**0.3271)
 
 
 def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]) -> Plan:
-    """Split the ranks and settle the sizes of a step.
+    """Choose how to split the ranks, and the sizes of a step.
 
     Args:
-        settings: of the run, the preset's included; what they say of steps and batch is settled here.
-        given: names of those that were asked for, which stay as they are.
+        asked: the plan's own settings.
+        settings: the run's settings, including the preset's; the numbers of steps and the batch are determined here.
+        config: sizes of the model.
+        given: names of the settings that were explicitly given, which are kept.
 
     Raises:
-        UsageError: names what does not go together, or does not fit.
+        UsageError: names the settings that contradict each other, or says what does not fit.
     """
     _require_known(asked)
     block = settings.block_size or config.max_position_embeddings
@@ -158,7 +160,7 @@ def _require_known(asked: PlanSettings) -> None:
 
 
 def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelConfig, tokens: int, block: int) -> int:
-    """As given, or recommended for the compute of so many tokens, in whole sequences for each device."""
+    """Tokens per step: as given, or recommended for the run's compute, in whole sequences per device."""
     if settings.tokens_per_step is not None:
         return sequences_of_step(settings.tokens_per_step, block) * block
     share = block * asked.gpus
@@ -169,7 +171,7 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
         )
     head = 6 * config.hidden_size * config.vocab_size * tokens
     best = min(recommended_step(run_flops(config, tokens, block) - head), MAX_TOKENS_PER_STEP)
-    # A power of two sequences for each device: it can be shared out in many ways.
+    # A power-of-two number of sequences per device can be split into micro-batches and over ranks in many ways.
     return share * 2 ** max(0, round(math.log2(best / share))) if best > share else share
 
 

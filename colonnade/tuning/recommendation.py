@@ -1,7 +1,7 @@
-"""Which way to split the ranks is the fastest that fits: every way that is allowed, its memory and predicted time.
+"""Finding the fastest way to run that fits in memory: every allowed candidate, with its memory and predicted time.
 
-A way is a tensor-parallel size within a node, what data-parallel ranks share out, what is computed again, and a
-micro-batch. What was asked for is not varied.
+A candidate is a tensor-parallel size within a node, a kind of data-parallel sharding, a kind of activation
+recomputation, and a micro-batch size. Settings that were given explicitly are not varied.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from colonnade.tuning.traffic import Traffic
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run, and what it costs; `time` is None where the device's peak is not known."""
+    """One way to run and its cost; `time` is None if the device's peak FLOP/s are unknown."""
 
     parallel: ParallelConfig
     micro_batch: int
@@ -63,10 +63,10 @@ class Candidate:
         }
 
     def rank(self, fastest: float) -> tuple[Any, ...]:
-        """What is better comes first: what fits, is faster, is simpler, and has the larger micro-batch.
+        """Sort key, best first: candidates that fit, then the faster, the simpler, and those with a larger micro-batch.
 
         Args:
-            fastest: seconds of the fastest that fits; whatever is as fast but for a thousandth is equal to it.
+            fastest: seconds of the fastest candidate that fits; times up to a thousandth above it count as equal to it.
         """
         parallel = self.parallel
         seconds = 0.0 if self.time is None else self.time.seconds
@@ -82,12 +82,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `recommend` found.
+    """The result of `recommend`.
 
     Attributes:
-        candidates: the best of each split, sharing and checkpointing, the recommended one first.
-        memory_limit: bytes a rank may use; None where the device is not known.
-        machine: None where its peak is not known.
+        candidates: the best one for each split, kind of sharding and kind of recomputation; the recommended one first.
+        memory_limit: bytes a rank may use; None if the device is not given.
+        machine: the devices and links; None if the device's peak FLOP/s are unknown.
     """
 
     candidates: tuple[Candidate, ...]
@@ -96,14 +96,14 @@ class Choice:
 
 
 def memory_of_device(asked: PlanSettings) -> int | None:
-    """Bytes of the device that is planned for, as told or as known; None where neither is."""
+    """Memory of the planned device in bytes: --gpu-memory-gib, or the known size of --gpu; None without either."""
     if asked.gpu_memory_gib is not None:
         return int(asked.gpu_memory_gib * GIB)
     return None if asked.gpu is None else device_memory(asked.gpu)
 
 
 def _has_bf16(gpu: str | None) -> bool:
-    """Whether a device multiplies in bf16; one that is not known is taken for a newer one."""
+    """Whether a device has bf16 products; False without a device, True for an unknown one, as it is probably newer."""
     return gpu is not None and (device_memory(gpu) is None or peak_flops(gpu, "bf16") is not None)
 
 
@@ -115,14 +115,18 @@ def recommend(
     per_step: int,
     block: int,
 ) -> Choice:
-    """All that may be varied, compared; without a device what is the simplest.
+    """Compare all allowed candidates and rank them; without a device, only tp is varied and the simplest comes first.
 
     Args:
-        given: names of settings that were asked for, and stay.
-        per_step: tokens of a step over all ranks.
+        asked: the plan's own settings.
+        settings: the run's settings.
+        config: sizes of the model.
+        given: names of the settings that were explicitly given, which are not varied.
+        per_step: tokens per step over all ranks.
+        block: tokens per sequence.
 
     Raises:
-        UsageError: nothing fits, or the ranks cannot be split as was asked.
+        UsageError: nothing fits, or the ranks cannot be split as requested.
     """
     memory = memory_of_device(asked)
     limit = None if memory is None else accelerator_memory_limit(memory, settings.memory_limit_gib)
@@ -137,7 +141,7 @@ def recommend(
         dp = asked.gpus // tp
         refusal = _refusal_to_share(settings, config, Ranks(dp, tp, device))
         if refusal is not None:
-            refused = refused or refusal  # with the fewest tensor-parallel ranks: the most that can share
+            refused = refused or refusal  # keep the first: it has the lowest tp, so the most ranks to shard over
             continue
         micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
         for parallel in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
@@ -145,7 +149,7 @@ def recommend(
                 _candidate(config, parallel, size, chunks // dp // size, block, limit, machine)
                 for size in micro_batches
             ]
-            # Of those that do not fit the one that comes closest.
+            # If none fits, keep the one that comes closest, the last.
             fitting = [one for one in tried if one.fits]
             best.append(_by_rank(fitting)[0] if fitting else tried[-1])
     if refused is not None and not best:
@@ -267,15 +271,17 @@ def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfi
 
 
 def _fixed_slices(settings: RunSettings, config: ModelConfig) -> int | None:
-    """V, where sums have a fixed order; tensor-parallel sizes are its divisors then."""
+    """V if sums have a fixed order, else None; tensor-parallel sizes must then divide it."""
     return settings.tensor_slices or (default_slices(config) if settings.deterministic else None)
 
 
 def _that_share_out(chunks: int, sizes: list[int], asked: PlanSettings, settings: RunSettings, block: int) -> list[int]:
-    """The tensor-parallel sizes whose data-parallel ranks can share out `chunks` sequences of a step, as a run would.
+    """The tensor-parallel sizes at which the data-parallel ranks can evenly split a step's `chunks` sequences.
+
+    The rules are those of a run: a deterministic one has to halve them.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such size.
     """
     workable = halving_sizes(chunks) if settings.deterministic else divisors(chunks)
     shared = [tp for tp in sizes if asked.gpus // tp in workable]
@@ -297,7 +303,7 @@ def _that_share_out(chunks: int, sizes: list[int], asked: PlanSettings, settings
 
 
 def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
-    """The tensor-parallel sizes at which products can be in float8. Raises UsageError where there is none."""
+    """The tensor-parallel sizes at which the sizes of products allow float8. Raises UsageError if there is none."""
     slices = _fixed_slices(settings, config)
     taken, refusal = [], None
     for tp in sizes:
@@ -315,7 +321,10 @@ def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelCon
 def _placements(
     start: ParallelConfig, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
 ) -> Iterator[ParallelConfig]:
-    """`start` with everything varied that is neither asked for nor without a meaning."""
+    """Variants of `start` over the kinds of sharding and recomputation.
+
+    Either is kept as it is if it was given explicitly or if no device is; sharding is "none" where it is no option.
+    """
     is_known = asked.gpu is not None
     checkpointing: tuple[str, ...] = CHECKPOINTING
     if not is_known or not {"activation_checkpointing", "disable_gradient_checkpointing"}.isdisjoint(given):
@@ -331,16 +340,16 @@ def _placements(
 
 
 def _shares_nothing(parallel: ParallelConfig, settings: RunSettings, config: ModelConfig) -> bool:
-    """Whether there is nobody to share with, or sharing is refused; a deterministic run shares where it is asked to."""
+    """Whether sharding is no option: dp is 1, it is refused, or the run is deterministic (sharded only on request)."""
     if settings.deterministic or parallel.dp == 1:
         return True
     device = torch.device("cpu" if parallel.on_cpu else "cuda")
-    sharing = settings.replace(data_parallel_shard="zero2")  # or zero3, of which the same is refused
+    sharing = settings.replace(data_parallel_shard="zero2")  # zero3 is refused in the same cases
     return _refusal_to_share(sharing, config, Ranks(parallel.dp, parallel.tp, device)) is not None
 
 
 def _refusal_to_share(settings: RunSettings, config: ModelConfig, ranks: Ranks) -> UsageError | None:
-    """Why these ranks cannot share out parameters as the settings say; None where they can."""
+    """The error that says why these ranks cannot shard parameters as the settings ask; None if they can."""
     try:
         check_shards(settings, config, ranks)
     except UsageError as error:
@@ -349,7 +358,10 @@ def _refusal_to_share(settings: RunSettings, config: ModelConfig, ranks: Ranks) 
 
 
 def _micro_batches(asked: PlanSettings, settings: RunSettings, chunks: int, limit: int | None) -> list[int]:
-    """Sizes to try, the largest first: of those that divide a rank's sequences of a step."""
+    """Micro-batch sizes to try, largest first, all divisors of a rank's sequences per step.
+
+    Only one of them if a size was given, or without a memory limit.
+    """
     sizes = micro_batch_candidates(chunks)
     given = asked.micro_batch_size
     if given is not None:

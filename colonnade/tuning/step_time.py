@@ -1,18 +1,18 @@
-"""How long a step takes, predicted: products at a part of the peak, collectives at the rate of their links.
+"""The predicted time of a step: matrix products at a fraction of the peak, collectives at the bandwidth of their links.
 
     seconds = FLOPs / (ranks x peak x utilisation) + sum over collectives of (sent / bandwidth + latency) - hidden
 
-FLOPs are those of the model, of what checkpointing computes again and of Muon's iterations. `sent` is what a rank sends
-in a ring (Thakur et al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). Hidden is what goes on behind computation
-(`Traffic.behind`), and at most as long as that takes:
+FLOPs are those of the model, of activation recomputation and of Muon's iterations. `sent` is what a rank sends in a
+ring (Thakur et al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). `hidden` is the communication time that
+overlaps with computation (`Traffic.behind`), at most the duration of that computation:
 
-    tp    collectives of layers, with overlap: all computation; otherwise backward the sums of f: the products for the
-          gradients of the column-parallel weights
-    dp    gradients that each rank holds: the last micro-batch's backward pass; zero2: the first forward and the last
-          backward pass; zero3: all computation
+    tp    with --overlap-collectives, the layers' collectives hide behind all computation; without it, only the backward
+          sums of f do, behind the products for the column-parallel weights' gradients
+    dp    unsharded gradients hide behind the last micro-batch's backward pass; zero2 behind the first forward and the
+          last backward pass; zero3 behind all computation
 
-Kernels, what an optimizer does to each element, the data and what ranks wait for each other are in `utilisation`, or
-nowhere.
+Kernel overheads, the optimizer's element-wise update, data loading and ranks waiting for each other are covered by
+`utilisation` or not at all.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from colonnade.tuning.flops import device_memory
 from colonnade.tuning.orthogonalisation import orthogonalisation_flops
 from colonnade.tuning.traffic import Computation, Traffic
 
-# GB/s (10^9 bytes) that a GPU sends in one direction, from the vendors' data sheets. Theirs name both directions of
-# NVLink together: 600 (A100), 900 (H100, H200), 1800 (B200). PCIe with 16 lanes; networks with one port a GPU.
+# GB/s (10^9 bytes) that a GPU sends in one direction, from the vendors' data sheets. For NVLink these give the sum of
+# both directions: 600 (A100), 900 (H100, H200), 1800 (B200). PCIe with 16 lanes; networks with one port per GPU.
 LINKS: dict[str, float] = {
     "nvlink3": 300.0,
     "nvlink4": 450.0,
@@ -50,12 +50,12 @@ _OF_DEVICES = (
 )
 WITHOUT_NVLINK = "pcie4"
 LATENCY_IN_NODE, LATENCY_ACROSS = 10e-6, 30e-6
-"""Seconds a call takes whatever it sends: guesses, which count where calls are many and small."""
+"""Seconds per call regardless of its size: guesses, which matter if there are many small calls."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """`bandwidth` in bytes a second that a GPU sends in one direction; `latency` in seconds a call."""
+    """`bandwidth` in bytes per second that a GPU sends in one direction; `latency` in seconds per call."""
 
     name: str
     bandwidth: float
@@ -63,10 +63,10 @@ class Link:
 
 
 def link_of(flag: str, value: str, latency: float) -> Link:
-    """A link by its name in `LINKS`, or by a number of GB/s.
+    """A link, given by its name in `LINKS` or as a number of GB/s.
 
     Raises:
-        UsageError: neither.
+        UsageError: `value` is neither.
     """
     rate = LINKS.get(value)
     if rate is None:
@@ -83,7 +83,7 @@ def link_of(flag: str, value: str, latency: float) -> Link:
 
 
 def interconnect_of(gpu: str) -> str | None:
-    """The link inside a node that a device is usually sold with; None for one that is not known."""
+    """The link within a node that a device is usually sold with; None for an unknown device."""
     for pattern, name in _OF_DEVICES:
         if re.search(pattern, gpu, re.IGNORECASE):
             return name
@@ -92,13 +92,14 @@ def interconnect_of(gpu: str) -> str | None:
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and what joins them.
+    """The devices and the links between them.
 
     Attributes:
-        peak: FLOP/s of one device in the precision of products.
-        bf16_peak: in bfloat16, which Muon iterates in on accelerators whatever the precision.
-        utilisation: the part of it that computation reaches.
-        gpus_per_node: neighbouring ranks that `interconnect` joins; the others talk over `network`.
+        peak: FLOP/s of one device in the precision of matrix products.
+        utilisation: the fraction of the peak that computation reaches.
+        gpus_per_node: number of neighbouring ranks connected by `interconnect`; others communicate over `network`.
+        bf16_peak: FLOP/s of one device in bfloat16, in which Muon iterates on accelerators in any precision; None if it
+            is `peak` or unknown.
     """
 
     peak: float
@@ -109,7 +110,7 @@ class Machine:
     bf16_peak: float | None = None
 
     def link(self, traffic: Traffic, parallel: ParallelConfig) -> Link:
-        """The slowest link that a group's ring crosses. Ranks of tp are neighbours, then those that share out."""
+        """The slowest link that a group's ring crosses. Rank order: tp innermost, then shards, then replicas."""
         span = {"tp": parallel.tp, "dp": parallel.tp * traffic.ranks, "replicas": parallel.tp * parallel.dp}
         return self.interconnect if span[traffic.group] <= self.gpus_per_node else self.network
 
@@ -119,9 +120,9 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-        compute: of products.
-        communication: of all collectives, whether hidden or not.
-        hidden: of these, while computation goes on.
+        compute: time of matrix products.
+        communication: time of all collectives, hidden or not.
+        hidden: the part of `communication` that overlaps with computation.
     """
 
     compute: float
@@ -137,7 +138,7 @@ class StepTime:
 
 
 def repeated_flops(config: ModelConfig, checkpointing: str, tokens: int, block: int) -> int:
-    """FLOPs of what the backward pass computes again: it ends before the last product of what is computed again."""
+    """FLOPs of activation recomputation for `tokens` tokens. It stops before the last product (down_proj)."""
     product = 2 * config.hidden_size * config.intermediate_size
     if checkpointing == "none":
         return 0
@@ -150,7 +151,7 @@ def repeated_flops(config: ModelConfig, checkpointing: str, tokens: int, block: 
 
 
 def _column_weights(config: ModelConfig) -> dict[Computation, int]:
-    """Elements of the column-parallel weights of all layers, by the computation of their gradients."""
+    """Elements of all layers' column-parallel weights, keyed by the computation of their gradients."""
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     of_channel = config.num_hidden_layers * config.hidden_size
     return {
@@ -169,7 +170,7 @@ def step_time(
     block: int,
     accumulation: int,
 ) -> StepTime:
-    """The predicted time of a step of `tokens` tokens over all ranks, in sequences of `block`."""
+    """The predicted time of a step of `tokens` tokens over all ranks, in sequences of `block` tokens."""
     rate = parallel.tp * parallel.dp * machine.peak * machine.utilisation
     model = run_flops(config, tokens, block) / rate
     again = repeated_flops(config, parallel.activation_checkpointing, tokens, block) / rate
@@ -188,12 +189,12 @@ def step_time(
         total += seconds
         if one.behind is not None:
             behind[link, one.group, one.behind] += seconds
-    # Groups that share a link take turns there: together they hide no more than there is computation.
+    # Groups that share a link take turns on it: in total they hide no more than the time of all computation.
     hidden: dict[Link, float] = defaultdict(float)
     for (link, _, computation), seconds in behind.items():
         hidden[link] += min(seconds, lasting[computation])
     covered = sum(min(seconds, compute) for seconds in hidden.values())
-    if parallel.optimizer == "muon":  # after all that; each rank has a matrix of its own at a time
+    if parallel.optimizer == "muon":  # runs after the overlap above; each rank works on one whole matrix at a time
         peak = machine.bf16_peak or machine.peak
         compute += orthogonalisation_flops(config, parallel) / (peak * machine.utilisation)
     return StepTime(compute, total, covered)

@@ -1,4 +1,4 @@
-"""What a prediction says of one collective: how often it is called in a step, and what it sends."""
+"""The predicted traffic of one collective: how often it is called in a step, and how much it sends."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-sca
 ALL_TO_ALL, BROADCAST = "all-to-all", "broadcast"
 
 Computation = Literal["step", "micro-batch", "last backward pass", "gradients of q, k, v", "gradients of gate, up"]
-"""What may go on during a collective: all of a step, of one micro-batch, of the last one's backward pass; or, in all
-backward passes, the products that give the gradients of these column-parallel weights."""
+"""The computation that a collective may overlap with: all of a step's, one micro-batch's, or that of the last
+micro-batch's backward pass; or, in all backward passes, the products for these column-parallel weights' gradients."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Calls of one collective in a step.
+    """All calls of one collective, for one purpose, in a step.
 
     Attributes:
-        group: "tp"; "dp" (all data-parallel ranks, or those that share out one copy), or "replicas".
+        group: "tp", "dp" (all data-parallel ranks, or those that shard one copy of the parameters) or "replicas".
         what: what is sent.
-        ranks: of the group.
+        ranks: size of the group.
         size: bytes of all calls together.
-        behind: the computation that goes on meanwhile; None for none.
+        behind: the computation that the collective overlaps with; None for none.
     """
 
     group: str
@@ -35,9 +35,9 @@ class Traffic:
 
     @property
     def sent(self) -> float:
-        """Bytes that pass the busiest link of a ring of G ranks.
+        """Bytes over the busiest link of a ring of G ranks.
 
-        2 (G - 1) / G of an all-reduce's, all of a broadcast's, (G - 1) / G of the others'.
+        As a fraction of `size`: 2 (G - 1) / G for an all-reduce, 1 for a broadcast, (G - 1) / G for the others.
         """
         if self.collective == BROADCAST:
             return float(self.size)
