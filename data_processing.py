@@ -1,18 +1,18 @@
-"""From files to blocks of token ids: the way of a token until it leaves the reader.
+"""From files to blocks of token ids: everything that happens to a token before it leaves the reader.
 
 1. Shards are found (`discover_shards`), opened and checked (`colonnade/data/shards.py`).
 2. The tokenizer is loaded (`load_tokenizer`), its boundary tokens chosen (`boundary_tokens`).
-3. Each corpus's units (row groups) are dealt to lanes and put in order (`colonnade/data/order.py`).
-4. A lane's units are read one after the other, the text column only; a damaged one is skipped whole and recorded; rows
-   that are not documents are dropped (`colonnade/data/lane_reader.py`, `text_filter.py`).
-5. Batches of rows are encoded on threads, in order (`colonnade/data/tokenization.py`).
-6. Documents become blocks of `block_size + 1` tokens (`colonnade/data/lane.py`, `packing.py`).
-7. Chunk g is the next block of lane g mod V of the corpus whose turn it is (`colonnade/data/mixture.py`), and leaves
-   together with the position that resumes after it (`colonnade/data/position.py`).
+3. Each corpus's units (row groups) are dealt to V lanes and ordered (`colonnade/data/order.py`).
+4. A lane reads its units one after the other, the text column only. A damaged unit is skipped as a whole and recorded;
+   rows that are not documents are dropped (`colonnade/data/lane_reader.py`, `text_filter.py`).
+5. Threads encode batches of rows; results keep their order (`colonnade/data/tokenization.py`).
+6. Documents are packed into blocks of `block_size + 1` tokens (`colonnade/data/lane.py`, `packing.py`).
+7. Chunk g is the next block of lane g mod V of the corpus that the mixture assigns to g (`colonnade/data/mixture.py`).
+   It is delivered together with the position that resumes after it (`colonnade/data/position.py`).
 
-The stream is a pure function of (files, tokenizer, settings of the stream, seed): batch rows, worker threads, and the
-number of ranks do not change it, nor does stopping and going on. With several data-parallel ranks each reads the lanes
-that hold its chunks, and no others where their number divides that of the lanes.
+The stream is a pure function of (files, tokenizer, stream settings, seed). Batch rows, worker threads and the number of
+ranks do not change it, and neither does stopping and resuming. With several data-parallel ranks, each rank reads the
+lanes that hold its chunks, and only those if the number of ranks divides the number of lanes.
 """
 
 from __future__ import annotations
@@ -102,32 +102,33 @@ def streaming_token_generator(
 
     Args:
         shards: files in stream order, or a pattern: globs separated by commas, or `name=glob:weight,...`.
-        tokenizer: as `load_tokenizer` returns it. Text is encoded without special tokens.
-        block_size: tokens a model sees at once; blocks hold one more.
+        tokenizer: as returned by `load_tokenizer`. Text is encoded without special tokens.
+        block_size: sequence length of the model; each block holds one token more.
         add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document.
-        text_column: name of the column of text.
-        shuffle: units of a lane, and the rows of each window of a unit, in a seeded order, another one every epoch.
-        seed: of all orders.
-        lanes: V, independent streams that chunks are dealt from; by default those of `position`, else 1 for a limited
-            number of epochs and as many as the data is good for (`default_lanes`) for an endless stream.
+        text_column: name of the text column.
+        shuffle: read the units of a lane, and the rows in each window of a unit, in a seeded order that changes every
+            epoch.
+        seed: seed of all orders.
+        lanes: V, the number of independent streams that chunks are taken from. The default is that of `position`; for
+            a new stream, 1 if `epochs` is given, else as many as the data supports (`default_lanes`).
         packing: one of `PACKINGS`.
-        mark_documents: mark where documents begin in the chunks.
-        position: go on from here instead of from the beginning.
-        allow_data_change: go on from `position` even where the data or these settings are others; the change is
-            recorded in the positions that follow.
-        strict: a file that cannot be used is refused and a damaged unit ends the run (RunError), instead of being
-            skipped and recorded.
-        epochs: passes over the data, counted from the beginning of the run; None is endless. At the end of each the
-            tail of a lane, less than a block, is dropped. The stream ends with the first lane that does.
-        reader, readers: yield only the chunks of the lanes that reader number `reader` of `readers` needs, which
-            serves the chunks with (g - first) mod readers == reader.
+        mark_documents: mark in the chunks where documents begin.
+        position: resume from here instead of starting at the beginning.
+        allow_data_change: resume from `position` even if the data or these settings have changed; the change is
+            recorded in all later positions.
+        strict: refuse a file that cannot be used, and end the run (RunError) at a damaged unit, instead of skipping
+            and recording it.
+        epochs: passes over the data, counted from the beginning of the run; None means endless. At the end of each
+            epoch a lane drops its tail, which is less than a block. The stream ends when the first lane ends.
+        reader, readers: yield only the chunks of the lanes that reader number `reader` of `readers` needs. It serves
+            the chunks g with (g - first) mod readers == reader, where `first` is the stream's first chunk number.
         batch_rows: rows encoded in one call; default RESUME_TOKENIZER_BATCH_ROWS, else 64.
         workers: encoding threads; default RESUME_TOKENIZER_WORKERS, else this rank's share of the cores.
-        backend: the library that encodes, as `open_encoder` takes it; the ids are the same with each.
+        backend: the library that encodes, as for `open_encoder`; all of them produce the same ids.
 
     Raises:
-        UsageError: for settings out of range, for shards that cannot be used, for a position made with other data or
-            settings; and from the first `next`, where the data does not fill one block.
+        UsageError: a setting is out of range, a shard cannot be used, or `position` was made with other data or
+            settings. Raised by the first `next` if the data does not fill one block.
     """
     for name, value in (("block_size", block_size), ("epochs", 1 if epochs is None else epochs)):
         if value < 1:
@@ -216,7 +217,7 @@ def _require_lanes(corpora: Sequence[Corpus], lanes: int) -> None:
 def _position_in(
     head: StreamHead, corpora: Sequence[Corpus], position: DataPosition | None, *, allow_data_change: bool
 ) -> DataPosition:
-    """Where the stream begins: `position`, once it is known to fit, with the weights that hold from here on."""
+    """The position the stream starts at: `position`, after a check that it fits, with the weights now in force."""
     weights = normalized([corpus.weight for corpus in corpora])
     if position is None:
         return DataPosition.start(head, weights)

@@ -1,7 +1,7 @@
-"""Finding checkpoints: which look complete, by names and sizes, and why another is not usable.
+"""Finding checkpoints: which ones look complete, by names and sizes, and why the others are not usable.
 
-Everything here looks at the local file system and involves no other rank. `verify` has all ranks go on from the same
-checkpoint, after its content was compared with what was written.
+Everything here looks at the local file system and involves no other rank. `verify` compares a checkpoint's content with
+what was written and makes all ranks use the same checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from colonnade.errors import UsageError
 logger = logging.getLogger(__name__)
 
 GIVE_ANOTHER = "give another checkpoint, or the run's folder for its newest that is usable"
-"""What to do where one that was asked for by name is not usable."""
+"""The advice to the user if a checkpoint requested by name is not usable."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CheckpointInfo:
 
     Attributes:
         path: the folder, or the single file.
-        step: optimizer steps taken; None for a single file whose name does not tell.
+        step: optimizer steps taken; None for a single file whose name does not give it.
         manifest: None for a single file.
     """
 
@@ -47,7 +47,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class IncompleteCheckpoint:
-    """Something with a checkpoint's name that cannot be used, and why, in one line that names the path."""
+    """Something named like a checkpoint that cannot be used; `reason` is one line that names the path."""
 
     path: Path
     step: int
@@ -57,14 +57,14 @@ class IncompleteCheckpoint:
 def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
     """Complete checkpoints directly inside `directory`, newest (highest step) first; a folder before a file.
 
-    Only the exact names count: a folder `streaming_checkpoint_step_N` whose manifest can be read and whose listed files
-    are there with their sizes, or a file `streaming_checkpoint_step_N.pth`. A directory that does not exist has none.
+    Only exact names count: a folder `streaming_checkpoint_step_N` whose manifest can be read and whose listed files
+    exist with their sizes, or a file `streaming_checkpoint_step_N.pth`. A directory that does not exist has none.
     """
     return survey(directory)[0]
 
 
 def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
-    """The line that refuses a folder whose checkpoints are all damaged; None where there are none at all."""
+    """The error message for a folder in which every checkpoint is damaged; None if it has no damaged ones."""
     if not damaged:
         return None
     newest = max(damaged, key=lambda item: item.step)
@@ -75,7 +75,11 @@ def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | N
 
 
 def warn_of_damaged(chosen: CheckpointInfo, damaged: list[IncompleteCheckpoint]) -> list[IncompleteCheckpoint]:
-    """Say of each damaged checkpoint newer than the chosen one why it is passed over and what that costs; those."""
+    """Log for each damaged checkpoint newer than the chosen one why it is skipped and how many steps are lost.
+
+    Returns:
+        These newer damaged checkpoints, newest first.
+    """
     step = chosen.step or 0
     newer = sorted((item for item in damaged if item.step > step), key=lambda item: item.step, reverse=True)
     for item in newer:
@@ -85,10 +89,10 @@ def warn_of_damaged(chosen: CheckpointInfo, damaged: list[IncompleteCheckpoint])
 
 
 def the_one_meant(path: Path) -> CheckpointInfo | None:
-    """The checkpoint at `path` itself; None for a run folder, which holds at least something named like one.
+    """The checkpoint at `path` itself; None for a run folder that has at least something named like a checkpoint.
 
     Raises:
-        UsageError: nothing is there, a run folder holds no checkpoint, or the one asked for by name is damaged.
+        UsageError: `path` does not exist, a run folder holds no checkpoint, or the one requested by name is damaged.
     """
     if path.is_file():
         if path.suffix != SINGLE_FILE_SUFFIX:
@@ -112,12 +116,12 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
 
 
 def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
-    """`find_checkpoints`, and what is named like a checkpoint and is not a complete one, both newest first."""
+    """Complete checkpoints as in `find_checkpoints`, and what is named like one but incomplete, both newest first."""
     complete: list[tuple[int, bool, CheckpointInfo]] = []
     incomplete: list[IncompleteCheckpoint] = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         step = step_of_name(path.name)
-        # A file without .pth, or a folder with it, only looks like a checkpoint.
+        # A file without the suffix .pth, or a folder with it, is not a checkpoint.
         if step is None or path.is_dir() == (path.suffix == SINGLE_FILE_SUFFIX):
             continue
         try:
@@ -133,10 +137,10 @@ def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckp
 
 
 def _inspect(path: Path) -> CheckpointInfo:
-    """The checkpoint at `path`, or a UsageError that says why it is not one."""
+    """The checkpoint at `path`. Raises UsageError that says why it is not one."""
     named_step = step_of_name(path.name)
     if not path.is_dir():
-        # torch.save writes a zip archive, whose directory stands at its end: a truncated file has none.
+        # torch.save writes a zip archive, whose directory is at its end: a truncated file has none.
         if not zipfile.is_zipfile(path):
             raise UsageError(f"{path} is damaged, or was not written by torch.save: it is no zip archive")
         return CheckpointInfo(path, named_step, None)

@@ -1,4 +1,4 @@
-"""Writing files whose SHA-256 is taken while the disk is waited for."""
+"""Writing files whose SHA-256 is computed while `fsync` waits for the disk."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from colonnade.checkpoint.manifest import file_sha256
 
 
 class HashedFile:
-    """A file open for writing, whose bytes are hashed by a thread while they are made durable.
+    """A file open for writing whose bytes a thread hashes while they are made durable.
 
-    Whoever writes asks for the descriptor when all is written, in order to `fsync`. From then on the disk is busy and
-    the processor is not: the thread reads the file back from the page cache, and hashlib lets go of the interpreter's
-    lock. Hashing what is written piece by piece would take the processor from the writing instead.
+    The writer asks for the descriptor when everything is written, in order to `fsync`. From then on the disk is busy
+    and the CPU is not: the thread reads the file back from the page cache, and hashlib releases the GIL. Hashing each
+    write as it is made would instead compete with writing for the CPU.
 
     Attributes:
-        failure: why a write failed; None where none did.
+        failure: why a write failed; None if none did.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class HashedFile:
         self._stream.flush()
 
     def fileno(self) -> int:
-        """The descriptor of a file whose bytes so far have left this process, and are being hashed."""
+        """Flush the bytes written so far, start hashing them, and return the file descriptor."""
         self._begin_hashing()
         return self._stream.fileno()
 
@@ -58,26 +58,26 @@ class HashedFile:
             self._begun = (size, self._thread.submit(file_sha256, self._path))
 
     def close(self) -> None:
-        """Waits for the thread."""
+        """Close the file after waiting for the hash."""
         if not self._stream.closed:
             self._begin_hashing()
             self._thread.shutdown()
             self._stream.close()
 
     def hexdigest(self) -> str:
-        """SHA-256 of the closed file. Raises the OSError that the thread met."""
+        """SHA-256 of the closed file. Raises an OSError of the hashing thread."""
         assert self._begun is not None
         return self._begun[1].result()
 
     def abandon(self) -> None:
-        """Close it as it is, after an error that is to be heard instead of what closing it may raise."""
+        """Close the file in its current state after an error, without raising errors that would hide the first one."""
         self._thread.shutdown(cancel_futures=True)
         with suppress(OSError):
             self._stream.close()
 
 
 class HashingFileSystem(FileSystem):
-    """DCP's local files; `sha256` holds the hash of each that was written, by the name it was written under."""
+    """DCP's local file system; `sha256` maps the name of each file written to its hash."""
 
     def __init__(self) -> None:
         self.sha256: dict[str, str] = {}
@@ -95,7 +95,7 @@ class HashingFileSystem(FileSystem):
         except BaseException as error:
             file.abandon()
             if isinstance(error, RuntimeError) and file.failure is not None:
-                # torch.save tells of a position in its archive, and keeps the reason to itself.
+                # torch.save reports only a position in its archive, not the reason.
                 raise file.failure from error
             raise
         self.sha256[Path(path).name] = file.hexdigest()
@@ -103,9 +103,9 @@ class HashingFileSystem(FileSystem):
 
 @contextmanager
 def crc32_left_out() -> Iterator[None]:
-    """In the block `torch.save` leaves out the CRC-32 of what it writes, which takes half as long as SHA-256.
+    """Make `torch.save` skip its CRC-32 within the block; computing it takes half as long as the SHA-256.
 
-    Nothing is lost where files have a SHA-256: torch does not compare a CRC-32 when it reads (2.13).
+    Nothing is lost for files that have a SHA-256: torch does not check the CRC-32 when it reads (2.13).
     """
     before = get_crc32_options()
     set_crc32_options(False)

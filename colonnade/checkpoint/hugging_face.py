@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder (safetensors), each rank reading only its part."""
+"""Loading weights from a Hugging Face folder (safetensors); each rank reads only its shard."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from colonnade.parallel.vote import one_line
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
-"""Written by older Hugging Face versions; they follow from the configuration."""
+"""Buffers that older Hugging Face versions write; they are derived from the configuration."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_hugging_face(folder: Path, *, model: nn.Module, vocabulary_size: int) -> None:
-    """Read the weights of a Hugging Face folder into `model`. Each rank by itself, no collective.
+    """Read the weights of a Hugging Face folder into `model`. Each rank reads independently, without collectives.
 
-    Values are converted to the parameters' dtype. Rows of embedding and head beyond the vocabulary are set to zero. A
-    head in the file of a model that ties it to the embedding is left aside, as `transformers` does.
+    Values are converted to the parameters' dtype. Rows of embedding and head beyond the vocabulary are set to zero. If
+    the model ties its head to the embedding, a head in the file is ignored, as in `transformers`.
 
     Args:
-        folder: holds `model.safetensors`, or its parts with their index.
+        folder: holds `model.safetensors`, or several files with an index.
         model: its parameters are `DTensor`s.
-        vocabulary_size: rows that embedding and head have in the file.
+        vocabulary_size: number of rows that embedding and head have in the file.
 
     Raises:
-        UsageError: a file is missing or damaged, or a parameter is missing, unknown or of another shape or kind (it is
-            named). Names and shapes are compared before anything is changed.
+        UsageError: a file is missing or damaged, or a parameter (named in the message) is missing, unknown or of
+            another shape or kind. Names and shapes are checked before anything is changed.
     """
     places, files = _places(folder)
     parameters = named_parameters(model)
@@ -60,7 +60,7 @@ def load_hugging_face(folder: Path, *, model: nn.Module, vocabulary_size: int) -
 
 
 def _places(folder: Path) -> tuple[dict[str, Path], dict[Path, Any]]:
-    """The file that holds each tensor, and these files, opened."""
+    """The file that holds each tensor, and the opened files."""
     index, single = folder / INDEX_NAME, folder / WEIGHTS_NAME
     if single.exists():
         opened = _opened(single)
@@ -105,10 +105,10 @@ def _check(file: Path, name: str, opened: Any, parameter: DTensor, vocabulary_si
 
 
 def copy_part(source: Any, parameter: DTensor) -> None:
-    """Copy this rank's part of `source` into `parameter`; rows beyond those of `source` become zero.
+    """Copy this rank's shard of `source` into `parameter`; rows that `source` lacks become zero.
 
     Args:
-        source: a whole tensor, or a slice of a safetensors file, which reads what is indexed.
+        source: a full tensor, or a slice of a safetensors file, which reads only what is indexed.
     """
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     rows = source.shape[0] if isinstance(source, Tensor) else source.get_shape()[0]

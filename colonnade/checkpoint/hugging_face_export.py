@@ -1,7 +1,7 @@
-"""Writing a model as Hugging Face and plain PyTorch have it, one parameter after the other.
+"""Writing a model in the formats of Hugging Face and plain PyTorch, one parameter after the other.
 
-`write_weights` holds one file's tensors beside the model. Both ways put every parameter together on all ranks in turn
-(collective), and the first rank writes.
+Both formats gather one full parameter at a time on all ranks (collective), and the first rank writes. `write_weights`
+holds the tensors of only one file in addition to the model, `write_single_file` those of the whole model.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ WholeParameter = Callable[[str], Tensor]
 
 
 def hugging_face_config(config: ModelConfig, **extra: Any) -> PreTrainedConfig:
-    """The configuration that makes `transformers` build this model.
+    """The configuration with which `transformers` builds this model.
 
     Args:
         extra: further keys of a `config.json`, such as the ids of special tokens.
 
     Raises:
-        UsageError: there is none: read back, it would be another model.
+        UsageError: there is none: read back, it would describe a different model.
     """
     from transformers import CONFIG_MAPPING
 
@@ -74,10 +74,11 @@ def write_weights(
     """Write parameters as safetensors, in one file or in several with an index. Collective.
 
     Args:
-        shapes: of the whole parameters, by name.
-        whole: the value of one; collective.
-        dtype: that they are converted to.
-        max_shard_size: of a file, such as `5GB`; so much is held beside the model, where that is cut or converted.
+        shapes: shapes of the full parameters, by name.
+        whole: returns the full value of a parameter; collective.
+        dtype: dtype the parameters are converted to.
+        max_shard_size: size limit of a file, such as `5GB`; the first rank holds this much in addition to the model if
+            that is sharded or converted.
 
     Raises:
         RunError: a file cannot be written.
@@ -102,13 +103,13 @@ def write_weights(
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
+        file.chmod(0o666 & ~_umask())  # safetensors makes it readable by the owner only
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file} cannot be written: {one_line(error)[:200]}") from error
 
 
 def _umask() -> int:
-    """What the process takes from the permissions of new files: it can only be read by setting it."""
+    """The process's umask. It can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
@@ -121,9 +122,9 @@ def write_single_file(
     dtype: torch.dtype,
     plain: Mapping[str, Any],
 ) -> None:
-    """Write parameters into one `.pth` file as its `model_state_dict`, beside `plain` values. Collective.
+    """Write parameters into one `.pth` file as its `model_state_dict`, together with the `plain` values. Collective.
 
-    The first rank holds the whole model meanwhile, beside its own part where there are several ranks.
+    Meanwhile the first rank holds the whole model, in addition to its own shard if there are several ranks.
 
     Raises:
         RunError: the file cannot be written.
@@ -133,7 +134,7 @@ def write_single_file(
         value = whole(name)
         if dist.get_rank() == 0:
             value = value.to(device="cpu", dtype=dtype)
-            # torch.save writes a view's whole storage, the padding of a table too.
+            # For a view, torch.save writes its whole storage, including the padding rows of embedding and head.
             is_view = value.untyped_storage().nbytes() != value.numel() * value.element_size()
             tensors[name] = value.clone() if is_view else value
         del value
@@ -141,7 +142,7 @@ def write_single_file(
     def save() -> None:
         try:
             torch.save({WEIGHTS_KEY: tensors, **plain}, file)
-        # torch's writer raises a RuntimeError on a full disk.
+        # torch's writer raises RuntimeError if the disk is full.
         except (OSError, RuntimeError) as error:
             raise RunError(f"{file} cannot be written: {one_line(error)[:200]}") from error
 

@@ -1,4 +1,4 @@
-"""Restoring a model and its optimizer from a checkpoint folder, at any number of ranks."""
+"""Restoring a model and its optimizer from a checkpoint folder, at any world size."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def load_model_and_optimizer(
     optimizer: Optimizer | None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Restore `model`, and `optimizer` if given, in place, into the shards of the present mesh. Collective.
+    """Restore `model`, and `optimizer` if given, in place, into the shards of the current mesh. Collective.
 
-    The ranks may be more or fewer than those that saved. With an optimizer the restored state is the saved one to the
-    bit, also for an optimizer that has not stepped yet. Its hyperparameters (`param_groups`) are left as they are.
-    Without one only the model is read, and stored values are converted where its parameters have another dtype.
+    The world size may differ from that of the save. With an optimizer, the restored state is bitwise equal to the saved
+    one, even if the optimizer has not taken a step yet. Its hyperparameters (`param_groups`) are left unchanged.
+    Without an optimizer, only the model is read, and stored values are converted to the dtype of its parameters.
 
     Args:
         checkpoint: a checkpoint's folder.
         model: its parameters are `DTensor`s.
-        optimizer: over the model's parameters; None leaves every optimizer untouched.
+        optimizer: over the model's parameters; None to read the model only.
         group: the ranks that load together; None for all.
 
     Raises:
-        UsageError: the checkpoint is damaged, would run code, or does not fit: names the parameter and both shapes.
-            Model and optimizer are as before.
+        UsageError: the checkpoint is damaged, would run code, or does not fit (the message names the parameter and both
+            shapes). Model and optimizer are unchanged.
         RunError: reading failed on some rank after the checks; the model may hold part of the checkpoint.
     """
     states: _States = {}
@@ -81,7 +81,7 @@ def load_model_and_optimizer(
 
 
 def _why_unreadable(error: BaseException) -> str:
-    """As `failure_line`, without torch's advice to read a file of tensors that is none with code allowed."""
+    """As `failure_line`, but without torch's advice to load a damaged file of tensors with `weights_only=False`."""
     if isinstance(error, CheckpointException):
         for rank, (cause, _) in sorted(error.failures.items()):
             if isinstance(cause, UnpicklingError):
@@ -124,9 +124,9 @@ def _check_optimizer(checkpoint: Path, manifest: Manifest, optimizer: Optimizer)
 
 
 def _optimizer_states(checkpoint: Path, stored: _Stored, model: nn.Module, optimizer: Optimizer) -> _States:
-    """A tensor to read into for each stored optimizer state: the live one where it fits, a new one elsewhere.
+    """A tensor to read into for each stored optimizer state: the live one if it fits, else a new one.
 
-    None of it is attached to the optimizer yet, and no step is taken to create it: a step would count.
+    New tensors are not attached to the optimizer yet. They are not created by taking a step, because it would count.
     """
     parameters = optimized_parameters(model, optimizer)
     states: _States = {}

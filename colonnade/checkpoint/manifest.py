@@ -1,6 +1,6 @@
-"""What a checkpoint folder is called, what its MANIFEST.json says, and whether its files are all there.
+"""The names of checkpoint folders, the contents of MANIFEST.json, and whether all files of a checkpoint are present.
 
-Needs no torch, so that commands which only look at checkpoints answer at once.
+This module does not import torch, so that commands that only look at checkpoints start quickly.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _RECORDED_LIBRARIES = ("torch", "numpy", "pyarrow", "tokenizers", "transformers"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What MANIFEST.json says of a checkpoint.
+    """The contents of MANIFEST.json.
 
     Attributes:
         step: optimizer steps taken.
         files: name and size in bytes of every other file of the folder.
         optimizer: class name of the optimizer whose state the folder holds; None for a model alone.
-        libraries: versions of the libraries that wrote it.
-        run: the mapping given to `save_checkpoint`, as JSON gives it back.
-        sha256: SHA-256 of each of `files`, in hexadecimal; empty where the checkpoint was saved without.
+        libraries: versions of the libraries at the save.
+        run: the mapping given to `save_checkpoint`, after a round trip through JSON.
+        sha256: SHA-256 of each of `files`, in hexadecimal; empty if the checkpoint was saved without hashes.
     """
 
     step: int
@@ -60,7 +60,7 @@ class Manifest:
         """The text of MANIFEST.json.
 
         Raises:
-            ValueError, TypeError: the run's mapping holds what JSON cannot express (NaN, infinity, objects).
+            ValueError, TypeError: `run` holds what JSON cannot express (NaN, infinity, objects).
         """
         content = {
             "format": FORMAT,
@@ -78,7 +78,7 @@ class Manifest:
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content without its own hash, however the file is laid out.
+    """SHA-256 of a manifest's content without its own hash, independent of the file's formatting and key order.
 
     Raises:
         ValueError, TypeError: as `Manifest.to_json`.
@@ -100,7 +100,7 @@ def step_of_name(name: str) -> int | None:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries that decide what a checkpoint holds."""
+    """Versions of the installed libraries that affect a checkpoint's content."""
     found = {}
     for name in _RECORDED_LIBRARIES:
         try:
@@ -122,7 +122,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the checkpoint folder `path`, without looking at the files it lists.
 
     Raises:
-        UsageError: there is none, it is damaged, of a later format, or lists a path outside the folder.
+        UsageError: it is missing, damaged, of another format version, or lists a path outside the folder.
     """
     file = path / MANIFEST_NAME
     try:
@@ -142,7 +142,7 @@ def read_manifest(path: Path) -> Manifest:
     manifest = _parse(file, content)
     if unknown := sorted(content.keys() - _KEYS):
         raise UsageError(f"{file} is damaged: it has an entry {unknown[0][:40]!r} that no manifest has")
-    # One without a hash of its own was edited by somebody who took it out.
+    # A manifest without its own hash is accepted: removing it is how a manifest is edited by hand.
     if OWN_HASH in content and content[OWN_HASH] != content_hash(content):
         raise UsageError(f"{file} is damaged: its content does not have the SHA-256 that it records of itself")
     return manifest
@@ -178,15 +178,16 @@ def _parse(file: Path, content: dict[str, Any]) -> Manifest:
 
 
 def is_plain_file_name(name: str) -> bool:
-    """True when `name` can only mean a file directly inside the folder it is looked up in."""
+    """Whether `name` can only refer to a file directly inside the folder it is looked up in."""
     return name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
 
 
 def read_complete_manifest(path: Path) -> Manifest:
-    """Read the manifest of the checkpoint folder `path` and see that each file it lists is there with its size.
+    """Read the manifest of the checkpoint folder `path` and check that each file it lists exists with its size.
 
     Raises:
-        UsageError: as `read_manifest`, or a file is missing or has another size; names the file and both sizes.
+        UsageError: as for `read_manifest`, or a file is missing, is not a regular file or has another size; names the
+            file, and both sizes if they differ.
     """
     manifest = read_manifest(path)
     for name, expected in manifest.files.items():
@@ -213,10 +214,10 @@ def file_sha256(path: Path) -> str:
 
 
 def require_recorded_hash(path: Path, manifest: Manifest, name: str) -> None:
-    """See that the file `name` of the checkpoint folder `path` has the bytes that were written. Reads all of it.
+    """Check that the file `name` of the checkpoint folder `path` has the recorded SHA-256. Reads the whole file.
 
     Raises:
-        UsageError: it has others, or cannot be read.
+        UsageError: the hash differs, or the file cannot be read.
     """
     try:
         found = file_sha256(path / name)
@@ -229,7 +230,7 @@ def require_recorded_hash(path: Path, manifest: Manifest, name: str) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Return once the names inside `path` are durable."""
+    """Make the directory entries of `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
-"""Removing checkpoints: old ones after a save, and what dead runs left behind.
+"""Removing checkpoints: old ones after a save, and leftovers of runs that died.
 
-A folder is first renamed, so that it stops being a checkpoint in one step, and then deleted. Call these on one rank.
+A folder is first renamed, so that it atomically stops being a checkpoint, and then deleted. Call these functions on one
+rank.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def prune_checkpoints(
 ) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoint folders of `directory`.
 
-    Damaged folders neither count nor are they removed, and single `.pth` files, which no run writes, are left alone.
-    A removal that fails is reported in one line of warning and never ends a run.
+    Damaged folders are neither counted nor removed. Single `.pth` files, which no run writes, are left alone. A removal
+    that fails is logged as a one-line warning and never ends a run.
 
     Args:
         directory: the run folder.
-        keep: how many complete checkpoints stay; 0 keeps all.
-        protect: checkpoints that stay whatever their age, such as the one just written.
-        keep_every: checkpoints at multiples of so many steps stay, and do not count among the newest; 0 for none.
+        keep: how many complete checkpoints to keep; 0 keeps all.
+        protect: checkpoints to keep whatever their age, such as the one just written.
+        keep_every: checkpoints at multiples of this many steps are kept and not counted among the newest; 0 for none.
         damaged: checkpoints known to be damaged although their files have the right sizes.
 
     Returns:
-        The paths that are no longer there.
+        The paths that were removed.
 
     Raises:
         UsageError: `keep` or `keep_every` is negative.
@@ -83,27 +84,28 @@ def prune_checkpoints(
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a checkpoint to a `.trash-` name beside it, which no search looks at, and return that name."""
+    """Rename a checkpoint to a `.trash-` name in the same folder, which no search considers, and return its path."""
     aside = path.with_name(f"{TRASH_PREFIX}{path.name}-{secrets.token_hex(4)}")
     os.rename(path, aside)
     return aside
 
 
 def collect_leftovers(directory: Path) -> list[Path]:
-    """Clear away what runs that died in a save or in a prune left in `directory`; call it when a run starts.
+    """Remove what runs that died during a save or a prune left in `directory`; call it when a run starts.
 
-    A leftover that is complete while no checkpoint has its name is a commit cut short between two renames: it is put in
-    its place instead of being deleted, the newly written one before the one it was to replace.
+    A complete leftover is renamed to its checkpoint name instead of being deleted if no checkpoint has that name: its
+    run died just before the final rename of a commit, or before a prune deleted anything. If there are two for a step,
+    the newly written one is restored, not the one it was to replace.
 
     The directory must not be in use by another run.
 
     Returns:
-        The leftovers that are gone. What cannot be removed is reported in one line of warning and left.
+        The leftovers that are gone. What cannot be removed is logged as a one-line warning and left.
     """
     if not directory.is_dir():
         return []
     names = [name for name in os.listdir(directory) if name.startswith((TEMPORARY_PREFIX, TRASH_PREFIX))]
-    # ".tmp-" sorts before ".trash-": of two complete leftovers of one step the newly written one is restored.
+    # ".tmp-" sorts before ".trash-", so of two complete leftovers of a step the newly written one is restored.
     leftovers = [directory / name for name in sorted(names) if _checkpoint_name_in(name) is not None]
     gone = []
     for leftover in leftovers:
@@ -117,7 +119,7 @@ def collect_leftovers(directory: Path) -> list[Path]:
 
 
 def _checkpoint_name_in(name: str) -> str | None:
-    """The checkpoint's name inside that of a leftover, `<prefix><name>-<token>`; None for any other name."""
+    """The checkpoint name within a leftover's name, `<prefix><name>-<token>`; None for any other name."""
     inner = name.removeprefix(TEMPORARY_PREFIX).removeprefix(TRASH_PREFIX).rpartition("-")[0]
     return None if step_of_name(inner) is None else inner
 

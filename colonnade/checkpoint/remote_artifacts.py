@@ -1,4 +1,4 @@
-"""Checkpoints as Weights & Biases artifacts: put there by a run, and fetched for `--checkpoint-path wandb:...`."""
+"""Checkpoints as Weights & Biases artifacts: uploaded by a run, and downloaded for `--checkpoint-path wandb:...`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
 PREFIX = "wandb:"
 ARTIFACT_TYPE = "model"
-# Beside the run, or in the working folder: where the client itself puts what it downloads.
+# The folder for downloads, in the run's folder or the working folder. The client uses this name by default.
 FOLDER_NAME = "artifacts"
-# They become names of folders: none begins with a dot.
+# Parts of a reference become folder names, so none may begin with a dot.
 _PART = r"([\w-][\w.-]*)"
 _REFERENCE = re.compile(f"wandb:{_PART}/{_PART}/{_PART}:{_PART}")
 
 
 def upload_checkpoint(run: wandb.Run, path: Path) -> str:
-    """Log the checkpoint at `path` as a version of the run's artifact; returns its full name once it is confirmed.
+    """Log the checkpoint at `path` as a version of the run's artifact; return its full name once it is confirmed.
 
-    The artifact is `checkpoint-<id of the run>`, the version has the alias `step-<step>` and step, loss and tokens as
-    metadata. The files are read where they are: nothing may remove them meanwhile.
+    The artifact is `checkpoint-<id of the run>`. The version has the aliases `latest` and `step-<step>`, and the
+    metadata step, folder name, loss, tokens and `began_at`. The files are read in place, so nothing may remove them
+    meanwhile.
 
-    Raises whatever the client does.
+    Raises whatever the client raises.
     """
     import wandb
 
@@ -54,7 +55,7 @@ def is_artifact(path: str | Path) -> bool:
 
 
 def require_artifact_name(reference: str) -> None:
-    """Raises UsageError where `reference`, which begins with `wandb:`, names no artifact, or there is no client."""
+    """Raises UsageError if `reference` (beginning with `wandb:`) is malformed, or the client is not installed."""
     if _REFERENCE.fullmatch(reference) is None:
         raise UsageError(
             f"--checkpoint-path {reference[:200]!r} names no artifact: wandb:ENTITY/PROJECT/NAME:VERSION, such as "
@@ -64,19 +65,19 @@ def require_artifact_name(reference: str) -> None:
 
 
 def require_client(flag: str) -> None:
-    """Raises UsageError where the client is not installed."""
+    """Raises UsageError if the client is not installed."""
     if find_spec("wandb") is None:
         raise UsageError(f"{flag} needs the package wandb, which is not installed: pip install 'colonnade[wandb]'")
 
 
 def fetch_checkpoint(reference: str, folder: Path) -> Path:
-    """The checkpoint folder of an artifact, downloaded below `folder` where it is not there yet. Collective.
+    """The checkpoint folder of an artifact, downloaded into a subfolder of `folder` unless it is there. Collective.
 
-    The first rank downloads, and on each other node, where it does not see what that has fetched, its first one. What
-    is there is not compared with anything yet: `colonnade.checkpoint.verify` does that, as for any checkpoint.
+    The first rank downloads it. On each other node, the first rank of that node does so too if it does not see the
+    download. The content is not verified here: `colonnade.checkpoint.verify` does that, as for any checkpoint.
 
     Raises:
-        UsageError: `reference` names no artifact, it cannot be fetched, or it holds no checkpoint.
+        UsageError: `reference` names no artifact, or the artifact cannot be fetched or holds no checkpoint.
     """
     fetched = on_first_rank(lambda: _fetch(reference, folder))
     with vote():
@@ -94,7 +95,7 @@ def _fetch(reference: str, folder: Path) -> Path:
 
     try:
         artifact: Any = wandb.Api().artifact(reference.removeprefix(PREFIX))
-        # An alias such as `latest` may mean another version tomorrow.
+        # The folder is named by the version, because an alias such as `latest` can move to another one.
         entity, project, name, _ = match.groups()
         place = folder / entity / project / name / artifact.version
         present = _checkpoint_in(place)
@@ -117,7 +118,7 @@ def _fetch(reference: str, folder: Path) -> Path:
 
 
 def _checkpoint_in(place: Path) -> Path | None:
-    """The checkpoint that an earlier start has fetched, where its files have their sizes."""
+    """The checkpoint that an earlier start downloaded, if its files have the right sizes; else None."""
     return next((info.path for info in find_checkpoints(place)), None)
 
 
@@ -127,7 +128,7 @@ def _put_in_place(aside: Path, place: Path) -> Path:
     except UsageError as error:
         raise UsageError(f"the artifact holds no checkpoint that could be read: {error}") from error
     path = place / checkpoint_name(step)
-    if path.exists():  # damaged since it was fetched
+    if path.exists():  # damaged since it was downloaded
         shutil.rmtree(path)
     aside.rename(path)
     return path

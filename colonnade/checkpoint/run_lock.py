@@ -1,6 +1,6 @@
-"""One job at a time in a run's folder.
+"""A lock that admits one job at a time to a run's folder.
 
-The lock belongs to the process and ends with it, however it ends: a job that was killed leaves nothing to clear away.
+The lock belongs to the process and is released however it exits, so a killed job leaves no lock to remove.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = "run.lock"
 OWNER_NAME = "run.owner.json"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-# A job that is started again at once may meet the one before it on its way out.
+# A job that is restarted at once may find the previous one still exiting.
 _PATIENCE_SECONDS = 3.0
 
 
 class RunLock:
-    """The lock of a run's folder; for one rank. It is held as long as this object and the process are there.
+    """The lock of a run's folder, for one rank. It is held as long as this object and the process exist.
 
     Args:
         directory: the run's folder.
 
     Attributes:
-        is_held: whether no other job can be in the folder.
+        is_held: whether this job holds the lock, so that no other job can be in the folder.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,16 +44,17 @@ class RunLock:
         self._made_folder = False
 
     def take(self, *, create: bool = False) -> None:
-        """Take the lock, where it is not taken yet.
+        """Take the lock, unless it is already taken.
 
-        Where the file system has no locks, a line of warning is all, and `is_held` stays False.
+        If the file system has no locks, this only logs a one-line warning, and `is_held` stays False.
 
         Args:
-            create: make the folder where it does not exist; without, nothing is taken then.
+            create: create the folder if it does not exist. If False, a missing folder is not locked.
 
         Raises:
-            UsageError: another job has it, named by host and process id; or the folder cannot be locked.
-            OSError: the folder cannot be made.
+            UsageError: another job, named by host and process id, has the lock; or the folder cannot be locked or
+                written.
+            OSError: the folder cannot be created.
         """
         if self._lock is not None:
             return
@@ -62,7 +63,7 @@ class RunLock:
             self._made_folder = True
         if not self.directory.is_dir():
             return
-        # Without its own way where there are no locks, which outlives a job that is killed.
+        # filelock's fallback for file systems without locks is a plain file, which would outlive a killed job.
         lock = FileLock(self.directory / LOCK_NAME, fallback_to_soft=False)
         try:
             lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.1)
@@ -87,10 +88,10 @@ class RunLock:
             self._say_who()
 
     def release(self) -> None:
-        """Give the folder back as it was found, but for what the run wrote."""
+        """Release the lock and remove its files, and the folder if `take` created it and it is empty."""
         if not self.is_held or self._lock is None:
             return
-        # The file goes before the lock: whoever has opened it meanwhile finds it gone and looks again.
+        # Remove the file before releasing the lock: a job that has opened it meanwhile finds it gone and retries.
         for name in (OWNER_NAME, LOCK_NAME):
             (self.directory / name).unlink(missing_ok=True)
         self._lock.release()
@@ -110,7 +111,7 @@ class RunLock:
             ) from error
 
     def _owner(self) -> str:
-        """Who has the lock, as far as its file tells."""
+        """The holder of the lock, as far as the owner file tells."""
         try:
             owner = json.loads((self.directory / OWNER_NAME).read_text(encoding="utf-8"))
             job = f" (job {owner['job']})" if owner["job"] else ""

@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest says of its run, checked before anything relies on it."""
+"""The run record in a checkpoint's manifest, checked before anything relies on it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "began_at": (int,),
     "tokenizer_backend": (str,),
 }
-# What checkpoints of earlier versions lack.
+# Entries that checkpoints of earlier versions lack.
 _OPTIONAL: dict[str, tuple[type, ...]] = {
     "fingerprint": (str, type(None)),
     "moments_fingerprint": (str, type(None)),
@@ -41,10 +41,11 @@ _SCHEDULE = ("rewarmup_start", "rewarmup_steps")
 
 
 def run_record(info: CheckpointInfo) -> dict[str, Any]:
-    """The run a checkpoint belongs to, as `run.state.manifest_of` wrote it; empty for a single file.
+    """The record of the run a checkpoint belongs to, as written by `run.state.manifest_of`; empty for a single file.
 
     Raises:
-        UsageError: a part is missing, of another type or out of range: damaged, or written by another version.
+        UsageError: an entry is missing, of the wrong type or out of range, so the manifest is damaged or was written by
+            another version.
     """
     if info.manifest is None:
         return {}
@@ -69,7 +70,7 @@ def run_record(info: CheckpointInfo) -> dict[str, Any]:
         if not isinstance(value, str | None):
             raise _unusable(source, f"code.{name}", value)
     record["settings"] = check_settings(record["settings"], f"{source}: run.settings")
-    # Only who starts a program may let it run the code of a tokenizer, not a file that was fetched from somewhere.
+    # Only the user who starts the program may allow a tokenizer's code to run, not a file that may come from elsewhere.
     record["settings"]["trust_remote_code"] = False
     if record["global_batch"] * (record["settings"].get("block_size") or 1) > MAX_TOKENS_PER_STEP:
         raise _unusable(source, "global_batch", record["global_batch"])

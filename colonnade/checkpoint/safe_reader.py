@@ -1,7 +1,7 @@
-"""Reading DCP's files without running anything they say.
+"""Reading the files of `torch.distributed.checkpoint` (DCP) without running code from them.
 
-`.metadata` is a pickle, and unpickling calls whatever a pickle names. Here it may name only the plain records such a
-file consists of. The tensors themselves are read by `torch.load(weights_only=True)` inside DCP.
+`.metadata` is a pickle, and unpickling calls whatever the pickle names. Here it may name only the plain record types
+that such a file consists of. DCP itself reads the tensors with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _RECORDS = (
 _ADMITTED: dict[tuple[str, str], Any] = {
     **{(record.__module__, record.__qualname__): record for record in _RECORDS},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    # torch.layout pickles as a call of this function, which looks a name up in a table.
+    # torch.layout pickles as a call of this function, which only looks up a name in a table.
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
 }
-# What the unpickler raises on bytes that are not a pickle, or are one cut short or altered.
+# What the unpickler raises for bytes that are not a pickle, or are a truncated or altered one.
 _DAMAGE = (
     pickle.UnpicklingError,
     EOFError,
@@ -64,7 +64,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def load_metadata(stream: IO[bytes]) -> Metadata:
-    """Unpickle DCP metadata that may name nothing but the records it consists of.
+    """Unpickle DCP metadata, allowing only the record types that it consists of.
 
     Raises:
         UsageError: it names something else, or is damaged.
@@ -79,14 +79,14 @@ def load_metadata(stream: IO[bytes]) -> Metadata:
 
 
 class SafeFileSystemReader(dcp.FileSystemReader):
-    """DCP's file reader over metadata that was read safely and checked before.
+    """DCP's file reader, with metadata that is read safely and checked in advance.
 
-    Construction reads no file. `read_checked_metadata` comes first; DCP's own `read_metadata` then returns its result,
-    so that a damaged file shows before any rank enters a collective.
+    The constructor reads no file. Call `read_checked_metadata` first; `read_metadata`, which DCP calls, then returns
+    its result. So a damaged file is detected before any rank enters a collective.
 
     Args:
         path: the checkpoint's folder.
-        files: names of the files the checkpoint may be read from.
+        files: names of the files that the checkpoint may be read from.
     """
 
     def __init__(self, path: Path, files: Collection[str]) -> None:
@@ -95,11 +95,11 @@ class SafeFileSystemReader(dcp.FileSystemReader):
         self._checked: Metadata | None = None
 
     def read_checked_metadata(self) -> dict[str, TensorStorageMetadata]:
-        """What the checkpoint stores, by name.
+        """Metadata of the tensors that the checkpoint stores, by name.
 
         Raises:
-            UsageError: `.metadata` would run code, is damaged, holds anything but tensors, points outside the
-                checkpoint, or leaves part of a tensor out.
+            UsageError: `.metadata` would run code, is damaged, lists anything but tensors, points to a file that is not
+                one of `files`, uses a storage transformation, or leaves out part of a tensor.
         """
         file = Path(self.path) / ".metadata"
         try:
@@ -110,7 +110,7 @@ class SafeFileSystemReader(dcp.FileSystemReader):
             raise UsageError(f"{file} is refused: {error}") from error
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-        except (AttributeError, TypeError) as error:  # a record without its fields, or with others
+        except (AttributeError, TypeError) as error:  # a record with missing or wrong fields
             raise UsageError(f"{file} is damaged: {one_line(error)}") from error
         self._checked = metadata
         return tensors
@@ -125,10 +125,10 @@ class SafeFileSystemReader(dcp.FileSystemReader):
 def _checked_tensors(metadata: Metadata, files: frozenset[str]) -> dict[str, TensorStorageMetadata]:
     tensors: dict[str, TensorStorageMetadata] = {}
     for name, entry in metadata.state_dict_metadata.items():
-        # A non-tensor entry would be unpickled without restriction by DCP.
+        # DCP would unpickle a non-tensor entry without restrictions.
         if not isinstance(entry, TensorStorageMetadata):
             raise UsageError(f"entry {name!r} is not a tensor")
-        # DCP reads what chunks there are and leaves the rest of a tensor as it was.
+        # DCP reads the chunks that are listed and leaves the rest of a tensor unchanged.
         stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
         if stored != math.prod(entry.size):
             raise UsageError(f"it lists {stored} of the {math.prod(entry.size)} values of {name!r}")

@@ -1,12 +1,12 @@
-"""Writing a checkpoint: aside, durable, and then with one rename.
+"""Writing a checkpoint: into a temporary folder, made durable, then committed by one rename.
 
 1. All ranks write their shards into `.tmp-streaming_checkpoint_step_N-<token>/` and fsync them
-   (`torch.distributed.checkpoint`, in short DCP).
+   (`torch.distributed.checkpoint`, DCP for short).
 2. When all have succeeded, the first rank writes DCP's `.metadata`, then MANIFEST.json, and makes both durable.
 3. It renames the folder to `streaming_checkpoint_step_N/`: from here on the checkpoint exists.
 
-Steps 2 and 3 are the last act of DCP's own protocol (`CommittingWriter.finish`), so that a failure anywhere reaches
-every rank through DCP's votes, and a save has this one commit point whoever drives it.
+Steps 2 and 3 are the last phase of DCP's own protocol (`CommittingWriter.finish`). So a failure anywhere reaches every
+rank through DCP's collectives, and synchronous and asynchronous saves share this single commit point.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint is to hold.
+    """What a checkpoint will hold.
 
     Attributes:
-        tensors: by their names in a checkpoint; `DTensor`s, or plain ones that are equal on all ranks.
+        tensors: tensors by their names in the checkpoint; `DTensor`s, or plain tensors that are equal on all ranks.
         draft: the manifest without its files.
     """
 
@@ -69,13 +69,13 @@ def checkpoint_content(
     """The tensors of a model and its optimizer, sharing memory with them, and a copy of the manifest. No collective.
 
     Raises:
-        RunError: state that a checkpoint would lose, or a manifest that is not strict JSON.
+        RunError: some state would be lost in a checkpoint, or the manifest is not strict JSON.
     """
     tensors = model_tensors(model)
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
     try:
-        # As it is now: whoever gave it may change it while the checkpoint is written.
+        # A snapshot: the caller may change the mapping while the checkpoint is being written.
         run = json.loads(json.dumps(manifest, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RunError(f"the manifest is not JSON: {one_line(error)}") from error
@@ -95,15 +95,15 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` into the run folder `directory`. Collective; returns when it is durable.
 
-    A complete checkpoint of the same step is replaced: whoever saves a step again has trained it again, and the later
+    A complete checkpoint of the same step is replaced: a step that is saved again has been trained again, and the later
     training is the one to keep.
 
     Args:
-        directory: on a file system all ranks share; created when missing.
+        directory: on a file system that all ranks share; created if missing.
         step: optimizer steps taken.
         model: its parameters are `DTensor`s.
         optimizer: None to save the model alone.
-        manifest: everything that is not a tensor, as strict JSON; the first rank's is written.
+        manifest: everything that is not a tensor, as strict JSON; that of the first rank is written.
         group: the ranks that save together; None for all.
         hashes: False leaves the SHA-256 of each file out of the manifest.
 
@@ -111,7 +111,8 @@ def save_checkpoint(
         The checkpoint's folder, `directory / "streaming_checkpoint_step_N"`.
 
     Raises:
-        RunError: on all ranks, when it failed on any. The unfinished folder is removed, older checkpoints are intact.
+        RunError: on all ranks, if the save failed on any. The unfinished folder is removed; older checkpoints are
+            intact.
     """
     return write_checkpoint(
         directory, step, lambda: checkpoint_content(step, model, optimizer, manifest), group=group, hashes=hashes
@@ -121,7 +122,7 @@ def save_checkpoint(
 def write_checkpoint(
     directory: Path, step: int, content: Callable[[], Content], *, group: dist.ProcessGroup | None, hashes: bool
 ) -> Path:
-    """As `save_checkpoint`, of what `content` returns; a RunError that it raises on one rank is raised on all."""
+    """As `save_checkpoint`, but saves what `content` returns. A RunError it raises on one rank is raised on all."""
     temporary = on_first_rank(lambda: _create_temporary(directory, step), group)
     try:
         with vote(group):
@@ -145,14 +146,15 @@ def _create_temporary(directory: Path, step: int) -> Path:
 
 
 def _remove_unfinished(temporary: Path) -> None:
-    """Every rank does: they race for the files of a shared folder, and where it is not shared each clears its own."""
+    """Remove the temporary folder. Every rank calls this: on a shared file system they race for the same files, and on
+    local disks each rank clears its own."""
     shutil.rmtree(temporary, ignore_errors=True)
     if temporary.exists():
         logger.warning("unfinished checkpoint %s was not removed; it can be deleted", temporary)
 
 
 def failure_line(error: BaseException) -> str:
-    """What went wrong on which rank, on one line, without the tracebacks a CheckpointException carries."""
+    """What went wrong and on which rank, on one line, without the tracebacks of a CheckpointException."""
     if not isinstance(error, CheckpointException):
         return one_line(error)
     causes = {rank: one_line(cause) for rank, (cause, _) in sorted(error.failures.items())}
@@ -164,7 +166,7 @@ def failure_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class HashedWrite(WriteResult):
-    """What DCP hears from a rank of each thing it wrote, with the SHA-256 of the whole file that holds it."""
+    """A rank's report to DCP for one item it wrote, with the SHA-256 of the whole file that contains the item."""
 
     sha256: str
 
@@ -172,14 +174,14 @@ class HashedWrite(WriteResult):
 class CommittingWriter(dcp.FileSystemWriter):
     """DCP's file writer, whose `finish` also writes the manifest and commits the folder by renaming it.
 
-    Each rank hashes its files while it writes them. The hashes reach the first rank, which writes them down, with DCP's
-    own record of what was written where.
+    Each rank hashes its files while they are being fsynced. The first rank receives the hashes together with DCP's
+    record of what was written where, and writes them into the manifest.
 
     Args:
-        temporary: the folder the ranks write into, beside `target`.
+        temporary: the folder the ranks write into, next to `target`.
         target: the checkpoint's folder once it is committed.
         draft: the manifest without its files.
-        hashes: whether the manifest is to hold a hash of each file.
+        hashes: whether the manifest will hold a hash of each file.
     """
 
     def __init__(self, temporary: Path, target: Path, draft: Manifest, *, hashes: bool = True) -> None:
@@ -190,7 +192,7 @@ class CommittingWriter(dcp.FileSystemWriter):
             self.fs = self.hashes
 
     def storage_meta(self) -> StorageMeta:
-        # DCP would record the temporary folder's path, which is gone a moment later and nobody's business elsewhere.
+        # DCP would record the path of the temporary folder, which soon no longer exists and means nothing elsewhere.
         return StorageMeta(checkpoint_id=self.target.name, save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -209,7 +211,7 @@ class CommittingWriter(dcp.FileSystemWriter):
         return hashed
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called on the coordinator alone, after the shards of every rank are durable."""
+        """Write the manifest and commit. DCP calls it on the coordinator only, after all ranks' shards are durable."""
         super().finish(metadata, results)
         sizes = {path.name: path.stat().st_size for path in sorted(self.temporary.iterdir())}
         self._check_visible(results, sizes)
@@ -221,20 +223,21 @@ class CommittingWriter(dcp.FileSystemWriter):
         commit(self.temporary, self.target)
 
     def _merged_hashes(self, results: list[list[WriteResult]], sizes: Mapping[str, int]) -> dict[str, str]:
-        """The hash of every file: as told by the rank that wrote it; of `.metadata`, written here, from the file."""
+        """The hash of every file: as reported by the rank that wrote it, or computed here for `.metadata`."""
         told = {
             item.storage_data.relative_path: item.sha256
             for written in results
             for item in written
             if isinstance(item, HashedWrite)
         }
-        # A rank that had nothing to write leaves an empty file and tells of nothing.
+        # A rank that had nothing to write leaves an empty file and reports nothing.
         empty = hashlib.sha256().hexdigest()
         own = file_sha256(self.temporary / ".metadata")
         return {name: own if name == ".metadata" else told[name] if size else empty for name, size in sizes.items()}
 
     def _check_visible(self, results: list[list[WriteResult]], sizes: Mapping[str, int]) -> None:
-        """Each written byte lies in a file this rank sees; a node's own disk would hold the others' shards back."""
+        """Check that every byte reported as written is in a file this rank sees. With node-local disks instead of a
+        shared file system, the shards of other nodes would be missing."""
         for rank, written in enumerate(results):
             for result in written:
                 name = result.storage_data.relative_path
@@ -253,8 +256,9 @@ def _fsync_file(path: Path) -> None:
 def commit(temporary: Path, target: Path) -> None:
     """Rename a durable folder to its checkpoint name, replacing what has that name, and make the names durable.
 
-    A folder cannot be renamed over another, so an old one is first renamed aside. Killed between the two renames, both
-    are left complete under names no search finds; `prune.collect_leftovers` puts the new one in its place.
+    A folder cannot be renamed over another one, so an old one is first moved aside. If the process is killed between
+    the two renames, both folders are left complete under names that no search finds; `prune.collect_leftovers` then
+    restores the new one.
     """
     aside = move_aside(target) if target.exists() else None
     try:

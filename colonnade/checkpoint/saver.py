@@ -1,7 +1,7 @@
-"""Saving while training goes on: a copy of the tensors, and a thread that writes it.
+"""Saving while training continues: a copy of the tensors, and a thread that writes it.
 
-The copy is all that a step waits for. The thread runs the very save of `save.py`, with the same single commit, over a
-process group of its own: its collectives must not meet those of the steps that go on meanwhile.
+A step waits only for the copy. The thread runs the same save as `save.py`, with the same single commit. It has its own
+process group, because its collectives must not mix with those of the training steps that run at the same time.
 """
 
 from __future__ import annotations
@@ -26,39 +26,41 @@ from colonnade.errors import RunError
 from colonnade.parallel.mesh import STARTUP_SECONDS, time_limit
 from colonnade.parallel.vote import one_line, vote
 
-# Locked pages are worth their cost for what takes time to copy; a step count does not.
+# Tensors of at least this size are copied into pinned memory. For smaller ones, such as step counts, pinning costs more
+# than it saves.
 _PINNED_BYTES = 1 << 16
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of one run, one at a time. Every rank makes one at the same place: a collective.
+    """Writes the checkpoints of one run, one at a time. Construction is collective (it creates a process group).
 
     Args:
         directory: the run folder.
-        asynchronous: False makes `save` return when the checkpoint is durable.
+        asynchronous: if False, `save` returns only when the checkpoint is durable.
         hashes: as for `save_checkpoint`.
-        timeout: seconds that a rank waits for the others in a save; 0 for ever.
+        timeout: seconds that a rank waits for the others in a save; 0 means forever.
 
     Attributes:
-        longest_save: seconds of the longest save so far, from its beginning until it was durable and pruned.
+        longest_save: seconds that the longest save so far took in its thread, including `after_commit`.
     """
 
     def __init__(self, directory: Path, *, asynchronous: bool, hashes: bool, timeout: float = STARTUP_SECONDS) -> None:
         self._directory, self._asynchronous, self._hashes = directory, asynchronous, hashes
         self._group = dist.new_group(backend="gloo", timeout=time_limit(timeout))
         self.longest_save = 0.0
-        # A thread begins on the first GPU, whatever its process uses: it would take memory there, and DCP would wait
-        # for copies on that one.
+        # A new thread starts on GPU 0, whatever its process uses: it would allocate memory there, and DCP would
+        # synchronise copies with that GPU.
         on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()
         self._thread = ThreadPoolExecutor(1, "checkpoint-save", *on_device)
         self._started: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def reserve(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Take the host memory for the copies now, rather than in the first save. No collective.
+        """Allocate the host memory for the copies now instead of in the first save. No collective. No-op if saves are
+        synchronous.
 
         Raises:
-            RunError: there is not enough of it.
+            RunError: there is not enough host memory.
         """
         if not self._asynchronous:
             return
@@ -71,7 +73,7 @@ class CheckpointSaver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows of a save that failed since the last `wait`. Waits for nothing."""
+        """Whether this rank knows of a save that failed since the last `wait`. Does not block."""
         started = self._started
         return started is not None and started.done() and started.exception() is not None
 
@@ -84,15 +86,15 @@ class CheckpointSaver:
         manifest: Mapping[str, JSON],
         after_commit: Callable[[Path], None] | None = None,
     ) -> None:
-        """Save the tensors as they are now; returns when they may change. Collective.
+        """Save the current values of the tensors; returns when they may be modified. Collective.
 
-        A save that is still under way is waited for first.
+        Waits first for a save that is still in progress.
 
         Args:
-            after_commit: called on the first rank with the checkpoint's folder once that exists, in the saving thread.
+            after_commit: called in the saving thread of the first rank with the checkpoint's folder, once it exists.
 
         Raises:
-            RunError: on all ranks, when the save before failed on any, or this one where saves are synchronous.
+            RunError: on all ranks, if the previous save failed on any, or this one if saves are synchronous.
         """
         self.wait()
         content: Content | RunError
@@ -102,9 +104,9 @@ class CheckpointSaver:
             if self._asynchronous:
                 staged, ready = self._staged(content.tensors)
                 content = replace(content, tensors=staged)
-        except RunError as error:  # the other ranks are on their way into this save: it is told there
+        except RunError as error:  # the other ranks enter this save too, so it is raised there, on all of them
             content = error
-        except (RuntimeError, MemoryError) as error:  # of the device
+        except (RuntimeError, MemoryError) as error:  # errors of the device or the allocation
             content = RunError(one_line(error))
 
         def given() -> Content:
@@ -130,9 +132,10 @@ class CheckpointSaver:
 
     @torch.no_grad()
     def _staged(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """Copies in host memory that is used again from save to save, and what to wait for before reading them.
+        """Copies in host buffers that are reused from save to save, and the event to wait for before reading them.
 
-        On CUDA the copies are only queued: whatever the stream computes later finds the originals read.
+        On CUDA the copies are only enqueued. Kernels enqueued later on the same stream run after the originals have
+        been read, so they may modify them.
         """
         staged: dict[str, Tensor] = {}
         on_device = False
@@ -145,7 +148,7 @@ class CheckpointSaver:
                 self._buffers[name] = buffer
             buffer.copy_(local, non_blocking=True)
             on_device |= local.is_cuda
-            # Not from_local, which would move the copy to the mesh's device.
+            # Not `from_local`, which would move the copy to the mesh's device.
             staged[name] = DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
         ready = None
         if on_device:
@@ -154,10 +157,10 @@ class CheckpointSaver:
         return staged, ready
 
     def wait(self) -> None:
-        """Wait until no save is under way. Collective, where there was one since the last call.
+        """Wait until no save is in progress. Collective if there was a save since the last call, else a no-op.
 
         Raises:
-            RunError: on all ranks, when it failed on any.
+            RunError: on all ranks, if the save failed on any.
         """
         started, self._started = self._started, None
         if started is None:
@@ -172,17 +175,17 @@ class CheckpointSaver:
                 if error is not None:
                     raise error
         except RunError as told:
-            # A save that failed is known to all ranks in the same words; these name the rank already.
+            # If this rank's save failed, its own message already names the failing rank and is the same on all ranks.
             raise (error or told) from told
 
     def settle(self, seconds: float) -> None:
-        """Let a save under way come to its end, however it ends, for so long at most. No collective.
+        """Wait at most `seconds` for a save in progress to succeed or fail. No collective.
 
-        For a rank that is about to leave with an error: its peers' threads may still finish the save with it.
+        For a rank that is about to exit with an error: with its thread alive, its peers can still finish the save.
         """
         if self._started is not None:
             wait_for([self._started], seconds)
 
     def close(self) -> None:
-        """End the thread, after `wait`."""
+        """End the thread. Call `wait` first."""
         self._thread.shutdown()

@@ -1,4 +1,4 @@
-"""Reading weights from one `.pth` file with whole tensors, each rank taking only its part."""
+"""Loading weights from one `.pth` file with full tensors; each rank takes only its shard."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ _REMEDY = "give the --preset or --model-config these weights belong to"
 
 
 def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | None = None) -> int | None:
-    """Read the weights of a `.pth` file with a `model_state_dict` into `model`. Each rank by itself, no collective.
+    """Read the weights of a `.pth` file with a `model_state_dict` into `model`. Each rank reads independently, without
+    collectives.
 
-    Tensors are whole and have Hugging Face names, maybe behind `_orig_mod.` or `module.`. The file is mapped, not read:
-    a rank touches the pages of its own shards. Values are converted to the parameters' dtype. Embedding and head may
-    have fewer rows than the parameter (a vocabulary without padding); the remaining rows are set to zero.
+    Tensors are full (not sharded) and have Hugging Face names, possibly prefixed with `_orig_mod.` or `module.`. The
+    file is memory-mapped, so a rank touches only the pages of its own shards. Values are converted to the parameters'
+    dtype. Embedding and head may have fewer rows than the parameter (a vocabulary without padding); the remaining rows
+    are set to zero.
 
     Args:
         path: the file.
         model: its parameters are `DTensor`s.
-        vocabulary_size: rows that embedding and head must have at least; None to pad from any number.
+        vocabulary_size: minimum number of rows of embedding and head; None accepts any number.
 
     Returns:
-        The file's `global_step` or `step`; None when it has neither.
+        The file's `global_step` or `step`; None if it has neither.
 
     Raises:
         UsageError: the file cannot be read without running code, is damaged or has no weights, or a parameter is
-            missing, unknown or of another shape (both are named). The model is then as before.
+            missing, unknown or of another shape (the message gives both shapes). The model is then unchanged.
     """
     content = _load(path)
     weights = content.get(WEIGHTS_KEY)
@@ -59,7 +61,7 @@ def load_single_file(path: Path, *, model: nn.Module, vocabulary_size: int | Non
 def _load(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
-            # torch 2.11 says it of every sparse tensor; here they are refused, in one line.
+            # torch 2.11 warns about every sparse tensor; here they are refused with a one-line error.
             warnings.filterwarnings("ignore", message="Sparse invariant checks")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -82,7 +84,7 @@ def _match(
     aliases: Mapping[str, str],
     vocabulary_size: int | None,
 ) -> dict[str, Tensor]:
-    """For each parameter the file's tensor, after every name and shape was checked."""
+    """For each parameter the file's tensor, after a check of every name and shape."""
     sources: dict[str, Tensor] = {}
     for raw_name, tensor in weights.items():
         name = _without_wrappers(str(raw_name))

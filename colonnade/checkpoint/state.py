@@ -1,10 +1,10 @@
-"""The tensors of a model and its optimizer under the flat names a checkpoint stores them by.
+"""The tensors of a model and its optimizer, under the flat names used in checkpoints.
 
     model.<parameter name>                  the parameter
     optimizer.<state>.<parameter name>      exp_avg, exp_avg_sq, step, ...
 
-Optimizer state is keyed by the name of its parameter, so that neither the order nor the number of parameter groups
-matters. Only tensors are stored; scalars belong into the manifest.
+Optimizer state is keyed by the name of its parameter, so neither the order nor the number of parameter groups matters.
+Only tensors are stored; values that are not tensors belong in the manifest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ OPTIMIZER_PREFIX = "optimizer."
 
 
 def named_parameters(model: nn.Module) -> dict[str, DTensor]:
-    """Parameters by name, each once: a tied one under its first name, a compiled module's under its own.
+    """Parameters by name, each once: a tied one under its first name, those of a compiled module without `_orig_mod.`.
 
     Raises:
-        RunError: a parameter is not a `DTensor` (its ranks could differ, and a checkpoint keeps one value a name), or
-            the model has persistent buffers, which a checkpoint does not hold.
+        RunError: a parameter is not a `DTensor` (its value could differ between ranks, and a checkpoint stores one
+            value per name), or the model has persistent buffers, which a checkpoint does not store.
     """
-    # torch.compile wraps a module in one that calls the original _orig_mod.
+    # torch.compile wraps a module in another one, which holds the original as _orig_mod.
     aliases = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in model.state_dict():
         if name.replace("_orig_mod.", "") not in aliases:
@@ -44,9 +44,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, str]:
-    """For every name a parameter goes by, the one `named_parameters` gives it (tied parameters have several).
+    """Maps every name of a parameter to its name in `named_parameters` (tied parameters have several names).
 
-    A model without a head of its own ties it to the embedding: other programs' files may hold it under both names.
+    A model without its own head ties it to the embedding: files of other programs may hold it under both names.
     """
     first: dict[int, str] = {}
     aliases = {}
@@ -64,10 +64,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimized_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[DTensor, dict[str, object]]]:
-    """The parameters an optimizer updates, each with the group it belongs to, by name.
+    """The parameters that an optimizer updates, by name, each with its parameter group.
 
     Raises:
-        RunError: the optimizer holds a parameter that is not the model's.
+        RunError: the optimizer holds a parameter that is not in the model.
     """
     parameters = named_parameters(model)
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -82,14 +82,14 @@ def optimized_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, tu
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by its names in a checkpoint, sharing memory; empty before the first step.
+    """The optimizer's state by its names in a checkpoint, sharing memory with it; empty before the first step.
 
     Raises:
         RunError: the state holds something other than tensors.
     """
     tensors = {}
     for name, (parameter, _) in optimized_parameters(model, optimizer).items():
-        # .get: looking a parameter up with [] would create an empty state.
+        # .get, because looking up a parameter with [] would create an empty state.
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
                 raise RunError(f"optimizer state {key!r} of {name!r} is a {type(value).__name__}, not a tensor")
@@ -102,9 +102,9 @@ def empty_state_tensor(
 ) -> Tensor:
     """A zero tensor for the optimizer state `key` of `parameter`, placed where torch's optimizers create it.
 
-    A state of the parameter's shape lies as the parameter does. Any other is a plain tensor equal on all ranks, on the
-    parameter's device when the update reads it there (fused or capturable) and on the CPU otherwise
-    (`torch.optim.Adam._init_group`).
+    A state of the parameter's shape has the parameter's device and placements. Any other state is a plain tensor that
+    is equal on all ranks, on the parameter's device if the update reads it there (fused or capturable) and on the CPU
+    otherwise (`torch.optim.Adam._init_group`).
     """
     if key != "step" and shape == parameter.shape:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)

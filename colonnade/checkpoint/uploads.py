@@ -1,7 +1,7 @@
-"""Checkpoints on their way to a store elsewhere: one after the other, on a thread beside the training.
+"""Uploading checkpoints to a remote store, one after the other, on a background thread.
 
-What waits is not pruned. A local copy is dropped, where that is asked for, once the store has confirmed its own, and
-never that of the newest checkpoint.
+Checkpoints that wait for upload are not pruned. If requested, a local copy is removed once the store has confirmed the
+upload, but never that of the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from colonnade.parallel.vote import one_line
 logger = logging.getLogger(__name__)
 
 UPLOADED_NAME = "uploaded.json"
-# Checkpoints that may wait for a store that is slow or gone; each takes room on the disk for as long as it does.
+# Most checkpoints that wait for a slow or unavailable store. Each takes up disk space while it waits.
 MOST_WAITING = 4
 
 
 class StoreClosed(Exception):
-    """The store takes nothing in this start of the run; the message says why."""
+    """The store accepts nothing until the run is started again; the message says why."""
 
 
 class CheckpointUploads:
-    """The checkpoints of one run folder that are to be uploaded, on the rank that uploads.
+    """Uploads the checkpoints of one run folder; exists on the rank that uploads.
 
     Args:
         directory: the run's folder.
-        upload: puts a checkpoint's folder into the store, returns the name it has there once that is confirmed, and
-            raises where it is not: `StoreClosed` where trying again is of no use. Called on one thread.
+        upload: uploads a checkpoint's folder and returns its name in the store once the upload is confirmed, else
+            raises: `StoreClosed` if further uploads are of no use. Called on one thread.
         say: takes a line for the screen.
-        drop: remove local copies of checkpoints that are confirmed, but for the newest.
-        keep_every: local checkpoints at multiples of so many steps stay; 0 for none.
+        drop: remove local copies of confirmed checkpoints, except the newest checkpoint.
+        keep_every: keep local checkpoints at multiples of this many steps; 0 for none.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CheckpointUploads:
         self._thread.start()
 
     def resend(self, step: int) -> None:
-        """Queue the checkpoints up to `step` that earlier starts have not brought to the store: the last few."""
+        """Queue the newest checkpoints up to `step` that earlier starts have not uploaded, at most `MOST_WAITING`."""
         unsent = [
             info.path
             for info in find_checkpoints(self._directory)
@@ -75,13 +75,13 @@ class CheckpointUploads:
             self.add(path)
 
     def add(self, path: Path) -> None:
-        """Queue a finished checkpoint. Where too many wait, the one that has waited longest is given up."""
+        """Queue a finished checkpoint. If too many wait, the upload of the one that has waited longest is given up."""
         given_up = None
         with self._lock:
             if self._is_closed:
                 return
             self._waiting.append(path)
-            # A step that is saved once more is not what the store has under its name.
+            # If a step is saved again, the store's copy under its name is no longer this checkpoint.
             if self._uploaded.pop(path.name, None) is not None:
                 with suppress(OSError):
                     self._record()
@@ -93,15 +93,15 @@ class CheckpointUploads:
 
     @property
     def pending(self) -> tuple[Path, ...]:
-        """Checkpoints that wait or are being uploaded: not to be removed."""
+        """Checkpoints that wait or are being uploaded; they must not be removed."""
         with self._lock:
             return (*((self._under_way,) if self._under_way is not None else ()), *self._waiting)
 
     def close(self, seconds: float, tell: Callable[[], None] = lambda: None) -> None:
-        """Wait so long at most for what is not uploaded yet, and say what is left.
+        """Wait at most `seconds` for pending uploads, and report what is left.
 
         Args:
-            tell: prints what has been said; called before the wait.
+            tell: prints the lines passed to `say`; called before the wait.
         """
         self._queue.put(None)
         if self.pending:
@@ -125,7 +125,7 @@ class CheckpointUploads:
             try:
                 name = self._upload(path)
                 with self._lock:
-                    if path not in self._waiting:  # else it was saved once more meanwhile
+                    if path not in self._waiting:  # else it was saved again meanwhile
                         self._uploaded[path.name] = name
                         self._record()
                 self._say(f"uploaded {path.name} as {name}")
@@ -135,7 +135,7 @@ class CheckpointUploads:
                     self._waiting.clear()
                 self._say(f"warning: checkpoints are not uploaded ({error})")
                 return
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a client raises, the run goes on
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a client raises, the run continues
                 self._say(f"warning: {path.name} is not uploaded ({one_line(error)}); the local copy stays")
             with self._lock:
                 self._under_way = None
@@ -146,7 +146,7 @@ class CheckpointUploads:
         replace_file(self._directory / UPLOADED_NAME, json.dumps(self._uploaded, indent=2) + "\n")
 
     def _drop_uploaded(self) -> None:
-        """Remove confirmed checkpoints that the run does not need to start again."""
+        """Remove confirmed checkpoints that the run does not need for a restart."""
         newest_first = [info for info in find_checkpoints(self._directory) if not info.is_single_file]
         for info in newest_first[1:]:
             is_kept = self._keep_every and (info.step or 0) % self._keep_every == 0
@@ -159,9 +159,9 @@ class CheckpointUploads:
 
 
 def uploaded(directory: Path) -> dict[str, str]:
-    """The checkpoints of a run's folder that the store has confirmed: their names there, by folder name."""
+    """The checkpoints of a run's folder that the store has confirmed: folder name -> name in the store."""
     try:
         content = json.loads((directory / UPLOADED_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or one that tells nothing: what is there is sent again
+    except (OSError, ValueError):  # missing or unreadable: all checkpoints count as not uploaded
         return {}
     return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}

@@ -1,6 +1,6 @@
-"""Choosing the checkpoint to go on from, after every byte of it has been compared with what was written.
+"""Choosing the checkpoint to resume from, after the hashes of its files have been compared with those recorded.
 
-`discover` looks at names and sizes, on one rank. Here all ranks share out the reading and decide together.
+`discover` looks at names and sizes, on one rank. Here all ranks divide the reading among them and decide together.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _Found = tuple[CheckpointInfo | None, list[IncompleteCheckpoint]]
 
 
 def newest_verified(directory: Path, *, compare_hashes: bool = True, up_to: int | None = None) -> _Found:
-    """The newest usable checkpoint of a run folder, and the damaged ones that were passed over. Collective.
+    """The newest usable checkpoint of a run folder, and the newer damaged ones that were skipped. Collective.
 
-    Of each one passed over a line of warning names the file, the reason and the steps lost.
+    For each one skipped, a one-line warning names the file, the reason and the number of steps lost.
 
     Args:
         directory: the run folder; one that does not exist has no checkpoints.
-        compare_hashes: False leaves it at names, sizes and `.metadata`.
-        up_to: the highest step that is looked at; None for all.
+        compare_hashes: if False, only names, sizes and `.metadata` are checked.
+        up_to: highest step to consider; None for all.
 
     Returns:
-        None and no damaged ones where nothing there is named like a checkpoint.
+        None and an empty list if nothing there is named like a checkpoint.
 
     Raises:
-        UsageError: there are checkpoints and none is usable.
+        UsageError: there are checkpoints, but none is usable.
     """
 
     complete: list[CheckpointInfo] = []
@@ -79,27 +79,28 @@ def _readable(look: Callable[[], T], path: Path) -> T:
 
 
 def _one_by_one(infos: Sequence[CheckpointInfo]) -> Iterator[CheckpointInfo]:
-    """The first rank's checkpoints on all ranks, each sent when it is asked for: manifests may be large."""
+    """The first rank's checkpoints, on all ranks. Each is sent only when requested, as manifests may be large."""
     rest = iter(infos)
     while (info := on_first_rank(lambda: next(rest, None))) is not None:
         yield info
 
 
 def verified(path: Path, *, compare_hashes: bool = True) -> tuple[CheckpointInfo, tuple[Path, ...]]:
-    """The checkpoint meant by `path`, and the damaged ones that were passed over. Collective.
+    """The checkpoint that `path` refers to, and the damaged ones that were skipped. Collective.
 
-    `path` is a run folder (its newest usable one is meant), a checkpoint folder, a `.pth` file, or the name of an
-    artifact (`remote_artifacts`), which is downloaded below the working folder.
+    `path` is a run folder (which refers to its newest usable checkpoint), a checkpoint folder, a `.pth` file, or the
+    name of an artifact (`remote_artifacts`), which is downloaded into a subfolder of the working folder.
 
     Raises:
-        UsageError: nothing is there, a run folder has no usable checkpoint, or the one asked for by name is damaged.
+        UsageError: `path` does not exist, a run folder has no usable checkpoint, or the checkpoint requested by name is
+            damaged.
     """
     if is_artifact(path):
         path = fetch_checkpoint(str(path), Path(FOLDER_NAME))
     named = on_first_rank(lambda: _readable(lambda: the_one_meant(path), path))
     if named is None:
         found, damaged = newest_verified(path, compare_hashes=compare_hashes)
-        assert found is not None  # the_one_meant has seen that something is named like a checkpoint
+        assert found is not None  # the_one_meant has checked that something is named like a checkpoint
         return found, tuple(item.path for item in damaged)
     reason = damage_of(named, compare_hashes=compare_hashes)
     if reason is not None:
@@ -108,10 +109,10 @@ def verified(path: Path, *, compare_hashes: bool = True) -> tuple[CheckpointInfo
 
 
 def damage_of(info: CheckpointInfo, *, compare_hashes: bool = True) -> str | None:
-    """Why a checkpoint that looks complete is not what was written, in one line; None where it is. Collective.
+    """Why a checkpoint that looks complete is not what was written, in one line; None if it is intact. Collective.
 
-    The files are shared out over the ranks by size, and each rank reads its own. A single `.pth` file has no record to
-    compare with.
+    The files are divided among the ranks by size, and each rank reads its own. A single `.pth` file has no recorded
+    hashes to compare with, so it counts as intact.
     """
     if info.manifest is None:
         return None
@@ -128,7 +129,7 @@ def damage_of(info: CheckpointInfo, *, compare_hashes: bool = True) -> str | Non
 
 
 def _share_of(manifest: Manifest, rank: int, ranks: int) -> list[str]:
-    """The files that a rank reads: the largest first, each to the rank with the fewest bytes so far."""
+    """The files that `rank` reads. Largest first, each file goes to the rank with the fewest bytes so far."""
     loads = [0] * ranks
     mine = []
     for name, size in sorted(manifest.files.items(), key=lambda item: (-item[1], item[0])):

@@ -1,5 +1,5 @@
-"""The data plane's parts: shards, text filter, tokenization, packing, position, prefetch.
+"""The parts of the data pipeline: shards, text filter, tokenization, packing, position, prefetch.
 
-`data_processing.py` at the root puts them together into a stream. Nothing in here knows of ranks: one reader serves a
-tensor-parallel group, and what it yields is broadcast elsewhere.
+`data_processing.py` at the root assembles them into a stream. Only `feed.py` communicates between ranks: one reader
+serves a tensor-parallel group, and `feed.py` broadcasts what it yields.
 """

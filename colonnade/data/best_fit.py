@@ -16,20 +16,20 @@ Integers = npt.NDArray[np.int64]
 def best_fit_bins(lengths: Integers, capacity: int) -> list[Integers]:
     """Pack documents into bins of `capacity` tokens.
 
-    A document longer than a bin is first cut into whole bins and a rest. Then the pieces, longest first, each go into
-    the bin with the least room that still holds them, or into a new one. Ties: the first document, its first piece, the
-    first bin.
+    A document longer than a bin is first cut into full bins and a remainder. Then each piece, longest first, goes into
+    the bin with the least free space that still fits it, or into a new bin. Ties go to the first document, its first
+    piece, and the first bin.
 
     Args:
         lengths: [N] tokens of each document; an empty document is in no bin.
         capacity: tokens a bin holds.
 
     Returns:
-        One array [pieces, 3] a bin, its rows (document, begin, end): tokens begin to end (excluded) of that document.
-        The bins in the order they were begun, the pieces of a bin in the order they were put in.
+        One array [pieces, 3] per bin with rows (document, begin, end): tokens begin to end (exclusive) of that
+        document. Bins are in the order they were opened, pieces in the order they were placed.
 
     Raises:
-        ValueError: capacity is below 1 or a length below 0.
+        ValueError: `capacity` is below 1 or a length is below 0.
     """
     pieces = cut_pieces(lengths, capacity)
     sizes = pieces[:, 2] - pieces[:, 1]
@@ -41,7 +41,7 @@ def best_fit_bins(lengths: Integers, capacity: int) -> list[Integers]:
 
 
 def cut_pieces(lengths: Integers, capacity: int) -> Integers:
-    """Documents cut into pieces of at most `capacity` tokens: [pieces, 3], rows (document, begin, end), in order."""
+    """Cut documents into pieces of at most `capacity` tokens: [pieces, 3], rows (document, begin, end), in order."""
     lengths = np.asarray(lengths, dtype=np.int64)
     if capacity < 1 or (lengths < 0).any():
         raise ValueError(f"capacity {capacity} must be at least 1 and no length below 0")
@@ -53,9 +53,9 @@ def cut_pieces(lengths: Integers, capacity: int) -> Integers:
 
 
 def _place(sizes: list[int], capacity: int) -> Integers:
-    """The bin of each piece, sizes falling."""
-    rooms: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room left in them, the first on top
-    occupied = 0  # bit r: some bin has room r. Finding the least room that is enough is one shift, for any number
+    """The bin of each piece; `sizes` must be in descending order."""
+    rooms: list[list[int]] = [[] for _ in range(capacity + 1)]  # heaps of bins, indexed by their free space
+    occupied = 0  # bit r: some bin has r tokens free. One shift then finds the least free space that is enough
     bins = 0
     placed = np.empty(len(sizes), np.int64)
     for index, size in enumerate(sizes):

@@ -1,10 +1,11 @@
-"""The wire format of a block: one int32 a token, `block_size + 1` wide, and how inputs and labels are taken from it.
+"""The wire format of a block: `block_size + 1` int32, one per token, and how inputs and labels are derived from it.
 
     bits 0 to 29   the token id
     bit 30         set where a document begins
     -1             padding: no token
 
-A block without marks and padding is its token ids. Everything here takes leading dimensions as they come.
+A block without marks and padding is just its token ids. `pack_blocks` and `counted_targets` accept any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ if TYPE_CHECKING:  # a reader packs blocks without torch
 
 PADDING = -1
 BEGIN = 1 << 30
-"""The mark of a document's first token."""
+"""The bit that marks a document's first token."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a model is given of blocks.
+    """The model's inputs, taken from blocks.
 
     Attributes:
-        input_ids: int64 [B, T]; 0 where padding stands.
-        labels: int64 [B, T], the next tokens; `IGNORE_INDEX` where none counts.
-        document_starts: bool [B, T], True where a document begins, the first column included; a stretch of padding is a
-            document. None where attention is over the whole block.
+        input_ids: int64 [B, T]; 0 at padding.
+        labels: int64 [B, T], the next tokens; `IGNORE_INDEX` where a label does not count.
+        document_starts: bool [B, T], True where a document begins, always in the first column; a run of padding is a
+            document of its own. None if attention spans the whole block.
     """
 
     input_ids: Tensor
@@ -42,12 +43,12 @@ class Blocks:
 def pack_blocks(
     tokens: npt.NDArray[np.int32], starts: npt.NDArray[np.bool_], padding: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int32]:
-    """Put tokens and marks into the wire format.
+    """Encode tokens and marks in the wire format.
 
     Args:
-        tokens: [..., block_size + 1] ids below 2**30; what stands where `padding` is set does not matter.
-        starts: where a document begins, of the same shape.
-        padding: where no token stands, of the same shape.
+        tokens: [..., block_size + 1] ids below 2**30; values where `padding` is set are ignored.
+        starts: True where a document begins, of the same shape.
+        padding: True where there is no token, of the same shape.
 
     Raises:
         ValueError: an id is negative or has more than 30 bits.
@@ -61,9 +62,9 @@ def pack_blocks(
 def unpack_blocks(wire: Tensor, *, document_mask: bool) -> Blocks:
     """Inputs and labels of blocks [B, T + 1], on their device.
 
-    A label counts unless it, or the token it is predicted from, is padding; with `document_mask` the first token of a
-    document is no label either: the token before it, which another document holds, does not predict it. So the loss is
-    that of the documents run one by one.
+    A label counts unless it, or the token it is predicted from, is padding. With `document_mask` the first token of a
+    document does not count as a label either, because the token before it belongs to another document. The loss is
+    then the same as for each document run on its own.
     """
     import torch
 
@@ -78,20 +79,20 @@ def unpack_blocks(wire: Tensor, *, document_mask: bool) -> Blocks:
 
 
 def counted_targets(wire: npt.NDArray[np.int32] | Tensor, document_mask: bool) -> int:
-    """How many labels of blocks [..., T + 1] `unpack_blocks` counts. For a tensor on a device this waits for it."""
+    """Number of labels in blocks [..., T + 1] that count, as in `unpack_blocks`. A host sync for a device tensor."""
     import torch
 
     return int(_counted(torch.as_tensor(wire), document_mask=document_mask).sum())
 
 
 def _begins(wire: Tensor) -> Tensor:
-    """Of each token but the first, whether a document or a stretch of padding begins with it: bool [..., T]."""
+    """For each token but the first, whether a document or a run of padding begins with it: bool [..., T]."""
     padding = wire < 0
     return (padding[..., 1:] != padding[..., :-1]) | (~padding[..., 1:] & ((wire[..., 1:] & BEGIN) != 0))
 
 
 def _counted(wire: Tensor, *, document_mask: bool) -> Tensor:
-    """Of each token but the first, whether it is a label that counts: bool [..., T]."""
+    """For each token but the first, whether it is a label that counts: bool [..., T]."""
     real = wire >= 0
     counted = real[..., 1:] & real[..., :-1]
     return counted & ~_begins(wire) if document_mask else counted

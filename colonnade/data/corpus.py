@@ -1,8 +1,8 @@
-"""What a corpus consists of: shards (files), their units, and the manifest that identifies all of it.
+"""What a corpus consists of: shards (files), their units, and the manifest that identifies the whole corpus.
 
-A *unit* is what is read, shuffled and skipped as one: a row group (Parquet), a record batch (Arrow), a range of bytes
-(JSON lines, text), a whole file (compressed JSON lines) or a range of tokens (token shards). It is what a damaged page
-costs, and the most that a resume reads again.
+A *unit* is read, shuffled and skipped as a whole: a row group (Parquet), a record batch (Arrow), a byte range
+(JSON lines, text), a whole file (compressed JSON lines) or a range of tokens (token shards). A damaged page costs one
+unit, and a resume rereads at most one unit per lane.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 Layout = Literal["parquet", "arrow-file", "arrow-stream", "jsonl", "jsonl-zst", "jsonl-gz", "text", "tokens"]
 
-# How much text is handed out at once; a unit that is no larger is one window.
+# How much text is delivered at a time; a unit of this size or less is one window.
 WINDOW_BYTES = 16 << 20
 
 _NOUNS: dict[Layout, str] = {
@@ -35,24 +35,24 @@ _NOUNS: dict[Layout, str] = {
 
 
 class DamagedUnit(Exception):
-    """One unit cannot be decoded; says why."""
+    """One unit cannot be decoded; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file, as its footer, its header or its size describes it.
+    """One file, as described by its footer, its header or its size.
 
     Attributes:
-        path: local path or URL, as messages show it.
+        path: local path or URL, as shown in messages.
         size: bytes of the file.
-        rows: rows in all; 0 where only reading would tell (JSON lines, text). A unit of tokens is one row.
-        unit_bytes: for each unit the bytes of text in it, decompressed, as near as the file tells without being read:
-            uncompressed size of the column chunk (Parquet), bytes of the batch or range (Arrow, JSON lines, text), of
-            the compressed file (compressed JSON lines), 4 a token (token shards).
-        fingerprint: digest that tells the file's content (`colonnade.data.filesystems.fingerprint`).
-        prologue, batches: byte ranges of an Arrow file's messages: the schema and its dictionaries; for each record
-            batch its range and the number of prologue messages that stand before it.
-        dtype, data_start: of a token shard, the numpy type of a token and the byte at which the tokens begin.
+        rows: total rows; 0 if only reading the file would tell (JSON lines, text). A unit of tokens is one row.
+        unit_bytes: for each unit an estimate of its decompressed bytes of text, known without reading it: the
+            uncompressed size of the column chunk (Parquet), the size of the batch or range (Arrow, JSON lines, text),
+            the size of the compressed file (compressed JSON lines), 4 per token (token shards).
+        fingerprint: digest of the file's content (`colonnade.data.filesystems.fingerprint`).
+        prologue, batches: byte ranges of an Arrow file's messages: the schema and its dictionaries; and for each record
+            batch its range and the number of prologue messages before it.
+        dtype, data_start: for a token shard, the numpy type of a token and the byte offset of the first token.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """File name without folder, and without the query of a URL (a signature that changes)."""
+        """File name without its folder and without a URL's query (which may be a signature that changes)."""
         return file_name(self.path)
 
 
@@ -86,11 +86,11 @@ def file_name(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What identifies a corpus: names, sizes, rows, fingerprints and units in their order, but not the folder.
+    """What identifies a corpus: its files' names, sizes, rows, fingerprints and units, in order, but not their folder.
 
     Attributes:
-        digest: over all of it.
-        shard_digests: eight digits a file, to tell which files changed.
+        digest: over all of that and the names of files left out.
+        shard_digests: eight hexadecimal digits per file, to tell which files changed.
     """
 
     digest: str
@@ -100,7 +100,7 @@ class Manifest:
 
     @classmethod
     def of(cls, shards: Sequence[Shard], left_out: Sequence[str] = ()) -> Manifest:
-        """Manifest of `shards` in their order, beside files that are `left_out`."""
+        """Manifest of `shards`, in order; `left_out` names files that could not be used."""
         described = [
             json.dumps([shard.name, shard.size, shard.rows, shard.fingerprint, shard.units]).encode()
             for shard in shards
@@ -114,7 +114,7 @@ class Manifest:
 
 
 class Units:
-    """All units of a corpus in stream order, addressed by one ordinal."""
+    """All units of a corpus in file order, each addressed by its ordinal."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
@@ -124,7 +124,7 @@ class Units:
         return self._ends[-1] if self._ends else 0
 
     def locate(self, ordinal: int) -> tuple[Shard, int]:
-        """The shard that holds unit `ordinal`, and the unit's number inside it."""
+        """The shard that holds unit `ordinal`, and the unit's number within that shard."""
         index = bisect_right(self._ends, ordinal)
         shard = self.shards[index]
         return shard, ordinal - (self._ends[index] - shard.units)
@@ -136,5 +136,5 @@ class Units:
 
     @property
     def unit_bytes(self) -> list[int]:
-        """Bytes of text in each unit, as near as the files tell (`Shard.unit_bytes`)."""
+        """Estimated bytes of text in each unit (`Shard.unit_bytes`)."""
         return [size for shard in self.shards for size in shard.unit_bytes]

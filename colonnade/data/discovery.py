@@ -1,4 +1,4 @@
-"""Finding shards: globs on local paths and on remote file systems that can list, in natural order."""
+"""Finding shards, in natural order: globs over local paths and over remote file systems that can list files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ DEFAULT_GLOBS = ("data/*.parquet", "data/*.arrow", "../data/*.parquet")
 
 
 def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
-    """Sort key under which `shard_2` comes before `shard_10`; equal numbers written differently keep a fixed order."""
+    """Sort key that puts `shard_2` before `shard_10`; numbers that are equal but written differently (1, 01) also have
+    a fixed order."""
     parts = re.split(r"([0-9]+)", str(path))
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
 
@@ -22,11 +23,11 @@ def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
 def discover_shards(pattern: str) -> list[str]:
     """Files that `pattern` matches: globs (`**` allowed) of local paths or URLs, separated by commas.
 
-    Each glob's files come in natural order, globs in the order given, and a file matched twice comes once. A URL
-    without a wildcard is taken as it is; whether it is there shows when it is opened.
+    Globs keep the order given, and the files of each glob are in natural order. A file matched twice is listed once. A
+    URL without a wildcard is taken as it is; whether it exists shows when it is opened.
 
     Raises:
-        UsageError: a glob matches no file, or a file system cannot be asked.
+        UsageError: a glob matches no file, or a file system cannot be listed.
     """
     found: dict[str, None] = {}
     globs = [part.strip() for part in pattern.split(",") if part.strip()]
@@ -53,7 +54,7 @@ def _local_files(pattern: str) -> list[str]:
 
 
 def find_default_shards() -> list[str]:
-    """Shards in the usual places (`DEFAULT_GLOBS`): those of the first place that holds any, else an empty list."""
+    """Shards in the default locations (`DEFAULT_GLOBS`): those of the first glob that matches, else an empty list."""
     for pattern in DEFAULT_GLOBS:
         if any(os.path.isfile(match) for match in glob.glob(pattern)):
             return discover_shards(pattern)

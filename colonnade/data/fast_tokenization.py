@@ -1,6 +1,6 @@
-"""The encoder of the optional package `fastokens`: the same ids as `tokenizers`, at a small part of the CPU time.
+"""The encoder of the optional package `fastokens`: the same ids as `tokenizers` in a fraction of the CPU time.
 
-It is used only where `colonnade.data.tokenizer_backend` has shown that the ids are the same.
+It is used only after `colonnade.data.tokenizer_backend` has checked that the ids are the same.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ PACKAGE = "fastokens"
 
 
 class BackendUnavailableError(Exception):
-    """The fast encoder cannot be used; the message says why, to stand behind the package's name."""
+    """The fast encoder cannot be used; the message says why and is printed after the package's name."""
 
 
 class FastEncoder:
-    """Encodes texts with one `fastokens.Tokenizer`. Threads may share it; each call works on the thread that makes it
-    and releases Python's lock.
+    """Encodes texts with one `fastokens.Tokenizer`. It is thread-safe; each call encodes on the calling thread and
+    releases the GIL.
 
     Attributes:
-        version: of the package.
+        version: version of the package.
     """
 
     def __init__(self, serialized: str) -> None:
-        """`serialized` is a tokenizer.json. Raises BackendUnavailableError: not installed, or it is not supported."""
-        # Read once a process, at the first encoding. With one thread there is no pool: the number of threads is what
-        # was set for this rank, where the library would take up to 32 in each. A user's setting wins.
+        """`serialized` is the text of a tokenizer.json. Raises BackendUnavailableError: the package is not installed,
+        or does not support this tokenizer."""
+        # The library reads this variable once per process, at the first encoding. With one thread it creates no pool,
+        # so each rank uses exactly the threads set for it instead of up to 32 of the library's. A user's setting wins.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         try:
             import fastokens
@@ -46,13 +47,13 @@ class FastEncoder:
             raise BackendUnavailableError(f"{self.version} cannot use this tokenizer: {reason}") from error
 
     def __call__(self, texts: list[str]) -> FlatIds:
-        """Token ids without special tokens; text that spells one is encoded as text.
+        """Token ids without special tokens; text that spells a special token is encoded as plain text.
 
         Raises:
             ValueError, RuntimeError: the package could not encode a text.
         """
         ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
-        # Views of the bytes handed over: ids are far below 2**31.
+        # Views of the returned bytes, no copy. Reading ids as int32 is safe: they are far below 2**31.
         return FlatIds(np.frombuffer(ids, "<i4"), np.diff(np.frombuffer(offsets, "<i8")))
 
 
@@ -60,8 +61,8 @@ _shared: dict[str, FastEncoder] = {}
 
 
 def shared_encoder(digest: str, serialize: Callable[[], str]) -> FastEncoder:
-    """The encoder of a tokenizer, kept for the next stream of this process: building one takes seconds where the
-    vocabulary is large. Only the last one is kept. Raises BackendUnavailableError."""
+    """The encoder for a tokenizer, cached for later streams of this process, because building one takes seconds for a
+    large vocabulary. Only the last one is cached. Raises BackendUnavailableError."""
     if digest not in _shared:
         _shared.clear()
         _shared[digest] = FastEncoder(serialize())
@@ -69,7 +70,7 @@ def shared_encoder(digest: str, serialize: Callable[[], str]) -> FastEncoder:
 
 
 def package_version() -> str:
-    """The version of the package; empty where it is not installed."""
+    """The version of the package; empty if it is not installed."""
     try:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:

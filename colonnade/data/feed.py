@@ -1,11 +1,11 @@
-"""Global batches for every rank: one reader a tensor-parallel group, one broadcast an optimizer step.
+"""Global batches for every rank: one reader per tensor-parallel group, one broadcast per optimizer step.
 
-1. The first rank of each tensor-parallel group reads the chunk stream and keeps its data-parallel share: of the step's
-   chunks g, those with g mod dp == dp_rank.
-2. A thread keeps the next steps' shares ready (`Prefetcher`).
-3. One int32 broadcast hands a share, with a status, to the group. It runs on the CPU backend: no rank has to
-   synchronise with its device to learn that the data ended or that the reader failed.
-4. The share is copied to the device ahead of its step, on a side stream where there is one.
+1. The first rank of each tensor-parallel group reads the chunk stream and keeps its data-parallel share: of the chunks
+   of a step, numbered i from 0, those with i mod dp == dp_rank.
+2. A thread prefetches the shares of the next steps (`Prefetcher`).
+3. One int32 broadcast sends the share and a status to the group. It uses the CPU backend, so no rank needs a host sync
+   with its device to learn that the data ended or that the reader failed.
+4. The share is copied to the device ahead of its step, on a side stream on CUDA.
 
 A batch carries the position that resumes after it. Labels are its tokens shifted by one.
 """
@@ -46,14 +46,14 @@ class StepShare:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A share on its device.
+    """A rank's share of a step, on its device.
 
     Attributes:
         tokens: [chunks, block_size + 1] int32, in the format of `colonnade/data/blocks.py`.
         host_tokens: the same on the CPU.
-        epoch: the epoch its last chunk belongs to, from 0.
-        position: the stream after this step; known to reading ranks only.
-        wait_seconds: time this rank spent waiting for it.
+        epoch: epoch of the last chunk this rank read for the step, from 0.
+        position: position of the stream after this step; None on ranks that do not read.
+        wait_seconds: time this rank spent waiting for the batch.
     """
 
     tokens: Tensor
@@ -66,12 +66,12 @@ class StepBatch:
 def step_shares(
     chunks: Iterator[TokenChunk], first: int, chunks_per_step: int, dp: int, dp_rank: int, apart: int = 1
 ) -> Iterator[StepShare]:
-    """Cut the chunk stream into steps and keep one rank's share of each: the i-th chunk of a step is for rank i mod dp.
+    """Cut the chunk stream into steps and keep one rank's share of each: chunk i of a step goes to rank i mod dp.
 
     Args:
-        chunks: those numbers g with (g - first) mod `apart` == dp_rank mod `apart`, in order.
+        chunks: in order, the chunks whose numbers g satisfy (g - first) mod `apart` == dp_rank mod `apart`.
         first: number of the first chunk of the first step.
-        apart: a divisor of dp.
+        apart: a divisor of dp (`TokenStream.apart`).
     """
     end = first
     while True:
@@ -84,12 +84,12 @@ def step_shares(
 
 
 class BatchFeed:
-    """Delivers each step's batch to this rank. All ranks of a tensor-parallel group call it at the same steps.
+    """Delivers each step's batch to this rank. All ranks of a tensor-parallel group must call it at the same steps.
 
     Args:
-        chunks: the chunk stream, on the reading rank of a group; None on the others.
+        chunks: the chunk stream on the reading rank of a group; None on the other ranks.
         chunks_per_step: chunks of an optimizer step over all data-parallel ranks; a multiple of dp.
-        block_size: tokens a sequence.
+        block_size: tokens per sequence.
         first: number of the first chunk of the first step.
         apart: `TokenStream.apart`.
     """
@@ -115,7 +115,7 @@ class BatchFeed:
         self._staged: StepBatch | None = None
 
     def take(self) -> StepBatch:
-        """The next step's batch; at once where it has been staged."""
+        """The next step's batch, without waiting if it has been staged."""
         batch, self._staged = self._staged or self._fetch(), None
         if self._stream is not None:
             current = torch.cuda.current_stream(self._layout.device)
@@ -124,7 +124,7 @@ class BatchFeed:
         return batch
 
     def stage(self) -> None:
-        """Fetch the batch after this one while the device computes. Every rank of the group must call it."""
+        """Fetch the next batch while the device computes. Every rank of the group must call it."""
         if self._staged is None:
             self._staged = self._fetch()
 
@@ -133,11 +133,11 @@ class BatchFeed:
             self._reader.close()
 
     def _fetch(self) -> StepBatch:
-        """Read on the reading rank, broadcast over the group, copy to the device.
+        """Read on the reading rank, broadcast to the group, copy to the device.
 
         Raises:
-            UsageError, RunError: on the reading rank, what the stream raised.
-            PeerError: on the others.
+            UsageError, RunError: on the reading rank, whatever the stream raised (`_fail`).
+            PeerError: on the other ranks of the group, if the reading rank failed.
         """
         begin = time.perf_counter()
         share, failure = None, None

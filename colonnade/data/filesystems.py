@@ -1,8 +1,8 @@
-"""Bytes of a shard, wherever it lives: a local file, or a URL that fsspec can open.
+"""Random access to the bytes of a shard, which is a local file or a URL that fsspec can open.
 
-Both kinds of `Source` read by position. A remote one fetches exactly the ranges it is asked for, tries again after
-network errors (`colonnade/data/retries.py`), and can be told which range comes next (`focus`), which it then holds in
-memory whole if it is small, or reads in blocks one ahead. It holds about 8 MiB at any time.
+Both kinds of `Source` read at a given offset. A remote one fetches exactly the ranges requested and retries after
+network errors (`colonnade/data/retries.py`). `focus` tells it which range is read next: a small range is then held in
+memory as a whole, a larger one is read in blocks with one block of read-ahead. It holds about 8 MiB at any time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The end of a file that is fingerprinted. pyarrow asks for as much at once when it looks for a Parquet footer.
+# How much of a file's end is fingerprinted. pyarrow requests the same size when it looks for a Parquet footer.
 TAIL_BYTES = 64 << 10
-# A file up to this is fingerprinted whole.
+# A file of up to this size is fingerprinted as a whole.
 WHOLE_BYTES = 8 << 20
-# A range up to this is fetched whole; the next unit's and the current one's may be in memory together.
+# A range of up to this size is fetched as a whole; those of the current and the next unit may be in memory together.
 HELD_BYTES = (8 << 20) + (256 << 10)
-# Blocks of a longer range: the one being read and the one after it are in memory.
+# Block size for longer ranges: the block being read and the next one are in memory.
 _BLOCK_BYTES = 4 << 20
 
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
@@ -50,10 +50,10 @@ def local_path(path: str) -> str:
 
 
 def expand_url(pattern: str) -> list[str]:
-    """The files that a URL with wildcards matches; a URL without is returned as it is.
+    """The files that a URL with wildcards matches; a URL without wildcards is returned unchanged.
 
     Raises:
-        UsageError: the package for its scheme is missing, the file system cannot list or cannot be reached.
+        UsageError: the package for its scheme is missing, or the file system cannot list files or be reached.
     """
     over_http = pattern.startswith(("http://", "https://"))
     if not re.search(r"[*\[]" if over_http else r"[*?\[]", pattern):
@@ -71,7 +71,7 @@ def expand_url(pattern: str) -> list[str]:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises UsageError."""
+    """The fsspec file system of a URL, and the path within it. Raises UsageError."""
     from fsspec.core import url_to_fs
 
     scheme = url.partition("://")[0].lower()
@@ -82,7 +82,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
             timeout = aiohttp.ClientTimeout(total=None, connect=POLICY.connect_timeout, sock_read=POLICY.read_timeout)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
-            # A compressed answer to a range request would be a range of something else.
+            # With compression, the server could apply a byte range to the compressed file.
             options["headers"] = {"Accept-Encoding": "identity"}
         filesystem, path = url_to_fs(url, **options)
     except ImportError as error:
@@ -95,18 +95,19 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def open_source(path: str, size: int | None = None) -> LocalSource | RemoteSource:
-    """The bytes at `path`. `size` spares a remote file the question how large it is.
+    """Open the file at `path`. If `size` is given, a remote file's size is not queried.
 
     Raises:
         OSError: a local file cannot be opened.
-        UnreachableError: a remote one.
+        UnreachableError: a remote file cannot be opened.
         UsageError: the package for its scheme is missing.
     """
     return RemoteSource(path, size) if is_remote(path) else LocalSource(local_path(path))
 
 
 class LocalSource:
-    """A local file. Read, never memory-mapped: a file cut short under a running job must be an error, not a signal."""
+    """A local file. It is read, never memory-mapped: if it is truncated during a run, the result must be an error and
+    not a SIGBUS."""
 
     failure = None
 
@@ -122,23 +123,23 @@ class LocalSource:
     def read_at(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`; fewer only at the end of the file."""
         parts = []
-        # One call reads at most 2 GiB, and less where a signal comes.
+        # One call reads at most 2 GiB, and less if a signal interrupts it.
         while size > 0 and (data := os.pread(self._descriptor, size, start)):
             parts.append(data)
             start, size = start + len(data), size - len(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def arrow(self) -> pa.NativeFile:
-        """The file for pyarrow, opened anew; the caller closes it."""
+        """A newly opened file object for pyarrow; the caller closes it."""
         import pyarrow as pa
 
         return pa.OSFile(self.path)
 
     def focus(self, start: int, stop: int) -> None:
-        """Nothing to do: the system reads ahead."""
+        """No-op: the operating system reads ahead."""
 
     def release(self) -> None:
-        """Nothing is held."""
+        """No-op: nothing is held."""
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -150,7 +151,8 @@ class RemoteSource:
     """A file behind a URL.
 
     Attributes:
-        failure: the first error that ended its tries. Libraries between may turn it into another one.
+        failure: the first error that ended the retries. It is kept because libraries such as pyarrow may replace it
+            with an error of their own.
     """
 
     def __init__(self, url: str, size: int | None = None) -> None:
@@ -200,12 +202,13 @@ class RemoteSource:
         return self._fetch(start, stop)
 
     def hold_tail(self) -> None:
-        """Fetch the end of the file, where a footer is, and keep it."""
+        """Fetch the end of the file, where a footer would be, and keep it in memory."""
         start = max(0, self.size - TAIL_BYTES)
         self._held = [(start, self._fetch(start, self.size))]
 
     def focus(self, start: int, stop: int) -> None:
-        """From here on `[start, stop)` is read: fetch it now if it is small, else its beginning; forget the rest."""
+        """Announce that `[start, stop)` is read next: fetch all of it if it is small, else its beginning, and drop
+        everything else that is held."""
         stop = min(stop, self.size)
         if self._span == (start, stop) or any(b <= start and stop <= b + len(data) for b, data in self._held):
             return
@@ -217,17 +220,17 @@ class RemoteSource:
             self._from_blocks(self._span, start, start + 1)
 
     def release(self) -> None:
-        """Forget what is held."""
+        """Drop what is held in memory."""
         self._held, self._span, self._block, self._next_block = [], None, (0, b""), None
 
     def arrow(self) -> pa.NativeFile:
-        """The file for pyarrow, with a position of its own; the caller closes it."""
+        """A file object for pyarrow with its own position; the caller closes it."""
         import pyarrow as pa
 
         return pa.PythonFile(_PositionedFile(self), mode="r")
 
     def close(self) -> None:
-        """Stop further tries and forget what is held."""
+        """Stop retries and drop what is held in memory."""
         self._stopped.set()
         self.release()
         self._handle.close()
@@ -282,11 +285,12 @@ Source = LocalSource | RemoteSource
 
 
 def fingerprint(source: Source, footer_only: bool = False) -> str:
-    """Digest over a file's size and content: all of it up to `WHOLE_BYTES`, of a larger one the first and the last
-    64 KiB. A remote file's end is kept for the footer that stands there.
+    """Digest over a file's size and content: all of the content up to `WHOLE_BYTES`, else the first and last 64 KiB.
+    The end of a remote file stays in memory, because the footer is read from it next.
 
-    With `footer_only` it is the part of a Parquet footer that stands in the last 64 KiB: sizes and places of all pages,
-    and statistics where the writer made them. A row group that was repaired is still the same file.
+    With `footer_only`, the content is only that part of a Parquet footer that is in the last 64 KiB: sizes and offsets
+    of all column chunks, and statistics if the writer made them. So a file whose row group was repaired in place keeps
+    its fingerprint.
     """
     if isinstance(source, RemoteSource):
         source.hold_tail()
@@ -301,7 +305,7 @@ def fingerprint(source: Source, footer_only: bool = False) -> str:
 
 
 class Background(Generic[T]):
-    """A call on a thread of its own. The thread is a daemon: a server that stalls must not keep a process alive."""
+    """A call on its own thread. It is a daemon thread: a server that stalls must not keep the process alive."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
@@ -316,7 +320,7 @@ class Background(Generic[T]):
         try:
             value = self._call()
         except BaseException as error:  # noqa: BLE001
-            self._error = error  # raised again where the result is asked for
+            self._error = error  # raised again by `result`
             return
         with self._handover:
             use = self._use
@@ -326,14 +330,15 @@ class Background(Generic[T]):
             use(value)
 
     def result(self) -> T:
-        """Wait for the call; what it raised is raised here."""
+        """Wait for the call and return its result, or raise what it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
         return self._value.pop()
 
     def then(self, use: Callable[[T], None]) -> None:
-        """Hand the result to `use`, now or when it is there, instead of to `result`; an error is forgotten."""
+        """Pass the result to `use`, now or when it is available, instead of returning it from `result`. An error is
+        dropped."""
         with self._handover:
             self._use = use
             value = self._value.pop() if self._value else None
@@ -342,7 +347,7 @@ class Background(Generic[T]):
 
 
 class _PositionedFile(io.RawIOBase):
-    """A source as a file object with a position, which is what pyarrow takes."""
+    """A source as a file object with a position, as pyarrow needs it."""
 
     def __init__(self, source: RemoteSource) -> None:
         super().__init__()

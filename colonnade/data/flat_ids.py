@@ -1,4 +1,4 @@
-"""Token ids of many documents in one array: no Python object for a token on its way from the encoder to the packer."""
+"""Token ids of many documents in one array, so that no Python object is made per token between encoder and packer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class FlatIds(NamedTuple):
-    """Documents' token ids end to end: `ids` (int32 [T]), and the tokens in each document, `lengths` (int64 [N])."""
+    """Token ids of N documents, concatenated: `ids` (int32 [T]) and the tokens per document, `lengths` (int64 [N])."""
 
     ids: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int64]
@@ -25,13 +25,13 @@ def to_lists(flat: FlatIds) -> list[list[int]]:
 
 
 def to_flat(ids: list[list[int]]) -> FlatIds:
-    """The opposite of `to_lists`."""
+    """The inverse of `to_lists`."""
     lengths = np.fromiter(map(len, ids), np.int64, count=len(ids))
     return FlatIds(np.fromiter(chain.from_iterable(ids), np.int32, count=int(lengths.sum())), lengths)
 
 
 def flatten(flat: FlatIds, boundaries: BoundaryTokens | None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Documents with their boundary tokens: tokens (int32 [T]) and where each document ends (int64 [N])."""
+    """Add the boundary tokens to each document: returns tokens (int32 [T]) and where each document ends (int64 [N])."""
     if boundaries is None:
         return flat.ids, np.cumsum(flat.lengths)
     before, after = (token is not None for token in boundaries)

@@ -1,6 +1,6 @@
-"""Text to be scored: every row of a corpus in order, encoded, and cut into windows that score each token once.
+"""Held-out text for scoring: every row of a corpus in order, encoded and cut into windows that score each token once.
 
-Other than the training stream this one leaves no row out for what it holds. Rows without text are counted.
+Unlike the training stream, it does not filter rows by their content. Rows without usable text are counted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from colonnade.data.tokenization import DEFAULT_BATCH_ROWS, Encoder
 from colonnade.data.unit_reader import UnitReader
 from colonnade.errors import RunError
 
-# Lines of one document are encoded together up to this much text: tokens that would join two pieces are rare.
+# Lines of one document are encoded together in pieces of about this size: tokens that would span two pieces are rare.
 PIECE_BYTES = 1 << 16
-# Windows of so many batches are put in the order of their lengths, so that a batch is of like ones.
+# Windows are sorted by length within groups of this many batches, so that a batch holds windows of similar length.
 ROUND_BATCHES = 16
 
 
 class Text(NamedTuple):
-    """A piece of a document: `begins` and `ends` tell whether it is the first and the last."""
+    """A piece of a document; `begins` and `ends` say whether it is the first and the last one."""
 
     text: str
     begins: bool
@@ -37,8 +37,8 @@ class Text(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece encoded: `tokens` int32, with the prefix where the document begins; `scored_bytes`: UTF-8 bytes of the
-    text that those tokens stand for which have something to be predicted from."""
+    """An encoded piece: `tokens` int32, with the prefix if the document begins here; `scored_bytes`: UTF-8 bytes of
+    the text of all tokens that have a token before them to be predicted from."""
 
     tokens: npt.NDArray[np.int32]
     scored_bytes: int
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 class Window(NamedTuple):
-    """`tokens` int32 [n + 1], n at most the block; those from `first` on (at least 1) are scored."""
+    """`tokens` int32 [n + 1], n at most the block size; tokens from index `first` (at least 1) on are scored."""
 
     tokens: npt.NDArray[np.int32]
     first: int
@@ -54,7 +54,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Tally:
-    """What was gone through: documents, bytes of scored text, and rows left out by reason."""
+    """Counts of what was processed: documents, bytes of scored text, and rows left out, by reason."""
 
     documents: int = 0
     bytes: int = 0
@@ -65,12 +65,12 @@ class Tally:
 
 
 def texts_of(shards: Sequence[Shard], text_column: str, *, concatenate: bool, tally: Tally) -> Iterator[Text]:
-    """The documents of the shards: each row, or with `concatenate` each file, whose rows are lines.
+    """The documents of the shards: each row, or with `concatenate` each file, whose rows are taken as lines.
 
-    A line that does not end in a newline is given one, an empty one too. Text files are their own lines already.
+    A line that does not end in a newline is given one, even an empty line. The rows of text files are used unchanged.
 
     Raises:
-        RunError: a damaged shard: what is left of it is not what was to be measured.
+        RunError: a shard is damaged; the remaining text would not be what was to be measured.
     """
     reader = UnitReader(text_column)
     try:
@@ -106,7 +106,7 @@ def _as_line(row: str) -> str:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[Text]:
-    """One document in pieces of about `PIECE_BYTES`, whole lines each."""
+    """One document in pieces of whole lines, about `PIECE_BYTES` each."""
     held: list[str] = []
     size, begins = 0, True
     for line in lines:
@@ -123,7 +123,7 @@ def _joined(lines: Iterable[str]) -> Iterator[Text]:
 
 
 def encoded(texts: Iterator[Text], encoder: Encoder, prefix: int | None, tally: Tally) -> Iterator[Piece]:
-    """Encode pieces of documents; without a `prefix` the first token of a document is not scored, nor its bytes."""
+    """Encode pieces of documents. Without a `prefix`, the first token of a document and its bytes are not scored."""
     for batch in _batches(texts):
         ids = to_lists(encoder.flat([each.text for each in batch]))
         beginning = [index for index, each in enumerate(batch) if each.begins]
@@ -155,7 +155,7 @@ def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
 def limited(
     pieces: Iterator[Piece], max_documents: int | None, max_tokens: int | None, tally: Tally
 ) -> Iterator[Piece]:
-    """The pieces up to a number of documents or tokens, counted in `tally`; the last one ends its document."""
+    """The pieces up to a number of documents or tokens, counted in `tally`; the last piece is marked as an end."""
     tokens = 0
     for piece in pieces:
         tokens += len(piece.tokens)
@@ -172,11 +172,11 @@ def limited(
 
 
 def cut_windows(pieces: Iterator[Piece], block: int, stride: int) -> Iterator[Window]:
-    """Windows over each document's tokens x[0] to x[N-1], that score each of x[1] to x[N-1] once.
+    """Windows over each document's tokens x[0] to x[N-1] that score each of x[1] to x[N-1] once.
 
-    Window k is given x[k * stride] on, at most `block` tokens, and predicts the token after each. It scores those that
-    no window before it has. So a token has at least `block - stride + 1` tokens before it to be predicted from, or all
-    there are.
+    The input of window k is at most `block` tokens from x[k * stride] on; the window predicts the token after each. It
+    scores the tokens that no earlier window has scored. So each scored token is predicted from at least
+    `block - stride + 1` tokens, or from all tokens before it if there are fewer.
     """
     held = np.zeros(0, np.int32)
     first = 1
@@ -192,7 +192,8 @@ def cut_windows(pieces: Iterator[Piece], block: int, stride: int) -> Iterator[Wi
 
 
 def batches_of(windows: Iterator[Window], size: int) -> Iterator[list[tuple[npt.NDArray[np.int32], list[int]]]]:
-    """Rounds of batches: tokens int32 [size, longest + 1] in the wire format of `blocks.py`, and each row's `first`."""
+    """Groups of at most `ROUND_BATCHES` batches, sorted by length. A batch is (tokens int32 [size, longest + 1] in the
+    wire format of `blocks.py`, each row's `first`)."""
     while round_ := list(islice(windows, ROUND_BATCHES * size)):
         round_.sort(key=lambda window: -len(window.tokens))
         batches = []

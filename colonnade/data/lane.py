@@ -1,4 +1,4 @@
-"""One lane: documents in, blocks out, each with the state that resumes after it."""
+"""One lane: turns documents into blocks, each with the state that resumes after it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Lane:
     """The blocks of one lane.
 
     Args:
-        reader: its units.
-        pool: encodes, shared by all lanes of a process.
-        state: where it stands.
-        skipped: damaged units of its corpus that are known.
-        title: what an error calls the lane's text.
-        ahead: batches being encoded while one is taken in, at most.
-        epochs: passes over the data; None is endless.
-        strict: a damaged unit is an error.
+        reader: reads the lane's units.
+        pool: encodes the text; shared by all lanes of a process.
+        state: state to resume from.
+        skipped: damaged units of its corpus that are already known.
+        title: how error messages name the lane's text.
+        ahead: read-ahead: most batches being encoded while another is consumed.
+        epochs: passes over the data; None means endless.
+        strict: treat a damaged unit as an error.
 
     Attributes:
-        state: after the last block.
+        state: state after the last block.
     """
 
     def __init__(
@@ -66,17 +66,18 @@ class Lane:
         self._counts = state.counts
         self._judged: deque[RowsJudged] = deque()
         cursor = state.cursor
-        # The token a resumed stream has to find again, until it has. A block of best-fit is found by its number.
+        # The token that a resumed stream has to find again; None once found. Best-fit finds a block by its number.
         self._wanted: LaneCursor | None = cursor if cursor.token and not self._by_portion else None
         self._epoch_is_whole = cursor[1:] == (0, 0, 0)
         self._epoch_blocks = self._epoch_tokens = 0
         self._source = reader.read(cursor, epochs, {skip.unit: skip for skip in skipped})
         self._pending: deque[Future[EncodedRows] | EncodedRows | Event] = deque()
-        # Best-fit counts a portion's rows with its first block: where the cursor stands inside one, they are counted.
+        # Best-fit counts a portion's rows with its first block. If the cursor is inside a portion, they are already
+        # counted.
         self._counted = cursor[:3] if self._by_portion and cursor.token else None
 
     def fill(self) -> None:
-        """Read ahead, so that the threads have work before the first block is asked for."""
+        """Read ahead, so that the threads have work before the first block is requested."""
         while len(self._pending) <= self._ahead:
             item = next(self._source, None)
             if item is None:
@@ -87,8 +88,8 @@ class Lane:
         """The next block; None after the last epoch.
 
         Raises:
-            UsageError: the data does not fill one block, or is not what the position was made with.
-            RunError: a shard cannot be reached; with `strict`, a unit is damaged.
+            UsageError: the data does not fill one block, or differs from what the position was made with.
+            RunError: a shard cannot be reached; or, with `strict`, a unit is damaged.
         """
         while not self._packer.ready:
             self.fill()
@@ -110,7 +111,7 @@ class Lane:
         return block
 
     def take_skipped(self) -> list[SkippedUnit]:
-        """The damaged units found since this was last called."""
+        """The damaged units found since the last call."""
         found, self._found = self._found, []
         return found
 
@@ -119,7 +120,7 @@ class Lane:
         self._reader.close()
 
     def _take_in(self, event: EncodedRows | Event) -> None:
-        """Account for one event, in stream order: what happens here does not depend on the threads' progress."""
+        """Process one event. Events come in stream order, so the result does not depend on the threads' timing."""
         if isinstance(event, EncodedRows):
             self._epoch_tokens += len(event.tokens)
             self._packer.add(event, self._tokens_before_cursor(event))
@@ -134,7 +135,7 @@ class Lane:
             self._end_epoch()
 
     def _commit_rows(self, cursor: LaneCursor) -> None:
-        """Count the rows that stand before `cursor`, and no others: a resumed lane reads those after it again."""
+        """Count only the rows before `cursor`: a resumed lane reads the later ones again."""
         while self._judged:
             first = self._judged[0]
             before = len(first.verdicts)
@@ -153,7 +154,7 @@ class Lane:
         self._counts = self._counts.plus(LaneCounts(int(numbers.sum()), *(int(numbers[reason]) for reason in REASONS)))
 
     def _tokens_before_cursor(self, encoded: EncodedRows) -> int:
-        """How much of the first documents after a resume has been delivered already; 0 for all later ones."""
+        """Tokens of the first batch after a resume that were already delivered; 0 for all later batches."""
         wanted, self._wanted = self._wanted, None
         if wanted is None:
             return 0
@@ -191,7 +192,7 @@ class Lane:
         self._epoch_blocks = self._epoch_tokens = 0
 
     def _without_block(self) -> UsageError | RunError:
-        """An epoch without one block would be followed by the same, for ever."""
+        """The error for an epoch that yields no block: without it, an endless stream would loop forever."""
         for judged in self._judged:
             self._count(judged.verdicts)
         reasons = ", ".join(f"{count} {name}" for name, count in filtered_rows(self._counts).items())
@@ -207,6 +208,6 @@ class Lane:
 
 
 def filtered_rows(counts: LaneCounts) -> dict[str, int]:
-    """Rows that are no documents, by reason; reasons without rows are left out."""
+    """Rows dropped by the text filter, by reason; reasons without rows are left out."""
     numbers = zip(REASONS.values(), counts[1 : 1 + len(REASONS)], strict=True)
     return {name: count for name, count in numbers if count}

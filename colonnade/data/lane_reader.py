@@ -1,6 +1,6 @@
-"""The reading side of a lane: its units in the order of each epoch, as batches of documents and what happened between.
+"""The reading side of a lane: reads units in each epoch's order and yields batches of documents, and events in between.
 
-Runs ahead of what is delivered by a bounded number of batches. What it yields does not depend on how far.
+It runs ahead of delivery by a bounded number of batches. What it yields does not depend on how far ahead it runs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
     Window: TypeAlias = pa.Array | npt.NDArray[np.unsignedinteger]
 
-# Best-fit packing takes this much text together: it holds about as many bytes of tokens again.
+# Best-fit packing packs this much text together. Its tokens take about as many bytes as the text.
 PORTION_BYTES = 2 << 20
-# One batch is at most this much text, whatever its rows: an encoding in flight takes about 100 bytes a token.
+# Most text in one batch, whatever its number of rows, because an encoding in flight takes about 100 bytes per token.
 _BATCH_BYTES = 1 << 20
-# Rows judged by the filter at a time, at least: bounds its memory, and spreads its fixed cost.
+# The filter judges the smallest multiple of the batch size that is at least this many rows at a time. That bounds its
+# memory and amortises its fixed cost.
 _FILTER_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class RowsJudged:
-    """A stretch of rows, and what the filter said of each: uint8 [N]."""
+    """N consecutive rows and the filter's verdict on each: uint8 [N]."""
 
     epoch: int
     unit: int
@@ -48,14 +49,14 @@ class RowsJudged:
 
 @dataclass(frozen=True, slots=True)
 class UnitSkipped:
-    unit: int  # place in the lane's order
+    unit: int  # index in the lane's order
     skip: SkippedUnit
     is_new: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PortionEnded:
-    """All documents that are packed together have been yielded; `key` is what the order of their blocks depends on."""
+    """All documents of a portion (packed together) have been yielded; `key` seeds the order of their blocks."""
 
     epoch: int
     unit: int
@@ -75,9 +76,9 @@ class LaneReader:
     """Reads one lane of one corpus.
 
     Args:
-        corpus: number of the corpus in the stream.
-        name: of the corpus; its orders depend on it.
-        units: the whole corpus.
+        corpus: index of the corpus in the stream.
+        name: name of the corpus; its orders depend on it.
+        units: all units of the corpus.
         members: ordinals of the lane's units, ascending.
         batch_rows: rows encoded in one call.
         vocabulary_size: ids of token shards must be below it.
@@ -126,7 +127,7 @@ class LaneReader:
     def read(
         self, cursor: LaneCursor, epochs: int | None, known: Mapping[int, SkippedUnit]
     ) -> Generator[RowBatch | EncodedRows | Event]:
-        """Everything from `cursor` on; units in `known` (by ordinal) stay skipped.
+        """Yield everything from `cursor` on; units in `known` (keyed by ordinal) stay skipped.
 
         Raises:
             RunError: a shard cannot be reached.
@@ -157,7 +158,7 @@ class LaneReader:
             return
         windows = self._reader.windows(*self.units.locate(ordinal))
         try:
-            # The first window leaves only when all of the unit has been checked: none is half delivered.
+            # The first window is returned only after the whole unit was checked, so no unit is delivered in part.
             window = next(windows, None)
         except DamagedUnit as damage:
             skipped[ordinal] = SkippedUnit(self.corpus, ordinal, str(damage))
@@ -177,12 +178,12 @@ class LaneReader:
                     yield PortionEnded(*place, key=(self._seed, self.name, epoch, ordinal, portion))
                 portion += 1
             row, number = row + _rows_in(window), number + 1
-            window = None  # or it would be in memory beside the next one
+            window = None  # free it before the next one is read
             window = next(windows, None)
 
     def _portions(self, window: Window, order: npt.NDArray[np.int64] | None) -> list[tuple[int, int]]:
-        """Ranges of a window's rows, in their order, that are packed for themselves. Without best-fit packing, which
-        holds their tokens, it is one."""
+        """Ranges of a window's rows, in reading order, that are packed separately. Only best-fit packing, which has to
+        hold their tokens, needs several; otherwise all rows are one range."""
         rows = _rows_in(window)
         if not self.by_portion or isinstance(window, np.ndarray):
             return [(0, rows)]
@@ -190,7 +191,7 @@ class LaneReader:
 
         sizes = pc.fill_null(pc.binary_length(window), 0).to_numpy()
         ends = np.cumsum(sizes if order is None else sizes[order])
-        # A row belongs to the portion that its first byte lies in.
+        # A row belongs to the portion that contains its first byte.
         numbers = (ends - (sizes if order is None else sizes[order])) // PORTION_BYTES
         cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), rows]
         return [*pairwise(cuts)]
@@ -203,7 +204,7 @@ class LaneReader:
         rows: range,
         first_row: int,
     ) -> Iterator[RowBatch | EncodedRows | Event]:
-        """Documents of a window's `rows`, in `order`; `first_row` is the number of the window's first one."""
+        """Documents of a window's `rows`, in `order`; `first_row` is the number of the window's first row."""
         epoch, unit, portion = place
         if isinstance(window, np.ndarray):
             yield RowsJudged(epoch, unit, portion, first_row, np.full(1, KEPT, np.uint8))
@@ -239,7 +240,7 @@ def _rows_in(window: Window) -> int:
 
 
 def batch_ends(texts: pa.LargeStringArray, batch_rows: int) -> Iterator[int]:
-    """Where to cut `texts`: at most `batch_rows` rows and a megabyte a batch, but at least one row."""
+    """Where to cut `texts`: a batch has at most `batch_rows` rows and 1 MiB, but at least one row."""
     import pyarrow.compute as pc
 
     byte_ends = np.cumsum(pc.binary_length(texts).to_numpy())

@@ -1,9 +1,9 @@
 """Mixtures: several corpora in one stream, each with a share of its tokens.
 
 Which corpus a chunk comes from is a pure function of the chunk's number: the golden-ratio sequence, a low-discrepancy
-sequence (Weyl), is looked up in the cumulative weights. Any stretch of the stream then holds the corpora in their
-shares to within a few chunks, and there is no random state to save. Chunks have one size, so shares of chunks are
-shares of tokens.
+sequence (Weyl), is looked up in the cumulative weights. Any interval of the stream then matches the corpora's shares to
+within a few chunks, and there is no random state to save. All chunks have the same size, so shares of chunks are shares
+of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from colonnade.errors import UsageError
 
 ONLY_CORPUS = "data"
-"""Name of the corpus where the data has no names."""
+"""Name of the corpus if `--data-glob` gives no names."""
 
 MAX_CORPORA = 64
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<glob>.+):(?P<weight>[^:/]+)")
@@ -29,7 +29,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 
 @dataclass(frozen=True, slots=True)
 class CorpusPattern:
-    """One corpus as `--data-glob` names it: its files' pattern, and its weight (relative to the others')."""
+    """One corpus of `--data-glob`: its name, the pattern of its files, and its weight relative to the others."""
 
     name: str
     pattern: str
@@ -37,12 +37,13 @@ class CorpusPattern:
 
 
 def parse_data_glob(text: str) -> tuple[CorpusPattern, ...]:
-    """`name=glob:weight,...`, or comma-separated patterns without names: one corpus.
+    """Parse `name=glob:weight,...`, or comma-separated patterns without names, which make up one corpus.
 
-    A name given again adds files to its corpus, with the same weight.
+    A repeated name adds files to its corpus; it must have the same weight.
 
     Raises:
-        UsageError: names beside patterns without one, a weight that is no positive number, too many corpora.
+        UsageError: only some patterns have names, a weight is not a positive number or differs from the one given
+            before, or there are too many corpora.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     matches = [_NAMED.fullmatch(part) for part in parts]
@@ -87,11 +88,11 @@ def normalized(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 class Mixture:
-    """Tells each chunk's corpus, from a schedule of weights in the order of its chunk numbers."""
+    """Assigns each chunk a corpus, from a schedule of weights ordered by chunk number."""
 
     def __init__(self, schedule: Sequence[WeightChange]) -> None:
         self._starts = [change.chunk for change in schedule]
-        # The last limit is exact, so that rounding leaves no number without a corpus.
+        # The last limit is exact, so that rounding cannot leave a number without a corpus.
         self._limits = [
             [*(round(limit * _RANGE) for limit in list(accumulate(change.weights))[:-1]), _RANGE] for change in schedule
         ]

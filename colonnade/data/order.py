@@ -1,7 +1,7 @@
 """The order of a corpus: which lane a unit belongs to, and seeded orders of units and rows.
 
-Every order is a pure function of its key, so there is no random state to save. It is made from the raw output of
-Philox (Salmon et al., SC 2011), which numpy promises not to change, where the methods of its `Generator` may.
+Every order is a pure function of its key, so there is no random state to save. Orders are derived from the raw output
+of Philox (Salmon et al., SC 2011), which numpy guarantees not to change; the methods of its `Generator` may change.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-# The most lanes a run gets unless told otherwise: every dp up to 4, and 6, 8, 12, 16, 24 and 48, divides it.
+# Candidates for the default number of lanes. The largest, 48, is divisible by every dp up to 4 and by 6, 8, 12, 16, 24
+# and 48.
 _LANE_CHOICES = (48, 24, 12, 8, 4, 2, 1)
-# Lanes end an epoch up to a unit apart: with fewer units a lane than this, too far apart.
+# Fewest units per lane. Lanes end an epoch up to one unit apart, which is too far apart if they have few units.
 _UNITS_A_LANE = 16
-# Fewer blocks than this a lane, and the tails that its epochs drop are too much of it. A token is about four bytes.
+# Fewest blocks per lane. With fewer, the tail that each epoch drops is too large a part of the data. A token is about
+# four bytes.
 _BLOCKS_A_LANE = 64
 _BYTES_A_TOKEN = 4
 
@@ -31,9 +33,9 @@ def keyed_permutation(count: int, *key: int | str) -> npt.NDArray[np.int64]:
 
 
 def deal_units(unit_bytes: Sequence[int], lanes: int, *key: int | str, shuffled: bool) -> list[npt.NDArray[np.int64]]:
-    """The units of each lane, ascending. Units are dealt once for the whole run, the largest first, each to the lane
-    that holds the least text so far (Graham's LPT rule): lanes are read at one pace, so they should end together. With
-    `shuffled`, units of one size are dealt in a seeded order, else in their own."""
+    """The units of each lane, ascending. Units are dealt once for the whole run, largest first, each to the lane with
+    the least text so far (Graham's LPT rule): lanes are read at the same pace, so they should end together. With
+    `shuffled`, units of equal size are dealt in an order seeded by `key`, else in file order."""
     order = keyed_permutation(len(unit_bytes), "deal", *key) if shuffled else np.arange(len(unit_bytes))
     largest_first = order[np.argsort(-np.asarray(unit_bytes, np.int64)[order], kind="stable")]
     dealt: list[list[int]] = [[] for _ in range(lanes)]
@@ -55,10 +57,10 @@ def unit_order(
 
 
 def default_lanes(corpora: Sequence[Sequence[int]], block_size: int) -> int:
-    """Lanes for a new run, from the sizes in bytes of each corpus's units.
+    """Number of lanes for a new run, from the sizes in bytes of each corpus's units.
 
-    It follows from the data and the block size, never from the number of ranks: the token stream of a run must not
-    depend on where it was started.
+    It depends on the data and the block size, never on the number of ranks: the token stream of a run must not depend
+    on the machines it was started on.
     """
 
     def suits(lanes: int) -> bool:

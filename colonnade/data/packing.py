@@ -1,11 +1,12 @@
 """Packing: how documents become blocks of `block_size + 1` tokens.
 
-`concat` lays documents end to end and cuts with stride `block_size`, so that neighbours share one token: the last
-target of a block is the first input of the next. No document is dropped for being short and no token is lost but the
-tail of an epoch.
+`concat` concatenates documents and cuts them with stride `block_size`, so that neighbouring blocks share one token: the
+last target of a block is the first input of the next. No document is dropped for being short, and the only tokens lost
+are the tail of an epoch.
 
-`best-fit` puts whole documents together that fill a block best (Ding et al., "Fewer Truncations Improve Language
-Modeling", arXiv:2404.10830): only documents longer than a block are cut, and what is left of a block is padding.
+`best-fit` combines whole documents so that they fill a block as well as possible (Ding et al., "Fewer Truncations
+Improve Language Modeling", arXiv:2404.10830): only documents longer than a block are cut, and the rest of a block is
+padding.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ PACKINGS = ("concat", "best-fit")
 
 
 class Block(NamedTuple):
-    """`tokens` int32 [block_size + 1]; `starts` bool, where a document begins; `filled`: tokens before the padding;
-    `fresh`: tokens no earlier block had; `cursor`: where the next block begins; `epoch`: of its tokens."""
+    """`tokens` int32 [block_size + 1]; `starts` bool, True where a document begins; `filled`: tokens before the
+    padding; `fresh`: tokens that were in no earlier block; `cursor`: where the next block begins; `epoch`: of its
+    tokens."""
 
     tokens: npt.NDArray[np.int32]
     starts: npt.NDArray[np.bool_]
@@ -38,32 +40,32 @@ class Block(NamedTuple):
 
 
 class Packer(Protocol):
-    """What a lane asks of a packing."""
+    """The interface between a lane and a packing."""
 
     @property
     def ready(self) -> bool:
-        """Whether a block is there."""
+        """Whether a block can be cut."""
 
     def add(self, encoded: EncodedRows, begin: int = 0) -> None:
-        """Append documents; the first `begin` tokens are left out (only sensible where nothing is held)."""
+        """Append documents without their first `begin` tokens (which makes sense only if nothing is held yet)."""
 
     def end_portion(self, event: PortionEnded) -> None:
-        """All documents that are packed together have been added."""
+        """Signal that all documents of a portion, which are packed together, have been added."""
 
     def cut(self) -> Block:
-        """The next block. Only when `ready`."""
+        """The next block. Call it only when `ready`."""
 
     def drop_tail(self) -> int:
-        """Forget what is left and return how many tokens that was."""
+        """Discard what is left and return how many tokens that was."""
 
 
 def create_packer(packing: str, block_size: int, cursor: LaneCursor) -> Packer:
-    """The packer of a lane that goes on from `cursor`."""
+    """The packer for a lane that resumes from `cursor`."""
     return BestFitPacker(block_size, cursor) if packing == "best-fit" else ConcatPacker(block_size)
 
 
 class ConcatPacker:
-    """Cuts blocks from a queue of encoded documents and knows which document each block begins in."""
+    """Cuts blocks from a queue of encoded documents and tracks in which document the next block begins."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -98,7 +100,7 @@ class ConcatPacker:
                 break
             self._queue.popleft()
             self._begin = 0
-        # The last token is the first of the next block: it stays in the queue.
+        # The last token is also the first token of the next block, so it stays in the queue.
         self._begin += taken - 1
         self._available -= self._block_size
         return Block(tokens, starts, width, self._block_size, self._cursor(front), front.epoch)
@@ -116,7 +118,7 @@ class ConcatPacker:
 
 
 def _mark_starts(starts: npt.NDArray[np.bool_], ends: npt.NDArray[np.int64], begin: int) -> None:
-    """Set `starts` where a document begins, in a stretch that begins with token `begin` of the documents."""
+    """Set `starts` where a document begins, in the range of tokens that begins with token `begin` of the documents."""
     first, last = np.searchsorted(ends, (begin, begin + len(starts)), side="left")
     starts[ends[first:last] - begin] = True
     if begin == 0 and len(starts):
@@ -124,9 +126,9 @@ def _mark_starts(starts: npt.NDArray[np.bool_], ends: npt.NDArray[np.int64], beg
 
 
 class BestFitPacker:
-    """Packs the documents of each portion of about 2 MiB of text for itself, and shuffles the blocks by seed.
+    """Packs each portion of about 2 MiB of text separately, and puts its blocks in a seeded random order.
 
-    It holds a portion's tokens once; a block is put together when it is cut.
+    It holds a portion's tokens only once; a block is assembled when it is cut.
     """
 
     def __init__(self, block_size: int, cursor: LaneCursor) -> None:
@@ -134,7 +136,7 @@ class BestFitPacker:
         self._held: list[EncodedRows] = []
         self._resume = cursor.token
         # Of the portion being delivered:
-        self._batch_of = self._start_of = np.zeros(0, np.int64)  # where each document lies: its batch, its first token
+        self._batch_of = self._start_of = np.zeros(0, np.int64)  # each document's batch, and its first token in it
         self._bins: list[npt.NDArray[np.int64]] = []
         self._order = np.zeros(0, np.int64)
         self._next = 0
@@ -177,7 +179,7 @@ class BestFitPacker:
         return Block(tokens, starts, filled, filled, cursor, epoch)
 
     def _drop_delivered(self) -> None:
-        """Let go of a portion whose last block was cut: what is held then belongs to the next one."""
+        """Free a portion once its last block is cut, so that what is added afterwards belongs to the next portion."""
         if not self.ready:
             self._held = []
 

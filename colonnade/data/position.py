@@ -1,8 +1,8 @@
-"""`DataPosition`: where a token stream stands, exactly, in a few hundred bytes a lane.
+"""`DataPosition`: the exact state of a token stream, in a few hundred bytes per lane.
 
-A position names the first token of the *next* block of each lane, so no left-over tokens are stored, and it says what
-the stream is a function of (its head), so that going on with something else is refused instead of silently different.
-Nothing in it depends on batch rows, worker threads, or the number of ranks.
+A position names the first token of the *next* block of each lane, so no left-over tokens are stored. It also records
+everything the stream is a function of (its head), so that resuming with different inputs is refused instead of silently
+giving a different stream. Nothing in it depends on batch rows, worker threads, or the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ POSITION_FORMAT = 2
 
 
 class LaneCursor(NamedTuple):
-    """First token of a lane's next block, all numbers from 0: in epoch `epoch`, in the `unit`-th unit of the lane's
-    order of that epoch, token `token` of the encoded row `row` (in the order rows are read in, counted before
-    filtering, boundary tokens included). With best-fit packing `row` is a portion of the unit and `token` one of the
+    """First token of a lane's next block. All numbers count from 0: `epoch`; `unit`, an index into the lane's order of
+    units in that epoch; `row`, counted in reading order and before filtering; `token`, an index into the encoded row
+    including boundary tokens. With best-fit packing `row` is a portion of the unit and `token` the number of one of the
     blocks packed from it."""
 
     epoch: int
@@ -32,7 +32,7 @@ class LaneCursor(NamedTuple):
 
 
 class LaneCounts(NamedTuple):
-    """What a lane has read up to its cursor, since the run began."""
+    """What a lane has read since the run began, up to its cursor."""
 
     rows: int = 0
     rows_missing: int = 0
@@ -42,7 +42,7 @@ class LaneCounts(NamedTuple):
     tokens_delivered: int = 0
     tokens_repeated: int = 0  # delivered after the first epoch
     tokens_dropped: int = 0  # tails of epochs
-    padding: int = 0  # places of blocks that hold no token
+    padding: int = 0  # positions in blocks without a token
 
     def plus(self, other: LaneCounts) -> LaneCounts:
         """The sum, field by field."""
@@ -55,7 +55,7 @@ class LaneCounts(NamedTuple):
 
 
 class LaneState(NamedTuple):
-    """One lane of one corpus between two blocks."""
+    """State of one lane of one corpus, between two blocks."""
 
     cursor: LaneCursor = LaneCursor(0, 0, 0, 0)
     counts: LaneCounts = LaneCounts()
@@ -70,7 +70,7 @@ class SkippedUnit(NamedTuple):
 
 
 class DataChange(NamedTuple):
-    """A change of the data that was allowed: from chunk number `chunk` on, `what` holds."""
+    """A permitted change of the data: `what` describes it, and it applies from chunk number `chunk` on."""
 
     chunk: int
     what: str
@@ -78,11 +78,11 @@ class DataChange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CorpusHead:
-    """One corpus of a stream. `shards` holds eight digits a file, which tell which files changed; `skipped_files` are
-    the names of those that cannot be used."""
+    """One corpus of a stream. `shards` holds eight hexadecimal digits per file, to tell which files changed;
+    `skipped_files` names the files that cannot be used."""
 
     name: str
-    manifest: str  # digest over ordered file names, sizes, contents of footers, row groups
+    manifest: str  # `Manifest.digest`: over file names, sizes, rows, fingerprints and units, in order
     files: int
     rows: int
     shards: str
@@ -95,7 +95,7 @@ class CorpusHead:
         return cls(name, manifest.digest, manifest.files, manifest.rows, shards, tuple(skipped_files))
 
     def difference(self, other: CorpusHead, names: Sequence[str] = ()) -> str:
-        """What `other` has changed; `names` are the names of its files."""
+        """How `other` differs, as one line; `names` are the names of its files."""
         known = {self.shards[start : start + 8] for start in range(0, len(self.shards), 8)}
         digests = [other.shards[start : start + 8] for start in range(0, len(other.shards), 8)]
         unknown = [name for name, digest in zip(names, digests, strict=False) if digest not in known]
@@ -108,11 +108,11 @@ class CorpusHead:
 
 @dataclass(frozen=True, slots=True)
 class StreamHead:
-    """Everything besides cursors and weights that the stream is a function of."""
+    """Everything that the stream is a function of, besides cursors and weights."""
 
     corpora: tuple[CorpusHead, ...]
     tokenizer: str  # digest over the serialised tokenizer
-    bos: int | None  # boundary token ids; None where none is added
+    bos: int | None  # boundary token ids; None if none is added
     eos: int | None
     block_size: int
     lanes: int
@@ -128,7 +128,7 @@ class StreamHead:
         return self.packing == "best-fit"
 
     def differences(self, other: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> list[str]:
-        """What differs in `other`, as `name old -> new`; `names` are the names of each corpus's files."""
+        """What differs in `other`, as `name old -> new`; `names` are the file names of each corpus."""
         mine, theirs = ({corpus.name: corpus for corpus in head.corpora} for head in (self, other))
         lines = [f"corpus {name} is gone" for name in mine if name not in theirs]
         lines += [f"corpus {name} is new" for name in theirs if name not in mine]
@@ -154,11 +154,11 @@ class DataPosition:
     Attributes:
         head: what the stream is a function of.
         chunk: global number of the next chunk, from 0. Lane `chunk % lanes` of its corpus delivers it.
-        states: for each corpus, one for each lane.
+        states: for each corpus, the states of its lanes.
         schedule: the corpora's weights, from chunk 0 on.
-        skipped: damaged units passed so far.
-        changes: changes of the data that were allowed.
-        retired: what was read of corpora that are no longer there.
+        skipped: damaged units skipped so far.
+        changes: permitted changes of the data.
+        retired: what was read from corpora that are no longer part of the data.
     """
 
     head: StreamHead
@@ -181,7 +181,7 @@ class DataPosition:
         return self.schedule[-1].weights
 
     def totals(self) -> dict[str, LaneCounts]:
-        """What has been read of each corpus, over all lanes."""
+        """What has been read of each corpus, summed over all lanes."""
         return {
             corpus.name: LaneCounts.sum(state.counts for state in states)
             for corpus, states in zip(self.head.corpora, self.states, strict=True)
@@ -202,7 +202,7 @@ class DataPosition:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> DataPosition:
-        """The position that `to_dict` described. Raises UsageError where `state` is not one."""
+        """The inverse of `to_dict`. Raises UsageError if `state` is not a valid position."""
         if state.get("format") != POSITION_FORMAT:
             raise UsageError(
                 f"data position has format {state.get('format')!r}, this program reads {POSITION_FORMAT}; "
@@ -216,7 +216,7 @@ class DataPosition:
         return position
 
     def _require_sound(self) -> None:
-        """Raises UsageError where the numbers contradict each other."""
+        """Raises UsageError if the numbers are inconsistent."""
         corpora, lanes = len(self.head.corpora), self.head.lanes
         numbers = [number for states in self.states for state in states for part in state for number in part]
         sound = (
@@ -236,13 +236,13 @@ class DataPosition:
                 f"data position is damaged (chunk {self.chunk}, cursors {cursors!s:.200}); use another checkpoint"
             )
 
-    # --- going on ----------------------------------------------------------------------------------------------------
+    # --- resuming ----------------------------------------------------------------------------------------------------
 
     def require(self, head: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> None:
-        """Check that a stream with `head` may go on from here; `names` are the names of each corpus's files.
+        """Check that a stream with `head` may resume from here; `names` are the file names of each corpus.
 
         Raises:
-            UsageError: naming every difference with its old and new value.
+            UsageError: the heads differ; the message gives every difference with its old and new value.
         """
         differences = self.head.differences(head, names)
         if differences:
@@ -254,10 +254,11 @@ class DataPosition:
     def with_changed_data(
         self, head: StreamHead, weights: tuple[float, ...], names: Mapping[str, Sequence[str]] | None = None
     ) -> DataPosition:
-        """This position in another stream, the change recorded. Chunks are counted on.
+        """This position transferred to a stream with `head`, with the change recorded. Chunk numbers continue.
 
-        A corpus whose files, lanes, order and packing are the same goes on with the row after the one it stands in;
-        any other begins anew.
+        A corpus with the same files resumes if lanes, seed, shuffle, packing, filter version and text column are the
+        same: with the first row not yet begun, or with best-fit packing at the beginning of the current portion, which
+        is packed anew. Any other corpus starts over.
         """
         differences = self.head.differences(head, names)
         if not differences:
@@ -284,7 +285,7 @@ class DataPosition:
             chunk=self.chunk,
             states=tuple(states),
             retired=tuple(retired.items()),
-            # Corpora may have come and gone, so weights of the past have no meaning any more.
+            # Corpora may have been added or removed, so past weights no longer mean anything.
             schedule=(WeightChange(0, weights),),
             skipped=tuple(
                 SkippedUnit(same_files[skip.corpus], skip.unit, skip.reason)
@@ -295,14 +296,14 @@ class DataPosition:
         )
 
     def with_weights(self, weights: tuple[float, ...]) -> DataPosition:
-        """This position with other weights from its chunk on."""
+        """This position with `weights` from its chunk on."""
         if weights == self.weights:
             return self
         earlier = tuple(change for change in self.schedule if change.chunk < self.chunk)
         return replace(self, schedule=(*earlier, WeightChange(self.chunk if earlier else 0, weights)))
 
     def after(self, number: int, corpus: int, state: LaneState, skipped: tuple[SkippedUnit, ...]) -> DataPosition:
-        """The position after chunk `number` of corpus number `corpus`, whose lane then stands at `state`."""
+        """The position after chunk `number`, which came from corpus number `corpus` and left its lane in `state`."""
         lane, lanes = number % self.head.lanes, self.states[corpus]
         changed = (*lanes[:lane], state, *lanes[lane + 1 :])
         states = (*self.states[:corpus], changed, *self.states[corpus + 1 :])
@@ -310,12 +311,12 @@ class DataPosition:
 
     @staticmethod
     def merged(parts: Sequence[DataPosition], start: int) -> DataPosition:
-        """The position of a stream read by several readers, each of which has advanced its own lanes only.
+        """The position of a stream read by several readers, each of which has advanced only its own lanes.
 
         Args:
-            parts: one a reader, all at one chunk. Reader r of R has the lanes l with (l - start) mod G == r mod G,
-                G = gcd(R, lanes).
-            start: the chunk the readers began with.
+            parts: one position per reader, all at the same chunk. Reader r of R reads the lanes l with
+                (l - start) mod G == r mod G, where G = gcd(R, lanes).
+            start: number of the chunk the readers started with.
         """
         first = parts[0]
         owners = [parts[owner] for owner in lane_owners(first.head.lanes, len(parts), start)]
@@ -328,7 +329,7 @@ class DataPosition:
 
 
 def lane_owners(lanes: int, readers: int, start: int) -> list[int]:
-    """For each lane the first of `readers` that reads it, where chunk `start` is the first they share out."""
+    """For each lane the first of `readers` that reads it, if chunk `start` is the first one they divide up."""
     apart = math.gcd(lanes, readers)
     return [(lane - start) % apart for lane in range(lanes)]
 

@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-# How long `close` waits for an iterator that is in the middle of making an item.
+# How long `close` waits for an iterator that is producing an item.
 _JOIN_SECONDS = 10.0
 
 
 class Prefetcher(Generic[Item]):
-    """Iterator over the items of `iterator`, up to `depth` of which are made ahead on a daemon thread.
+    """Iterator over the items of `iterator`, up to `depth` of which a daemon thread produces in advance.
 
-    An exception of the iterator is raised by `get` once the items before it have been taken, and again by every later
+    If the iterator raises, `get` raises that exception once the earlier items have been taken, and so does every later
     `get`. The iterator itself is not closed: it belongs to the caller, who closes it after the prefetcher.
     """
 
@@ -32,12 +32,12 @@ class Prefetcher(Generic[Item]):
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._produce, name="prefetch", daemon=True)
         self._thread.start()
-        # A daemon thread that is inside native code while the interpreter is torn down can abort the process.
+        # A daemon thread that is inside native code during interpreter shutdown can abort the process.
         atexit.register(self.close)
 
     def get(self) -> Item:
-        """The next item. Raises StopIteration at the end, the iterator's own exception if it failed, and ValueError
-        after `close`."""
+        """The next item. Raises StopIteration at the end, the iterator's exception if it failed, and ValueError after
+        `close`."""
         with self._changed:
             if not self._ready and self._end is None and not self._closed:
                 self._changed.wait_for(lambda: self._ready or self._end is not None or self._closed)
@@ -51,7 +51,7 @@ class Prefetcher(Generic[Item]):
             raise self._end
 
     def close(self) -> None:
-        """Stop the thread and forget what it made. Returns at once, or when the item being made is done."""
+        """Stop the thread and discard its items. Waits at most `_JOIN_SECONDS` for an item that is being produced."""
         atexit.unregister(self.close)
         with self._changed:
             self._closed = True

@@ -9,12 +9,12 @@ from colonnade.errors import UsageError
 
 
 def prompts_in(path: Path, flag: str) -> list[str]:
-    """The prompts of a file: its lines that are not empty, or of a `.jsonl` file the `prompt` of each object.
+    """The prompts of a file: its non-blank lines, or the `prompt` of each object in a `.jsonl` file.
 
-    In a text file `\\n` is two characters; a prompt of several lines needs a `.jsonl` file.
+    In a text file `\\n` is two characters; a multi-line prompt needs a `.jsonl` file.
 
     Raises:
-        UsageError: names `flag` and the line: the file cannot be read, or has no prompts.
+        UsageError: the file cannot be read, has no prompts or has a bad line; the message names `flag` and the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

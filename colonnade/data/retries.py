@@ -1,7 +1,8 @@
-"""Which failures of a network are worth another try, and the tries.
+"""Which network failures are worth a retry, and the retries.
 
-A network error is tried again with exponential back-off and then ends the run. It is never taken for damaged data: a
-lost mount or an expired token would silently skip the rest of the corpus.
+A request that fails with a network error is retried with exponential back-off; if that does not help, the run ends. A
+network error is never treated as damaged data: a lost mount or an expired token would then silently skip the rest of
+the corpus.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from colonnade.errors import RunError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Client libraries raise these without deriving them from OSError. Looked up only in modules that are imported already.
+# Errors of client libraries that do not derive from OSError. Looked up only in modules that are already imported.
 _LIBRARY_ERRORS = (
     ("aiohttp", "ClientError"),
     ("asyncio", "TimeoutError"),  # not a TimeoutError before Python 3.11
@@ -32,21 +33,22 @@ _LIBRARY_ERRORS = (
     ("httpx", "HTTPError"),
     ("httpx2", "HTTPError"),
 )
-# 4xx answers that another try can change: request timeout, too early, too many requests.
+# 4xx responses that a retry can change: request timeout, too early, too many requests.
 _PASSING_STATUS = (408, 425, 429)
 _DENIED_STATUS = (401, 403)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Tries of one request.
+    """How often and how long one request is tried.
 
     Attributes:
-        attempts: tries in all.
-        first_delay, longest_delay: seconds between tries; doubled each time, each halved or grown by half at random.
-        budget: seconds after which no further try is begun.
-        connect_timeout, read_timeout: seconds without a connection, and without a byte, over http(s). Other clients
-            have their own.
+        attempts: total number of attempts.
+        first_delay, longest_delay: seconds between attempts, doubled each time up to the longest, then multiplied by a
+            random factor from 0.5 to 1.5.
+        budget: seconds after which no further attempt starts.
+        connect_timeout, read_timeout: seconds to wait for a connection, and for the next byte, over http(s). Other
+            clients have their own timeouts.
     """
 
     attempts: int = 6
@@ -57,20 +59,20 @@ class RetryPolicy:
     read_timeout: float = 20.0
 
 
-# Tests replace it; nothing else changes it.
+# Only tests replace it.
 POLICY = RetryPolicy()
 
 
 class UnreachableError(RunError):
-    """A remote file cannot be reached: the tries are used up, or no try can help."""
+    """A remote file cannot be reached: all attempts failed, or a retry cannot help."""
 
 
 def with_retries(what: str, request: Callable[[], T], stopped: threading.Event | None = None) -> T:
-    """The result of `request()`, tried again after errors that may pass. `what` names the file in messages.
+    """The result of `request()`, retried after transient errors. `what` names the file in messages.
 
     Raises:
-        UnreachableError: at once for a wrong path, missing credentials or a server without range requests, and after
-            the last try. Its text is one line.
+        UnreachableError: at once for a wrong path, missing credentials or a server without range requests; for other
+            errors after the last attempt, or when `stopped` is set during a delay. Its text is one line.
     """
     policy, random_part = POLICY, random.Random()
     begin = time.monotonic()
@@ -94,14 +96,14 @@ def with_retries(what: str, request: Callable[[], T], stopped: threading.Event |
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
-    """Everything a file system's client may raise: OSError, what its libraries add, and fsspec's own ValueErrors."""
+    """Everything a file system client may raise: OSError, the errors of its libraries, and fsspec's ValueErrors."""
     known = [getattr(sys.modules.get(module), name, None) for module, name in _LIBRARY_ERRORS]
     return (OSError, ValueError, NotImplementedError, *(kind for kind in known if isinstance(kind, type)))
 
 
 def _remedy(error: BaseException) -> str | None:
-    """What to do about an error that no further try can change; None for one that may pass."""
-    # fsspec's http file system turns every failure to learn a file's size into FileNotFoundError.
+    """What the user can do about a permanent error; None for one that may be transient."""
+    # fsspec's http file system turns every failure to get a file's size into FileNotFoundError.
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, network_errors()):
         return _remedy(error.__cause__)
     status = status_of(error)
@@ -121,7 +123,7 @@ def _remedy(error: BaseException) -> str | None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error carries, under any of the names client libraries give it."""
+    """The HTTP status of an error, under any of the names that client libraries use; None if it has none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         found = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]

@@ -1,14 +1,14 @@
-"""A corpus every machine has: the Python standard library's own source, as Parquet shards with a tokenizer.
+"""A corpus that every machine has: the source of the Python standard library, as Parquet shards with a tokenizer.
 
     python -m colonnade.data.sample_corpus --output data/sample
 
-1. read      the modules below the interpreter's standard-library path (no tests, no installed packages)
+1. read      the modules under the interpreter's standard-library path (no tests, no installed packages)
 2. split     by the hash of a module's path: about one module in twenty is held out
 3. tokenizer byte-level BPE, trained on the training split only, saved for `transformers.AutoTokenizer`
 4. shards    `train-*.parquet`, `validation-*.parquet` with FineWeb's columns and true token counts
 
-The result depends on the modules alone, not on where they lie or on who builds it. It is built aside and renamed, so a
-folder that exists is complete; a second call returns it at once.
+The result depends only on the modules, not on their location or on who builds it. It is built in a temporary folder
+and renamed, so a folder that exists is complete; a second call returns it at once.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ MANIFEST_NAME = "sample_corpus.json"
 FORMAT_VERSION = 1
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 DEFAULT_VOCAB_SIZE = 4096
-# The special tokens and one token a byte: below this a byte-level vocabulary cannot spell every text.
+# The special tokens and one token per byte value: a smaller byte-level vocabulary cannot encode every text.
 MIN_VOCAB_SIZE = 3 + 256
 
-# With documents of about 10 kB, near a megabyte a row group.
+# With documents of about 10 kB, roughly a megabyte per row group.
 ROWS_PER_GROUP = 128
 TRAIN_SHARDS = 4
 VALIDATION_SHARDS = 1
@@ -68,13 +68,13 @@ def build_sample_corpus(
     max_files: int | None = None,
     report: Callable[[str], None] = _print_at_once,
 ) -> SampleCorpus:
-    """Return the sample corpus in the folder `output`, building it when it is not there yet.
+    """Return the sample corpus in the folder `output`; build it if it is not there yet.
 
-    `max_files` bounds the number of modules (None: as many as make 15 MB). `report` receives one line a stage.
-    Two processes may call this for the same folder at the same time: one builds, the other waits and reuses.
+    `max_files` limits the number of modules (None: up to 15 MB). `report` receives one line per stage. Several
+    processes may call this for the same folder at the same time: one builds, the others wait and reuse the result.
 
-    Raises UsageError when the sizes cannot work, when `output` holds something else, or when this Python comes
-    without its library's source; RunError when the folder cannot be written.
+    Raises UsageError if the sizes are too small, if `output` holds something else, or if this Python comes without its
+    library's source; RunError if the folder cannot be written.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(
@@ -98,7 +98,7 @@ def build_sample_corpus(
 
 
 def _is_complete(output: Path, settings: dict[str, int | None]) -> bool:
-    """Whether `output` holds this very corpus; anything else that lies there is left alone, with a UsageError."""
+    """Whether `output` holds exactly this corpus. Anything else there is left alone and raises UsageError."""
     if not output.is_dir():
         if output.exists():
             raise UsageError(f"{output} is a file, not a folder: give another output folder")
@@ -141,17 +141,17 @@ def _token_counts(corpus: SampleCorpus) -> str:
 
 @contextlib.contextmanager
 def _one_builder(output: Path) -> Iterator[None]:
-    """Let one process at a time work on `output`; the lock ends with its holder, however that ends."""
+    """Let one process at a time work on `output`. The lock is released when its holder exits, in whatever way."""
     import fcntl
 
     with open(output.parent / f".{output.name}.lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            # Some network file systems have no locks. The rename still admits one winner there.
+            # Some network file systems have no locks. There, the rename still lets only one builder succeed.
             yield
             return
-        # What a killed builder left: with the lock held, nobody is working on it.
+        # Left by a killed builder: while this process holds the lock, nobody else is working on it.
         for leftover in output.parent.glob(f"{glob.escape(_aside_prefix(output))}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
@@ -169,7 +169,7 @@ def _build_aside(output: Path, settings: dict[str, int | None], report: Callable
         try:
             aside.rename(output)
         except OSError:
-            # Without a lock another process may have been first; its corpus is the same.
+            # Without a lock, another process may have finished first; its corpus is the same.
             if not _is_complete(output, settings):
                 raise
     finally:
@@ -177,7 +177,7 @@ def _build_aside(output: Path, settings: dict[str, int | None], report: Callable
 
 
 def _build(folder: Path, shown_as: Path, settings: dict[str, int | None], report: Callable[[str], None]) -> None:
-    """Write the whole corpus into `folder`; the lines reported name `shown_as`, where it will lie."""
+    """Write the whole corpus into `folder`; the reported lines name `shown_as`, its final location."""
     modules = read_modules(standard_library(), settings["max_files"])
     train, validation = split_modules(modules)
     size = sum(len(module.text.encode()) for module in modules)
@@ -203,7 +203,7 @@ def _build(folder: Path, shown_as: Path, settings: dict[str, int | None], report
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer (as GPT-2's) whose ids 0, 1, 2 are `<|bos|>`, `<|eos|>`, `<|pad|>`."""
+    """Train a byte-level BPE tokenizer (like GPT-2's) whose ids 0, 1, 2 are `<|bos|>`, `<|eos|>`, `<|pad|>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -220,7 +220,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save in the form `transformers.AutoTokenizer.from_pretrained` reads, without importing `transformers`."""
+    """Save in the format that `transformers.AutoTokenizer.from_pretrained` reads, without importing `transformers`."""
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -237,7 +237,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def _rows(modules: Sequence[Module], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """The documents of one split as rows with FineWeb's columns, in the order of the modules."""
     release = ".".join(platform.python_version_tuple()[:2])
-    # A text that spells a special token is text, here as in the training stream.
+    # Text that spells a special token is encoded as plain text, as in the training stream.
     tokenizer.encode_special_tokens = True
     for module in modules:
         url = f"https://github.com/python/cpython/blob/{release}/Lib/{module.path}"
@@ -256,7 +256,7 @@ def _rows(modules: Sequence[Module], tokenizer: Tokenizer) -> Iterator[dict[str,
 
 
 def _write_shards(rows: Sequence[dict[str, Any]], folder: Path, split: str, shards: int) -> int:
-    """Write `rows` as at most `shards` files of neighbouring rows, and return how many there are."""
+    """Write `rows` to at most `shards` files of consecutive rows, and return how many were written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

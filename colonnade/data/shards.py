@@ -1,8 +1,8 @@
-"""Shards, from a pattern to text: the door to the rooms behind it.
+"""Shards, from a pattern to text: the entry point to the modules that find, check and read them.
 
 1. `discover_shards` finds files (`colonnade/data/discovery.py`), local or remote (`colonnade/data/filesystems.py`).
-2. `open_shards` reads their footers and checks them before a run (here, and `colonnade/data/formats/`).
-3. `Units` addresses their units; `Manifest` identifies them all (`colonnade/data/corpus.py`).
+2. `open_shards` reads their footers and checks them before a run (here and in `colonnade/data/formats/`).
+3. `Units` addresses their units; `Manifest` identifies the set of shards (`colonnade/data/corpus.py`).
 4. `UnitReader` reads one unit at a time (`colonnade/data/unit_reader.py`), in windows (`colonnade/data/windows.py`).
 """
 
@@ -38,12 +38,12 @@ __all__ = [
     "open_usable_shards",
 ]
 
-# Footers are small and read at latency, not at bandwidth: threads help even where cores are few.
+# Footers are small, so reading them is bound by latency, not bandwidth: threads help even with few cores.
 _FOOTER_THREADS = 8
 
 
 class BadShardError(UsageError):
-    """A file was read and cannot be used: damaged, foreign, empty, or without a column of text."""
+    """A file can be read but not used: it is damaged, in an unknown format, empty, or has no text column."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(reason)
@@ -51,11 +51,11 @@ class BadShardError(UsageError):
 
 
 def open_shards(paths: Sequence[str | Path], text_column: str) -> list[Shard]:
-    """Describe every shard, in parallel, and check that it holds rows and a column of text.
+    """Describe every shard, in parallel, and check that each has rows and a text column.
 
     Raises:
-        UsageError: naming the first file (in order) that is missing or cannot be reached.
-        BadShardError: the first one that cannot be used.
+        UsageError: a file is missing or cannot be reached; names the first one in order.
+        BadShardError: a file cannot be used; names the first one in order.
     """
     return open_usable_shards(paths, text_column, strict=True)[0]
 
@@ -63,11 +63,11 @@ def open_shards(paths: Sequence[str | Path], text_column: str) -> list[Shard]:
 def open_usable_shards(
     paths: Sequence[str | Path], text_column: str, *, strict: bool = False
 ) -> tuple[list[Shard], list[BadShardError]]:
-    """Describe the shards that can be used, and why the others cannot, both in order.
+    """Describe the shards that can be used, and say why the others cannot; both lists are in order.
 
     Raises:
-        UsageError: a file is missing or cannot be reached, which says nothing of what is in it.
-        BadShardError: none can be used, or with `strict` not all of them; it is the first one's.
+        UsageError: a file is missing or cannot be reached, so nothing is known about its content.
+        BadShardError: none can be used or, with `strict`, not all of them; it is the error of the first bad one.
     """
     if not paths:
         raise UsageError("no data shards were given; give at least one file")
@@ -103,7 +103,7 @@ def open_shard(path: str, text_column: str) -> Shard:
     except (pa.ArrowException, OSError, EOFError, UnreachableError, UsageError) as error:
         if source.failure is not None:
             raise UsageError(str(source.failure)) from error
-        if isinstance(error, OSError) and error.errno is not None:  # of the system: pyarrow's own have none
+        if isinstance(error, OSError) and error.errno is not None:  # a system error: pyarrow's own have no errno
             raise UsageError(_unreadable(path, error)) from error
         reason = str(error) if isinstance(error, UsageError) else _unreadable(path, error)
         raise BadShardError(path, reason) from error

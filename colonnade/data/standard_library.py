@@ -1,6 +1,6 @@
-"""The Python standard library as text: its modules, a split of them, and documents of a bounded length.
+"""The Python standard library as text: its modules, a train/validation split, and documents of bounded length.
 
-What comes out depends on the modules' paths and contents alone, not on where the library lies.
+The result depends only on the modules' relative paths and contents, not on where the library is installed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ MAX_DOCUMENT_CHARS = 16_384
 MAX_CORPUS_BYTES = 15_000_000
 VALIDATION_ONE_IN = 20
 
-# Tests hold deliberately broken files. `encodings` is tables of character codes. `pydoc_data` is one generated module
-# of 0.8 MB: on whichever side of the split it fell, the other would have nothing like it. The others are not the
-# library's.
+# Tests contain deliberately broken files. `encodings` consists of tables of character codes. `pydoc_data` is one
+# generated module of 0.8 MB: whichever side of the split got it, the other would have nothing similar. The other
+# folders are not part of the library.
 EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "encodings", "pydoc_data"}
     | {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 )
-# Written when Python was built or packaged, with paths of that machine.
+# Generated when Python was built or packaged, with paths of that machine.
 EXCLUDED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its path below the standard library, with forward slashes, and its text."""
+    """One source file: its path relative to the standard library, with forward slashes, and its text."""
 
     path: str
     text: str
@@ -43,15 +43,15 @@ class Module:
 
 
 def standard_library() -> Path:
-    """The folder with the running Python's library; a Python frozen into a zip names one that is not there."""
+    """The standard-library folder of the running Python. It does not exist if Python keeps its library in a zip."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def read_modules(root: Path, max_files: int | None = None) -> list[Module]:
-    """Read the modules below `root` in the order of their paths' hashes, up to `max_files` and 15 MB.
+    """Read the modules under `root` in the order of their paths' hashes, up to `max_files` and 15 MB.
 
-    That order mixes the packages, and it is the same wherever `root` lies. Files that are empty or that do not decode
-    (PEP 263) are left out. Raises UsageError when fewer than two modules are there.
+    This order mixes the packages and does not depend on the location of `root`. Files that are empty or do not decode
+    (PEP 263) are left out. Raises UsageError if fewer than two modules are found.
     """
     paths = []
     for folder, subfolders, names in os.walk(root):
@@ -82,7 +82,7 @@ def read_modules(root: Path, max_files: int | None = None) -> list[Module]:
 
 
 def _read_source(path: Path) -> str:
-    """The file's text in the encoding it declares, or an empty string where that fails."""
+    """The file's text, decoded with the encoding it declares, or an empty string if that fails."""
     try:
         with tokenize.open(path) as file:
             text = file.read()
@@ -93,8 +93,8 @@ def _read_source(path: Path) -> str:
 
 
 def split_modules(modules: Sequence[Module]) -> tuple[list[Module], list[Module]]:
-    """Split into (train, validation) by the hash of the path; neither is empty when there are two modules."""
-    # Other bytes than the leading ones, which already decide the order.
+    """Split into (train, validation) by the hash of the path; with two or more modules, neither is empty."""
+    # Not the leading bytes of the hash, which already determine the order.
     held_out = [int.from_bytes(module.digest[8:16], "big") % VALIDATION_ONE_IN == 0 for module in modules]
     if all(held_out) or not any(held_out):
         held_out = [False] * (len(modules) - 1) + [True]
@@ -104,15 +104,15 @@ def split_modules(modules: Sequence[Module]) -> tuple[list[Module], list[Module]
 
 
 def cut_text(text: str, max_chars: int = MAX_DOCUMENT_CHARS) -> list[str]:
-    """Cut `text` into pieces of at most `max_chars` that join to it again.
+    """Cut `text` into pieces of at most `max_chars` whose concatenation is `text`.
 
-    A cut falls before the last line in reach that starts a top-level statement, else before the last line, else
-    anywhere.
+    A cut is made before the last line in reach that starts a class, a function or a decorator at top level; if there is
+    none, before the last line; else at `max_chars`.
     """
     pieces: list[str] = []
     start = 0
     while len(text) - start > max_chars:
-        # Looking no further back than half a piece keeps the pieces from becoming slivers.
+        # Looking back at most half a piece prevents very short pieces.
         earliest, end = start + max_chars // 2, start + max_chars
         cuts = [text.rfind(f"\n{opening}", earliest, end) for opening in ("class ", "def ", "async def ", "@")]
         cut = max(cuts)

@@ -1,4 +1,4 @@
-"""The token stream: chunks dealt from the lanes of the corpora, each with the position that resumes after it."""
+"""The token stream: chunks taken from the lanes of the corpora, each with the position that resumes after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from colonnade.data.shards import Units
 from colonnade.data.tokenization import EncoderPool
 from colonnade.errors import RunError, UsageError
 
-# Lanes of a batch whose place is told.
+# Number of lanes whose place in the data `TokenStream.describe` gives.
 _PLACES_SHOWN = 3
 
 
@@ -28,11 +28,11 @@ class TokenChunk:
     """One block and the state of the stream after it.
 
     Attributes:
-        tokens: int32 [block_size + 1]; inputs are `tokens[:-1]`, targets `tokens[1:]`. Where documents are told apart
-            or blocks padded, in the format of `colonnade/data/blocks.py`.
-        position: resumes with the next chunk.
+        tokens: int32 [block_size + 1]; inputs are `tokens[:-1]`, targets `tokens[1:]`. If documents are marked or
+            blocks padded, in the wire format of `colonnade/data/blocks.py`.
+        position: the position that resumes with the next chunk.
         epoch: the epoch its tokens come from, from 0.
-        number: of the chunk in the whole stream, from 0.
+        number: number of the chunk in the whole stream, from 0.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -43,12 +43,12 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """One corpus of a stream: its name, its weight relative to the others', its units."""
+    """One corpus of a stream: its name, its weight relative to the other corpora, and its units."""
 
     name: str
     weight: float
     units: Units
-    skipped_files: tuple[str, ...] = ()  # names of those that cannot be used
+    skipped_files: tuple[str, ...] = ()  # names of files that cannot be used
 
     @property
     def file_names(self) -> list[str]:
@@ -56,14 +56,14 @@ class Corpus:
 
 
 class TokenStream:
-    """Iterator of `TokenChunk`s; made by `streaming_token_generator`. Close it, or use it in a `with` statement.
+    """Iterator of `TokenChunk`s, made by `streaming_token_generator`. Close it, or use it in a `with` statement.
 
     Attributes:
         position: state after the last chunk delivered.
         start: state before the first chunk.
-        units: of each corpus.
-        lanes: numbers of the lanes this reader reads.
-        apart: of this many consecutive chunks, one is in the lanes of this reader.
+        units: the units of each corpus.
+        lanes: numbers of the lanes that this reader reads.
+        apart: distance between the chunks of this reader: it reads one of every `apart` consecutive chunks.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TokenStream:
         head = position.head
         self.units = [corpus.units for corpus in corpora]
         self.lanes = [*range(self._next % self.apart, head.lanes, self.apart)]
-        # Every worker busy, and one result ready for each while a lane fetches its next row group.
+        # Enough to keep every worker busy, with one finished result for each while a lane fetches its next row group.
         ahead = max(1, 2 * workers // (len(self.lanes) * len(corpora)))
         self._lanes: list[dict[int, Lane]] = []
         for index, corpus in enumerate(corpora):
@@ -134,8 +134,8 @@ class TokenStream:
 
         Raises:
             StopIteration: after the last epoch.
-            UsageError: the data does not fill one block, or is not what the position was made with.
-            RunError: a shard cannot be reached; with `strict`, a row group is damaged.
+            UsageError: the data does not fill one block, or differs from what the position was made with.
+            RunError: a shard cannot be reached; or, with `strict`, a unit is damaged.
         """
         if self._failure is not None:
             raise self._failure
@@ -158,7 +158,7 @@ class TokenStream:
         if block is None:
             raise StopIteration
         skipped = self.position.skipped
-        if found := lane.take_skipped():  # none of them is known: no other lane has these units
+        if found := lane.take_skipped():  # all of them are new: no other lane has these units
             skipped = tuple(sorted((*skipped, *found)))
         self._next += self.apart
         self.position = self.position.after(number, corpus, lane.state, skipped)
@@ -169,12 +169,13 @@ class TokenStream:
         return TokenChunk(tokens, self.position, block.epoch, number)
 
     def describe(self, position: DataPosition, count: int) -> str:
-        """Which the `count` chunks after `position` are, and where the text of each lane's first one begins.
+        """Describe the `count` chunks after `position` and where the text of each lane's first chunk begins.
 
-        At an epoch's end that may be its tail, less than a block, which is dropped for the next epoch's first text.
+        At the end of an epoch that place may be in the epoch's tail, which is dropped, so that the text really begins
+        with the next epoch. At most `_PLACES_SHOWN` lanes are described.
 
         Args:
-            position: of this stream, as all its readers know it (`DataPosition.merged`).
+            position: a position of this stream over all readers (`DataPosition.merged`).
         """
         head, mixture, first = position.head, Mixture(position.schedule), position.chunk
         lanes = dict.fromkeys((mixture.corpus_of(chunk), chunk % head.lanes) for chunk in range(first, first + count))
@@ -191,7 +192,7 @@ class TokenStream:
         return f"chunks {first} to {first + count - 1} of the data: {'; '.join(places)}{more}"
 
     def close(self) -> None:
-        """Stop the threads and close the files. The position stays readable."""
+        """Stop the threads and close the files. `position` stays readable."""
         if self._failure is None:
             self._failure = RunError("the token stream is closed")
         self._pool.close()
@@ -212,6 +213,6 @@ def _require_place(state: LaneState, units: int) -> None:
 
 
 def _title(head: StreamHead, corpus: str, lane: int) -> str:
-    """What an error calls the text of a lane."""
+    """How error messages name the text of a lane."""
     text = "the data" if len(head.corpora) == 1 else f"corpus {corpus}"
     return text if head.lanes == 1 else f"lane {lane} of {head.lanes} of {text}"

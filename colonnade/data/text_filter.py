@@ -1,12 +1,12 @@
 """Which rows are documents: a versioned filter over whole columns of text.
 
-A row is dropped when it is missing, is not text (not valid UTF-8), is empty or blank, or consists mostly of digits and
-symbols (number dumps, rulers, base-16 blobs of digits), i.e. holds more of those than letters.
+A row is dropped if it is missing, is not text (not valid UTF-8), is empty or blank, or consists mostly of digits and
+symbols, i.e. has more of those than letters (number dumps, ruled lines, hexadecimal dumps that are mostly digits).
 
-Letters are judged by UTF-8 lead bytes, not by Unicode tables: ASCII letters and characters from U+00C0 on are letters,
-except U+2000-U+2BFF (punctuation, arrows, mathematics, box drawing, dingbats) and U+1F000-U+1FFFF (emoji and other
-pictographs). This counts a few odd characters as letters, but it is much faster than a regular expression and does not
-change with the Unicode version of a library, which would change the token stream of a running job.
+Letters are recognised by UTF-8 lead bytes, not by Unicode tables: ASCII letters and characters from U+00C0 on are
+letters, except U+2000-U+2BFF (punctuation, arrows, mathematics, box drawing, dingbats) and U+1F000-U+1FFFF (emoji and
+other pictographs). This counts a few other characters as letters, but it is much faster than a regular expression. It
+also does not depend on the Unicode version of a library, which could change the token stream of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Part of every data position: raise it whenever a row could be judged differently.
+# Stored in every data position. Increase it with any change that could give a row a different verdict.
 FILTER_VERSION = 1
 
 KEPT = 0
@@ -29,17 +29,17 @@ _MISSING, _NOT_TEXT, _EMPTY, _SYMBOLS = REASONS
 
 
 class JudgedText(NamedTuple):
-    """A column judged: `texts` (large_string, N rows, empty where missing or not text) and `verdicts` (uint8 [N]), each
-    `KEPT` or a key of `REASONS`."""
+    """A filtered column: `texts` (large_string, N rows, empty strings for rows that are missing or not text) and
+    `verdicts` (uint8 [N]), each `KEPT` or a key of `REASONS`."""
 
     texts: pa.LargeStringArray
     verdicts: npt.NDArray[np.uint8]
 
 
 def judge(column: pa.Array) -> JudgedText:
-    """Judge a column of strings, bytes, dictionary-encoded strings or nulls.
+    """Apply the filter to a column of strings, bytes, dictionary-encoded strings or nulls.
 
-    Temporary memory is about twice the column's own; callers slice long columns.
+    Temporary memory is about twice the size of the column, so callers slice long columns.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -50,7 +50,7 @@ def judge(column: pa.Array) -> JudgedText:
     missing = raw.is_null().to_numpy(zero_copy_only=False)
     texts = _as_text(raw)
     not_text = texts.is_null().to_numpy(zero_copy_only=False) & ~missing
-    # Bytes may stand behind a null, and the kernels below look at them.
+    # There may be bytes behind a null, and the kernels below would read them.
     texts = texts.fill_null("")
 
     length = pc.binary_length(texts).to_numpy()
@@ -70,7 +70,7 @@ def _as_text(raw: pa.LargeBinaryArray) -> pa.LargeStringArray:
     try:
         return raw.cast(pa.large_string())
     except pa.ArrowInvalid:
-        # Rare, so row by row: the cast names no row.
+        # Row by row, because the cast does not say which row is bad. This is rare.
         valid = [value is not None and _is_utf8(value) for value in raw.to_pylist()]
         return pa.compute.if_else(pa.array(valid), raw, pa.scalar(None, raw.type)).cast(pa.large_string())
 
@@ -84,7 +84,7 @@ def _is_utf8(value: bytes) -> bool:
 
 
 def _letter_surplus(texts: pa.LargeStringArray, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Letters minus digits and symbols for each row where `rows` holds, 0 elsewhere. Shape [N]."""
+    """Number of letters minus digits and symbols, for each row where `rows` is True; 0 elsewhere. Shape [N]."""
     surplus = np.zeros(len(texts), np.int64)
     if not rows.any():
         return surplus
@@ -94,11 +94,11 @@ def _letter_surplus(texts: pa.LargeStringArray, rows: npt.NDArray[np.bool_]) -> 
     data = np.frombuffer(data_buffer, np.uint8, count=last - first, offset=first)
     weights = _byte_weights()[data]
     for lead, limit in ((0xE2, 0xB0), (0xF0, 0xA0)):
-        # U+2000-U+2BFF and U+1F000-U+1FFFF: the second byte tells (for 0xF0 it has to be 0x9F exactly).
+        # U+2000-U+2BFF and U+1F000-U+1FFFF: the second byte decides (after 0xF0 it must be exactly 0x9F).
         at = np.flatnonzero(data == lead)
-        second = data.take(at + 1, mode="clip")  # gaps between rows need not be UTF-8
+        second = data.take(at + 1, mode="clip")  # "clip" because gaps between rows need not be UTF-8
         weights[at[(second < limit) & (second >= (0x9F if lead == 0xF0 else 0x80))]] = -1
-    # reduceat sums from each edge to the next; every second sum is the stretch between two rows (usually nothing).
+    # reduceat sums from each edge to the next; every second sum covers the (usually empty) gap between two rows.
     edges = np.stack([offsets[:-1][rows], offsets[1:][rows]], axis=1).ravel() - first
     inside = edges[:-1] if edges[-1] == len(data) else edges
     surplus[rows] = np.add.reduceat(weights, inside, dtype=np.int64)[::2]

@@ -1,7 +1,7 @@
 """From text to token ids: loading a tokenizer, boundary tokens, and encoding on threads.
 
-Text that spells a special token (`<|endoftext|>` in a web page about tokenizers) is encoded as plain text: control ids
-enter the stream only as the boundary tokens that were asked for.
+Text that spells a special token (`<|endoftext|>` in a web page about tokenizers) is encoded as plain text: special
+token ids enter the stream only as requested boundary tokens.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ WORKERS_VARIABLE = "RESUME_TOKENIZER_WORKERS"
 DEFAULT_BATCH_ROWS = 64
 MAX_BATCH_ROWS = 65_536
 MAX_WORKERS = 256
-# More threads than this wait for Python's lock while ids become arrays (about 3% of the work).
+# With more threads, they wait for the GIL while ids are converted to arrays (about 3% of the work).
 DEFAULT_MAX_WORKERS = 16
 
-# Looked up among a tokenizer's special tokens where it declares no BOS or EOS of its own, most common first.
+# Names looked up among the special tokens of a tokenizer that declares no BOS or EOS, most common first.
 KNOWN_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]")
 KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
 
-# What transformers raises for a folder without a tokenizer depends on what else lies in it.
+# What transformers raises for a folder without a tokenizer depends on the folder's other contents.
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -55,7 +55,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     A missing padding token falls back to EOS. Code that comes with the tokenizer runs only with `trust_remote_code`.
 
     Raises:
-        UsageError: `path` is not a tokenizer, cannot be reached, or needs code of its own.
+        UsageError: `path` is not a tokenizer, cannot be reached, or needs its own code to run.
     """
     folder = Path(path).expanduser()
     looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -66,7 +66,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # The bare class is what the Rust library raises for every file it cannot use.
+        # The Rust library raises a bare Exception for every file it cannot use.
         if type(error) is not Exception and not isinstance(error, _NOT_LOADABLE):
             raise
         raise UsageError(f"{path!r} is not a tokenizer that can be loaded: {_why_not_loadable(error)}") from error
@@ -87,10 +87,11 @@ def _why_not_loadable(error: Exception) -> str:
 
 
 def _tokenizer_class(folder: Path) -> Any:
-    """AutoTokenizer, or the class it would choose where a folder leaves no choice.
+    """AutoTokenizer, or the class it would choose if the folder permits only one.
 
-    Importing AutoTokenizer takes a second longer (it knows every model), which every start of a run would pay. A folder
-    with a tokenizer.json, a generic class name, no model config and no code of its own can only mean one class.
+    Importing AutoTokenizer takes a second longer (it knows every model), and every start of a run would pay for that.
+    For a folder with a tokenizer.json, a generic class name, no model config and no custom code, only one class is
+    possible.
     """
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -108,8 +109,8 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest id: what a model's vocabulary has to hold. Not the number of entries: ids may have
-    gaps."""
+    """The highest id plus one, which is the vocabulary size a model needs. It may exceed the number of entries, since
+    ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -117,7 +118,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class BoundaryTokens(NamedTuple):
-    """Ids put before and after each document; None where there is none. At least one is set."""
+    """Ids put before and after each document, or None. At least one of them is set."""
 
     bos: int | None
     eos: int | None
@@ -126,13 +127,13 @@ class BoundaryTokens(NamedTuple):
 def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> BoundaryTokens:
     """The tokens that mark where documents begin and end.
 
-    BOS: the declared one, else a special token with a well-known name (`KNOWN_BOS`), else CLS, else none: chat
-    tokenizers often have no BOS, and then EOS alone separates documents. EOS: the declared one, else a well-known
-    special token (`KNOWN_EOS`), else SEP. Padding is never used: a model taught to end documents with it cannot be
-    told from one that is being padded.
+    BOS is the declared one, else a special token with a well-known name (`KNOWN_BOS`), else CLS, else none: chat
+    tokenizers often have no BOS, and then EOS alone separates documents. EOS is the declared one, else a well-known
+    special token (`KNOWN_EOS`), else SEP. The padding token is never used: if documents ended with it, the end of a
+    document could not be told from padding.
 
     Raises:
-        UsageError: neither can be found.
+        UsageError: the tokenizer has neither.
     """
     special = _special_tokens(tokenizer)
     bos = _first_id(tokenizer.bos_token_id, *map(special.get, KNOWN_BOS), tokenizer.cls_token_id)
@@ -146,7 +147,7 @@ def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> BoundaryTokens:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Spelling and id of every special token, declared by role or only added as special."""
+    """Spelling and id of every special token, whether declared by role (BOS, EOS, ...) or only added as special."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     tokens = {str(token): index for index, token in added.items() if token.special}
     tokens.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -171,7 +172,7 @@ def workers_setting(workers: int | None = None) -> int:
     """Encoding threads: the argument, else RESUME_TOKENIZER_WORKERS, else this rank's share of the cores it may use.
 
     Raises:
-        UsageError: a value that is not a whole number within the limits.
+        UsageError: the value is not an integer within the limits.
     """
     if workers is not None:
         return _within("workers", workers, MAX_WORKERS)
@@ -210,19 +211,19 @@ def _within(name: str, value: int | str, limit: int) -> int:
 
 
 class Encoder:
-    """Encodes texts with a private copy of a tokenizer's Rust backend, so that nobody else's settings reach it.
+    """Encodes texts with a private copy of a tokenizer's Rust backend, which settings changed elsewhere cannot affect.
 
     Attributes:
         digest: identifies the tokenizer in a data position, whichever library encodes.
-        control_tokens: spellings of the special tokens but the unknown one.
-        fast: the encoder of `fastokens` where that is used, else None: set by `colonnade.data.tokenizer_backend`, once
-            its ids are shown to be the same.
+        control_tokens: spellings of the special tokens, except the unknown token.
+        fast: the `fastokens` encoder if it is used, else None. Set by `colonnade.data.tokenizer_backend` after a check
+            that it gives the same ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UsageError where text that spells a special token could not be kept apart from the token itself."""
-        # Each call encodes on the thread that makes it: the number of threads is then exactly what was set for this
-        # rank, where the library's own pool would take every core of the machine in each rank. A user's setting wins.
+        """Raises UsageError if text that spells a special token would be encoded as that token."""
+        # Makes each call encode on the calling thread, so this rank uses exactly the threads set for it. The library's
+        # own pool would use every core of the machine in each rank. A user's setting wins.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         rust = getattr(tokenizer, "backend_tokenizer", None)
         self._rust = None if rust is None else _private_copy(rust)
@@ -243,10 +244,10 @@ class Encoder:
         return to_lists(self.flat(texts))
 
     def flat(self, texts: list[str]) -> FlatIds:
-        """Token ids of the texts end to end, without special tokens."""
+        """Token ids of the texts, concatenated, without special tokens."""
         if self._leaking is None or not any(map(self._leaking.search, texts)):
             return self._encode_whole(texts)
-        # In pieces cut after the first character of each special token's spelling.
+        # Cut the text after the first character of each spelling of a special token, so that none is recognised.
         pieces: list[str] = []
         first_pieces = []
         for text in texts:
@@ -257,12 +258,12 @@ class Encoder:
         return FlatIds(ids, np.add.reduceat(lengths, first_pieces))
 
     def first_token_bytes(self, texts: list[str]) -> list[int]:
-        """UTF-8 bytes of each text up to the end of its first token, all where it has none.
+        """UTF-8 bytes of each text up to the end of its first token, or of the whole text if it has no token.
 
-        Where the token ends inside a character, up to that character's end.
+        If the token ends inside a character, that character counts as a whole.
 
         Raises:
-            UsageError: the tokenizer does not tell where its tokens end.
+            UsageError: the tokenizer does not report where its tokens end.
         """
         if self._rust is None:
             raise UsageError(
@@ -289,7 +290,7 @@ class Encoder:
         return shared_encoder(self.digest, self._rust.to_str)
 
     def added_tokens(self) -> list[str]:
-        """Spellings of all tokens added to the vocabulary, special or not."""
+        """Spellings of all tokens that were added to the vocabulary, special or not."""
         return [] if self._rust is None else [str(token) for token in self._rust.get_added_tokens_decoder().values()]
 
     def _encode_whole(self, texts: list[str]) -> FlatIds:
@@ -298,7 +299,7 @@ class Encoder:
         try:
             return self.fast(texts)
         except (ValueError, RuntimeError):
-            # Its regular expressions have limits that theirs has not; the ids are the same.
+            # The regular expressions of `fastokens` have limits that those of `tokenizers` lack; the ids are the same.
             return self._encode(texts)
 
     def _require_split_works(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -314,7 +315,7 @@ def _private_copy(backend: Any) -> Any:
     from tokenizers import Tokenizer
 
     copy = Tokenizer.from_str(backend.to_str())
-    # None of these reach the ids of a text encoded without special tokens, so they are not part of the digest either.
+    # None of these affect the ids of text encoded without special tokens, so the digest does not include them.
     copy.no_truncation()
     copy.no_padding()
     copy.post_processor = None
@@ -323,7 +324,7 @@ def _private_copy(backend: Any) -> Any:
 
 
 def _rust_encoder(copy: Any) -> _Encode:
-    copy.encode_special_tokens = True  # not part of what `to_str` tells
+    copy.encode_special_tokens = True  # `to_str` does not include this setting
 
     def encode(texts: list[str]) -> FlatIds:
         return to_flat([encoding.ids for encoding in copy.encode_batch_fast(texts, add_special_tokens=False)])
@@ -332,7 +333,8 @@ def _rust_encoder(copy: Any) -> _Encode:
 
 
 def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[_Encode, str]:
-    """For tokenizers written in Python. They hold Python's lock, so more threads neither help nor harm."""
+    """Encoding function and digest for a tokenizer written in Python. It holds the GIL, so more threads neither help
+    nor hurt."""
     described = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
 
@@ -343,14 +345,14 @@ def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[_Encode, str]:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The special tokens but the unknown one, which stands for any text outside the vocabulary."""
+    """The special tokens, except the unknown token, which represents any text outside the vocabulary."""
     special = _special_tokens(tokenizer)
     return {token: index for token, index in special.items() if token and index != tokenizer.unk_token_id}
 
 
 def _leaking_tokens(tokenizer: PreTrainedTokenizerBase, encode: _Encode) -> re.Pattern[str] | None:
-    """A pattern for the special tokens whose spelling is encoded as the token even as plain text, None where there are
-    none. It happens where they are entries of the ordinary vocabulary too (Unigram and word-level models)."""
+    """A pattern for the special tokens whose spelling is encoded as the token even in plain text; None if there are
+    none. This happens if they are also entries of the ordinary vocabulary (Unigram and word-level models)."""
     tokens = _control_tokens(tokenizer)
     encoded = (
         to_lists(encode([f"a {token} b" for token in tokens])),
@@ -368,7 +370,7 @@ def _leaking_tokens(tokenizer: PreTrainedTokenizerBase, encode: _Encode) -> re.P
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Documents on their way to the encoder: `rows` (int64 [N], numbers inside the unit) and their `texts`."""
+    """Documents to be encoded: `rows` (int64 [N], row numbers within the unit) and their `texts`."""
 
     epoch: int
     unit: int
@@ -378,7 +380,7 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """The same documents as `tokens` (int32 [T]); document i ends before token `ends[i]` (int64 [N])."""
+    """Encoded documents: `tokens` (int32 [T]); document i ends before token `ends[i]` (int64 [N])."""
 
     epoch: int
     unit: int
@@ -390,7 +392,7 @@ class EncodedRows:
 class EncoderPool:
     """Encodes row batches on threads.
 
-    Threads suffice because the Rust encoder releases Python's lock while it works.
+    Threads suffice because the Rust encoder releases the GIL while it works.
     """
 
     def __init__(self, encoder: Encoder, boundaries: BoundaryTokens | None, workers: int) -> None:
@@ -399,11 +401,11 @@ class EncoderPool:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenizer")
 
     def submit(self, batch: RowBatch) -> Future[EncodedRows]:
-        """Encode a batch on one of the threads."""
+        """Queue a batch for encoding on one of the threads."""
         return self._pool.submit(self._encode, batch)
 
     def close(self) -> None:
-        """Drop what has not begun and wait for the batches being encoded (milliseconds)."""
+        """Cancel batches that have not started and wait for those being encoded (milliseconds)."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _encode(self, batch: RowBatch) -> EncodedRows:

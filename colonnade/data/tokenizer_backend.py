@@ -1,8 +1,8 @@
-"""Which library encodes: `tokenizers`, or `fastokens` where it has given the same ids.
+"""Which library encodes: `tokenizers`, or `fastokens` if it has given the same ids.
 
-Sameness is shown, not believed: on every Unicode code point between others, on texts chosen to be hard, on random
-mixtures of them, and on the run's own first rows. All but the last depends on the tokenizer alone and is remembered in
-the user's cache folder.
+That the ids are the same is tested, not assumed: on every Unicode code point in context, on texts chosen to be hard, on
+random mixtures, and on the first rows of the run. All but the last depend only on the tokenizer; their result is cached
+in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Part of the key of a remembered result: raise it whenever other texts are compared.
+# Part of the key of a cached result. Increase it with any change of the texts that are compared.
 PROOF_VERSION = 1
 SAMPLE_ROWS = 256
-# Bounds the time the first rows take, whatever is in them: about a second for `tokenizers` together.
+# Limits on the first rows, in total and per row. With them `tokenizers` takes about a second at most to encode them.
 _SAMPLE_CHARACTERS, _ROW_CHARACTERS = 1 << 20, 1 << 16
-# First rows that were found the same are remembered by hash; this many of the newest.
+# First rows that gave the same ids are cached by their hash; this many of the newest are kept.
 _REMEMBERED_SAMPLES = 64
 
 CODE_POINTS = 0x110000
-_SURROGATES = range(0xD800, 0xE000)  # no text holds them
+_SURROGATES = range(0xD800, 0xE000)  # cannot occur in text
 _BATCH, _LINE = 4096, 64
 
 _Encode = Callable[[list[str]], FlatIds]
@@ -57,12 +57,12 @@ _Encode = Callable[[list[str]], FlatIds]
 
 @dataclass(frozen=True)
 class Backend:
-    """A choice that has been made.
+    """The backend that was chosen.
 
     Attributes:
         name: "hf" or "fastokens".
-        version: of `fastokens`, empty for "hf".
-        reason: for the line that tells of the choice.
+        version: version of `fastokens`; empty for "hf".
+        reason: why it was chosen, for the line that reports the choice.
     """
 
     name: str
@@ -81,16 +81,16 @@ class Backend:
 def open_encoder(
     tokenizer: PreTrainedTokenizerBase, backend: str | Backend, first_rows: Iterable[str] = ()
 ) -> tuple[Encoder, Backend]:
-    """An encoder, with the backend asked for or chosen.
+    """An encoder and the backend it uses.
 
     Args:
-        backend: "hf"; "fastokens", or an error; "auto": `fastokens` if its ids are shown to be the same, else "hf"
-            with the reason. A `Backend` was settled by another call and is not checked again: where this machine lacks
-            that very version, "hf" gives the same ids.
-        first_rows: documents of the run; the first `SAMPLE_ROWS` are compared. Only read where they are needed.
+        backend: "hf"; "fastokens", an error if it cannot be used; or "auto": `fastokens` if it is shown to give the
+            same ids, else "hf" with the reason. A `Backend` is the result of an earlier call and is not checked again;
+            if this machine lacks exactly that version, it falls back to "hf", which gives the same ids.
+        first_rows: documents of the run; the first `SAMPLE_ROWS` are compared. Read only if needed.
 
     Raises:
-        UsageError: "fastokens" cannot be used or gives other ids; `backend` is none of these.
+        UsageError: "fastokens" was requested and cannot be used or gives different ids; `backend` is none of these.
     """
     asked = backend.name if isinstance(backend, Backend) else backend
     if asked not in TOKENIZER_BACKENDS:
@@ -118,7 +118,7 @@ def open_encoder(
 
 
 def read_first_rows(units: Units, text_column: str) -> Iterator[str]:
-    """The documents of a corpus in order, without the rows and units that the stream leaves out."""
+    """The documents of a corpus in file order, without the rows and units that the training stream drops."""
     with closing(UnitReader(text_column)) as reader:
         for unit in range(len(units)):
             try:
@@ -132,14 +132,14 @@ def read_first_rows(units: Units, text_column: str) -> Iterator[str]:
                 continue
 
 
-# --- the proof -------------------------------------------------------------------------------------------------------
+# --- comparing the ids -----------------------------------------------------------------------------------------------
 
 
 def _prove(encoder: Encoder, fast: _Encode, version: str, first_rows: Iterable[str]) -> str:
-    """Show that `fast` gives the ids of `encoder`, as far as that is not remembered; returns what was shown.
+    """Check that `fast` gives the same ids as `encoder`, except for checks whose result is cached. Returns a summary.
 
     Raises:
-        BackendUnavailableError: it does not, and where it differs.
+        BackendUnavailableError: it gives different ids; the message says for which text.
     """
     started = time.perf_counter()
     sample = _sample(first_rows)
@@ -151,7 +151,7 @@ def _prove(encoder: Encoder, fast: _Encode, version: str, first_rows: Iterable[s
         difference = _first_difference(encoder.flat, fast, _proof_batches(encoder))
     if difference is None and sample_hash not in known["samples"]:
         found = first_difference_in(encoder.flat, fast, sample)
-        if found is not None:  # a matter of these rows, so not remembered as one of the tokenizer
+        if found is not None:  # specific to these rows, so it is not cached as a result for the tokenizer
             difference, sample_hash = f"in the first {len(sample)} rows, {found}", ""
     samples = [*dict.fromkeys([*known["samples"], *([sample_hash] if difference is None else [])])]
     if sample_hash:
@@ -175,7 +175,7 @@ def _sample(rows: Iterable[str]) -> list[str]:
 
 
 def _first_difference(reference: _Encode, fast: _Encode, batches: Iterable[Callable[[], list[str]]]) -> str | None:
-    """Compare on threads; batches are made there too, since all of them together are large."""
+    """Compare on threads. The threads also create the batches, since all of them at once would be large."""
     with ThreadPoolExecutor(workers_setting(), thread_name_prefix="tokenizer-proof") as pool:
         outcomes = pool.map(lambda make: first_difference_in(reference, fast, make()), batches)
         try:
@@ -185,7 +185,7 @@ def _first_difference(reference: _Encode, fast: _Encode, batches: Iterable[Calla
 
 
 def first_difference_in(reference: _Encode, fast: _Encode, texts: list[str]) -> str | None:
-    """What differs between the ids of two encoders on `texts`; None where nothing does."""
+    """The first difference between the ids of two encoders on `texts`, as text; None if there is none."""
     if not texts:
         return None
     expected = reference(texts)
@@ -208,7 +208,7 @@ def _shown(text: str) -> str:
 
 
 def _proof_batches(encoder: Encoder) -> Iterator[Callable[[], list[str]]]:
-    """What makes the texts to compare, batch by batch."""
+    """Functions that each create one batch of texts to compare."""
     yield lambda: hard_texts(encoder)
     yield random_texts
     for start in range(0, CODE_POINTS, _BATCH):
@@ -216,11 +216,12 @@ def _proof_batches(encoder: Encoder) -> Iterator[Callable[[], list[str]]]:
 
 
 def code_point_texts(start: int, stop: int) -> list[str]:
-    """Texts with every character from code point `start` up to `stop`.
+    """Texts with every character from code point `start` up to (excluding) `stop`.
 
-    Those assigned in Python's version of Unicode stand each in a text of its own, and in lines between letters, digits,
-    spaces and apostrophes, where patterns look at their classes. The others (six of seven, alike to every pattern)
-    stand in lines between a letter and a line end: a text of its own for each would take most of the time.
+    Each character assigned in Python's version of Unicode is a text of its own, and also occurs in lines between
+    letters, digits, spaces and apostrophes, where the patterns of pre-tokenizers depend on its class. The others (six
+    of seven, all the same to every pattern) only occur in lines between a letter and a line end: one text for each
+    would take most of the time.
     """
     found = [chr(code) for code in range(start, min(stop, CODE_POINTS)) if code not in _SURROGATES]
     assigned = [character for character in found if unicodedata.category(character) not in ("Cn", "Co")]
@@ -252,13 +253,13 @@ _PIECES = (
 
 
 def random_texts(count: int = 10_000, longest: int = 16) -> list[str]:
-    """Random mixtures of what patterns treat in different ways; always the same ones."""
+    """Random mixtures of strings that pre-tokenizer patterns treat differently; the same texts on every call."""
     generator = random.Random(0)
     return ["".join(generator.choices(_PIECES, k=generator.randint(1, longest))) for _ in range(count)]
 
 
 def hard_texts(encoder: Encoder) -> list[str]:
-    """Texts that tokenizers are known to stumble over, and the spellings of this one's special and added tokens."""
+    """Texts that are known to be hard for tokenizers, and the spellings of this one's special and added tokens."""
     texts = [
         "",
         *(white * count for white in (" ", "\n", "\t", "\r\n", "\u3000", " \n") for count in (1, 2, 3, 17, 5000)),
@@ -276,7 +277,7 @@ def hard_texts(encoder: Encoder) -> list[str]:
     return texts
 
 
-# --- what is remembered ----------------------------------------------------------------------------------------------
+# --- cached results --------------------------------------------------------------------------------------------------
 
 
 def _cache_file(digest: str, version: str) -> Path:
@@ -287,7 +288,7 @@ def _cache_file(digest: str, version: str) -> Path:
 
 
 def _read_cache(path: Path) -> dict[str, Any]:
-    """What was found before: `compared`, `difference` and `samples`. A file that is damaged counts as none."""
+    """The cached result: `compared`, `difference` and `samples`. A damaged file counts as a missing one."""
     nothing: dict[str, Any] = {"compared": False, "difference": None, "samples": []}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -305,7 +306,7 @@ def _read_cache(path: Path) -> dict[str, Any]:
 
 
 def _write_cache(path: Path, found: dict[str, Any]) -> None:
-    """A folder that cannot be written costs the comparison at the next start, no more."""
+    """Write the cached result. If that fails, the only cost is another comparison at the next start."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(found))

@@ -1,4 +1,4 @@
-"""Reading one unit at a time, in windows, with the next one fetched in the background where it is remote."""
+"""Reading one unit at a time, in windows; the next unit of a remote file is fetched in the background."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class _Expected:
-    """A unit under way in the background."""
+    """A unit that is being fetched in the background."""
 
     shard: Shard
     number: int
@@ -35,11 +35,11 @@ class _Expected:
 
 
 class UnitReader:
-    """Reads the text of one unit at a time and keeps the file of the last one open.
+    """Reads the text of one unit at a time and keeps the file of the last unit open.
 
-    Used from one thread; several may exist at once. Beside the window handed out it holds another one being put
-    together, and of a remote file at most two ranges of 8 MiB: about 64 MiB in all, as long as no document, page or
-    Arrow batch is larger than a window.
+    One reader is used from one thread; several readers may exist at once. Besides the window it has yielded, it holds
+    another window being assembled and, for a remote file, at most two ranges of 8 MiB: about 64 MiB in all, as long as
+    no document, page or Arrow batch is larger than a window.
     """
 
     def __init__(self, text_column: str) -> None:
@@ -51,18 +51,19 @@ class UnitReader:
     def windows(self, shard: Shard, number: int) -> Iterator[pa.Array | npt.NDArray[np.unsignedinteger]]:
         """Unit `number` of `shard` in windows of about `WINDOW_BYTES` of text.
 
-        A window is a `large_string` array of whole rows. Boundaries follow from the file alone: one window where the
-        unit is no larger, none where it has no rows. Rows are not checked for UTF-8. A token shard's window is an
-        array uint16 or uint32 [T], one row of ids, not compared with any vocabulary.
+        A window is a `large_string` array of whole rows. Window boundaries depend only on the file: a unit no larger
+        than a window is one window, a unit without rows has none. Rows are not checked for UTF-8. A token shard's
+        window is an array uint16 or uint32 [T], one row of ids, not checked against any vocabulary.
 
-        The whole unit is read and checked before its first window leaves. One that is larger than a window is read
-        twice, the first time only to check it: so a unit that is bad near its end is never half delivered, and memory
-        stays bounded.
+        The whole unit is read and checked before its first window is yielded. A unit larger than a window is read
+        twice, the first time only to check it. So a unit that is bad near its end is never delivered in part, and
+        memory stays bounded.
 
         Raises:
-            DamagedUnit: before the first window: the bytes are there and wrong (checksum, encoding, truncation).
-            RunError: the file cannot be reached (missing, no permission, I/O or network error), or was changed between
-                the two readings. Never a skip: a lost mount would silently skip the rest of the corpus.
+            DamagedUnit: only before the first window: the bytes can be read but are wrong (checksum, encoding,
+                truncation).
+            RunError: the file cannot be reached (missing, no permission, I/O or network error), or it changed between
+                the two reads. Such a unit is never skipped: a lost mount would silently skip the rest of the corpus.
         """
         first, more = self._guarded(shard, lambda: self._first_window(shard, number))
         file = self._file
@@ -86,13 +87,13 @@ class UnitReader:
                 file.source.release()
                 return
             yield window
-            del window  # or two would be in memory beside the consumer's
+            del window  # else two windows would be in memory besides the consumer's
 
     def expect(self, shard: Shard, number: int) -> None:
-        """A hint: unit `number` of `shard` comes next. A remote one is fetched in the background.
+        """A hint that unit `number` of `shard` is read next. If it is remote, it is fetched in the background.
 
-        May be called before the current unit's windows are asked for, or after. Of hints that were not followed, the
-        last two are kept.
+        It may be called before or after the current unit's windows are requested. The last two hints that were not yet
+        used are kept.
         """
         if not is_remote(shard.path) or any(each.is_for(shard, number) for each in self._expected):
             return
@@ -101,7 +102,7 @@ class UnitReader:
         self._expected.append(_Expected(shard, number, Background(lambda: self._open(shard, number))))
 
     def close(self) -> None:
-        """Close what is open. A request under way is left to its thread."""
+        """Close what is open. A request in flight is left to its thread."""
         while self._expected:
             self._expected.pop().fetch.then(_close)
         if self._file is not None:
@@ -111,7 +112,7 @@ class UnitReader:
     def _first_window(
         self, shard: Shard, number: int
     ) -> tuple[pa.Array | npt.NDArray[np.unsignedinteger] | None, bool]:
-        """The unit's first window after all of it was read; None and True where there are more."""
+        """Read the whole unit. Returns (its window, False) if it has at most one window, else (None, True)."""
         file = self._ready(shard, number)
         if shard.layout == "tokens":
             return next(file.pieces(number), None), False
@@ -122,7 +123,7 @@ class UnitReader:
         return first, more
 
     def _ready(self, shard: Shard, number: int) -> ShardFile:
-        """The open file, with the unit's bytes at hand or on their way."""
+        """The open file, with the unit's bytes available or being fetched."""
         for expected in self._expected:
             if expected.is_for(shard, number):
                 self._expected.remove(expected)
@@ -161,7 +162,7 @@ class UnitReader:
             file.source.focus(*file.byte_range(number))
 
     def _guarded(self, shard: Shard, call: Callable[[], T]) -> T:
-        """`call()`, with what libraries raise sorted into damage and unreachable files."""
+        """`call()`, with library errors classified: DamagedUnit for damage, RunError for an unreachable file."""
         import pyarrow as pa
 
         try:
@@ -173,14 +174,15 @@ class UnitReader:
             if isinstance(error, DamagedUnit):
                 raise
             reason = " ".join(str(error).split())
-            # pyarrow raises OSError for bad data as well; only what the system reports carries an errno.
+            # pyarrow raises OSError for bad data as well; only errors from the system carry an errno.
             if isinstance(error, OSError) and error.errno is not None:
                 raise RunError(f"data shard {shard.path} cannot be reached: {reason}") from error
             raise DamagedUnit(reason) from error
 
 
 def _use_system_allocator() -> None:
-    """pyarrow's own allocators keep what was freed, tens of MiB a process, and a lane's memory could not be bounded."""
+    """Make pyarrow use malloc: its own allocators keep freed memory, tens of MiB per process, so that the memory of a
+    lane could not be bounded."""
     import pyarrow as pa
 
     if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ and pa.default_memory_pool().backend_name != "system":

@@ -1,8 +1,8 @@
-"""Cutting a unit into windows: whole rows, about `WINDOW_BYTES` of text, boundaries that follow from the file alone.
+"""Cutting a unit into windows: whole rows, about `WINDOW_BYTES` of text, boundaries that depend only on the file.
 
-Columns arrive in small pieces, however the file stores them, and leave as arrays of one type. A window's text lies in
-memory that goes back to the system when the window is dropped. An allocator's would stay, a different amount in every
-thread, and a lane's share could not be told.
+Columns arrive in small pieces, of whatever type the file stores, and windows are arrays of one type. A window's text is
+in an anonymous mapping, whose memory returns to the system when the window is freed. A general allocator would keep a
+different amount in every thread, so that the memory of a lane could not be bounded.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from colonnade.data.corpus import WINDOW_BYTES
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# A row counts with its text and this, for the bookkeeping of rows without text.
+# Added to the size of each row's text, so that rows without text also count towards a window's limit.
 _ROW_BYTES = 8
-# Rows taken from a stored array at a time: a dictionary may unfold to much more than it was.
+# Rows taken from a stored array at a time: a dictionary-encoded array may decode to a much larger one.
 PIECE_ROWS = 1024
 
 
 def cut_windows(pieces: Iterable[pa.Array], limit: int = WINDOW_BYTES) -> Iterator[pa.Array]:
     """Windows (`large_string`, not checked for UTF-8) over the rows of `pieces`, of strings or bytes of any type.
 
-    A window ends before the row with which it would exceed `limit` bytes, text plus 8 a row; a row larger than that is
-    a window of its own. No window is empty.
+    A window ends before the row that would make it exceed `limit` bytes, counting text plus 8 bytes per row; a larger
+    row is a window of its own. No window is empty.
     """
     window = _Window(limit)
     for piece in pieces:
@@ -57,7 +57,7 @@ def cut_windows(pieces: Iterable[pa.Array], limit: int = WINDOW_BYTES) -> Iterat
 
 
 class _Window:
-    """Text of rows, collected in one anonymous mapping of `limit` bytes whose untouched pages cost nothing."""
+    """Collects the text of rows in one anonymous mapping of `limit` bytes, whose untouched pages cost nothing."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -69,11 +69,11 @@ class _Window:
 
     @property
     def room(self) -> int:
-        """Bytes that still fit, text plus `_ROW_BYTES` a row."""
+        """Bytes that still fit, counting text plus `_ROW_BYTES` per row."""
         return self._limit - self._filled - _ROW_BYTES * self.rows
 
     def add(self, offsets: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_]) -> None:
-        """Append the rows between `offsets` into `data`."""
+        """Append the rows of `data` delimited by `offsets`."""
         if self._map is None:
             self._map = mmap.mmap(-1, max(self._limit, 1))
         first, last = int(offsets[0]), int(offsets[-1])
@@ -95,7 +95,7 @@ class _Window:
 
 
 def _raw(piece: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """A piece of N rows as offsets [N + 1] into bytes, and which rows are there [N]."""
+    """A piece of N rows as offsets [N + 1] into bytes, the bytes, and which rows are not null [N]."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(piece.type):

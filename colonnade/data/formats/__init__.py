@@ -1,4 +1,4 @@
-"""The formats of shards: for each a function that describes a file and a class that reads its units."""
+"""The shard formats: for each a function that describes a file and a class that reads its units."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DESCRIBE", "OPEN", "ShardFile", "detect_layout"]
 
-# How a file is described before the run. Arguments: its bytes, its path, its layout, the text column.
+# Describes a file before the run. Arguments: its bytes, its path, its layout, the text column.
 DESCRIBE: dict[Layout, Describe] = {
     "parquet": parquet.describe,
     "arrow-file": arrow.describe,
@@ -63,17 +63,17 @@ _SUFFIXES: dict[str, Layout] = {
 
 
 def detect_layout(path: str, start: bytes) -> Layout:
-    """Layout by content (`start`: the first bytes), or by suffix where the first bytes say nothing.
+    """Layout from the content (`start`: the first bytes), or from the suffix if these are not conclusive.
 
     Raises:
-        UsageError: a foreign file.
+        UsageError: an unknown format.
     """
     stem, suffix = posixpath.splitext(file_name(path).lower())
     layout = _SUFFIXES.get(suffix)
     for magic, found in _MAGIC:
         if start.startswith(magic):
             return found
-    # Bare token ids may begin like a compressed file.
+    # Headerless token ids may begin with the magic bytes of a compressed file.
     for magic, found in _COMPRESSION:
         if start.startswith(magic) and layout != "tokens":
             inner = stem if suffix in (".zst", ".zstd", ".gz") else stem + suffix

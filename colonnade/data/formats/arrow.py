@@ -1,10 +1,10 @@
 """Arrow IPC, file and stream: a unit is a record batch.
 
-A stream has no footer, and a file's footer does not tell rows. Both are found by walking the messages' headers, whose
-few fields are read here directly: pyarrow would read every body, over the network as well.
+A stream has no footer, and a file's footer does not give the number of rows. Both are found by walking the message
+headers, whose few fields are parsed here directly: pyarrow would read every message body, even over the network.
 Format: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
 
-A record batch is held whole.
+A record batch is held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 _RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
 _CONTINUATION = 0xFFFFFFFF
-# Metadata of one message. More is a damaged length.
+# Limit for the metadata of one message. A larger length is damaged.
 _MAX_METADATA = 256 << 20
 
 
 class _Message(NamedTuple):
     start: int
     end: int
-    rows: int | None  # None where it is no record batch
+    rows: int | None  # None if the message is not a record batch
 
 
 def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
-    """Rows and record batches from the messages' headers.
+    """Rows and record batches, from the message headers.
 
     Raises:
-        UsageError: no such column of text.
-        pyarrow.ArrowException, OSError, EOFError: a damaged file.
+        UsageError: the file has no text column of that name.
+        pyarrow.ArrowException, OSError, EOFError: the file is damaged.
     """
     import pyarrow as pa
 
@@ -66,7 +66,7 @@ def describe(source: Source, path: str, layout: Layout, text_column: str) -> Sha
 
 
 def _messages(source: Source, begin: int) -> Iterator[_Message]:
-    """The messages from byte `begin` to the end-of-stream mark or the end of the file. Raises EOFError."""
+    """The messages from byte `begin` to the end-of-stream marker or the end of the file. Raises EOFError."""
     start = begin
     while start < source.size:
         prefix = source.read_at(start, 8)
@@ -77,7 +77,7 @@ def _messages(source: Source, begin: int) -> Iterator[_Message]:
             raise EOFError(f"the message at byte {start} is cut short")
         mark, length = struct.unpack("<II", prefix)
         at = start + 8
-        if mark != _CONTINUATION:  # before Arrow 0.15
+        if mark != _CONTINUATION:  # written before Arrow 0.15
             length, at = mark, start + 4
         if length == 0:
             return
@@ -95,7 +95,7 @@ def _messages(source: Source, begin: int) -> Iterator[_Message]:
 
 
 def _header(metadata: bytes) -> tuple[int, int | None]:
-    """Length of the body, and rows of a record batch, from a flatbuffer `Message`."""
+    """From a flatbuffer `Message`: length of the body, and rows if it is a record batch (else None)."""
     root = struct.unpack_from("<I", metadata, 0)[0]
     kind = _field(metadata, root, 1)
     body = _field(metadata, root, 3)
@@ -109,7 +109,7 @@ def _header(metadata: bytes) -> tuple[int, int | None]:
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Where field `number` of the flatbuffer table at `table` stands; 0 where it has its default."""
+    """Offset of field `number` of the flatbuffer table at `table`; 0 if the field has its default value."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if vtable < 0:
         raise IndexError(vtable)
@@ -129,7 +129,7 @@ class ArrowFile(ShardFile):
         import pyarrow as pa
 
         if self.shard.layout == "arrow-file":
-            # With the field named, only its buffers are read.
+            # With `included_fields` set, only the buffers of the text column are read.
             with self.source.arrow() as file:
                 reader = pa.ipc.open_file(file)
                 if number >= reader.num_record_batches:

@@ -1,4 +1,4 @@
-"""What the formats have in common: an open shard, and the checks of a text column."""
+"""What the formats have in common: the interface of an open shard, and the checks of a text column."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ShardFile:
     """An open shard. Subclasses read one format.
 
     Attributes:
-        source: its bytes.
-        shard: what `describe` found.
+        source: the file's bytes.
+        shard: the result of the format's `describe`.
     """
 
     def __init__(self, source: Source, shard: Shard, text_column: str) -> None:
@@ -30,15 +30,15 @@ class ShardFile:
         self._text_column = text_column
 
     def byte_range(self, number: int) -> tuple[int, int]:
-        """The bytes of the file that `pieces` reads for unit `number`."""
+        """The byte range of the file that `pieces` reads for unit `number`."""
         raise NotImplementedError
 
     def pieces(self, number: int) -> Iterator[pa.Array | npt.NDArray[np.unsignedinteger]]:
-        """The rows of unit `number` in pieces small against a window, checked; a token shard's unit as one array.
+        """The rows of unit `number`, checked, in pieces much smaller than a window; a token shard's unit is one array.
 
         Raises:
             DamagedUnit, pyarrow.ArrowException, OSError without errno, EOFError: the bytes are wrong.
-            OSError with errno, RunError: the bytes cannot be had.
+            OSError with errno, RunError: the bytes cannot be read.
         """
         raise NotImplementedError
 
@@ -47,12 +47,12 @@ class ShardFile:
 
 
 def ranges(size: int, step: int) -> int:
-    """Number of ranges of `step` that cover `size`."""
+    """Number of ranges of length `step` needed to cover `size`."""
     return -(-size // step)
 
 
 def check_text_column(path: str, schema: pa.Schema, text_column: str) -> None:
-    """Raises UsageError where a schema has no such column of text."""
+    """Raises UsageError if the schema has no text column of that name."""
     if schema.get_field_index(text_column) < 0:
         raise UsageError(
             f"data shard {path} has no column {text_column!r} (it has {', '.join(schema.names) or 'none'}); "
@@ -66,7 +66,8 @@ def check_text_column(path: str, schema: pa.Schema, text_column: str) -> None:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    """Strings, and bytes too (writers that leave out the string annotation are common); `null` is all rows missing."""
+    """Whether a column type may hold text: strings; bytes, since many writers leave out the string annotation; and
+    `null`, where every row is missing."""
     import pyarrow.types as types
 
     if types.is_dictionary(kind):
@@ -76,8 +77,8 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 
 def checked(column: pa.Array) -> pa.Array:
-    """The array, after a check that its offsets stay inside its data. Arrow IPC carries no checksums, and a wrong
-    offset would be read as an address. UTF-8 is not judged here: one bad row is the filter's business."""
+    """The array, after a check that its offsets stay inside its data. Arrow IPC has no checksums, and a wrong offset
+    would cause an out-of-bounds read. UTF-8 is not checked here: the text filter drops single bad rows."""
     import pyarrow as pa
     import pyarrow.types as types
 

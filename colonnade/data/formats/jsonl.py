@@ -1,11 +1,11 @@
-"""JSON lines: one object a line, the text under the key of the text column.
+"""JSON lines: one object per line, with the text under the key named by the text column.
 
-A unit of a plain file is a range of 8 MiB and holds the lines that begin in it, so that nothing has to be scanned when
-the file is opened. A compressed file is one unit, read from its beginning.
+A unit of an uncompressed file is a range of 8 MiB and consists of the lines that begin in that range, so the file need
+not be scanned when it is opened. A compressed file is one unit, read from its beginning.
 
-Lines are parsed one by one with Python's parser: pyarrow 26's JSON reader ends the process (segmentation fault) on the
-line `null`. A line that is no JSON object, or whose text is not a string, is a row that is missing; the text filter
-counts it. Blank lines are no rows.
+Lines are parsed one by one with Python's parser, because pyarrow 26's JSON reader crashes the process (segmentation
+fault) on the line `null`. A line that is not a JSON object, or whose text is not a string, is a missing row; the text
+filter counts it. Blank lines are not rows.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 UNIT_BYTES = 8 << 20
-# Read at a time, and rows handed on at a time.
+# Bytes read at a time, and rows yielded at a time.
 _CHUNK_BYTES = 1 << 20
 _PIECE_ROWS = 1024
-# A longer line is no document: the file has no line ends, or is something else.
+# A longer line is not a document: the file has no line ends, or is not JSON lines.
 MAX_LINE_BYTES = 256 << 20
-# How much of a file is looked at before the run: bytes, and lines.
+# How much of a file is checked before the run: bytes, and lines.
 _FIRST_LINES_BYTES = 1 << 20
 _FIRST_LINES = 100
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
-    """Ranges of the file; one of its first lines has to be an object with the text column. Raises UsageError."""
+    """Cut the file into ranges. Raises UsageError unless one of its first lines is an object with the text column."""
     digest = fingerprint(source)
     start = source.read_at(0, _FIRST_LINES_BYTES)
     _check_first_lines(path, start, text_column)
@@ -45,7 +45,8 @@ def describe(source: Source, path: str, layout: Layout, text_column: str) -> Sha
 
 
 def describe_compressed(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
-    """One unit; one of its first lines has to be an object with the text column. Raises UsageError or OSError."""
+    """A shard of one unit. Raises OSError, and UsageError unless one of its first lines is an object with the text
+    column."""
     digest = fingerprint(source)
     with _decompressed(source, layout) as stream:
         _check_first_lines(path, stream.read(_FIRST_LINES_BYTES), text_column)
@@ -55,19 +56,19 @@ def describe_compressed(source: Source, path: str, layout: Layout, text_column: 
 def _decompressed(source: Source, layout: Layout) -> Any:
     import pyarrow as pa
 
-    # Closing it closes the file below.
+    # Closing the stream also closes the underlying file.
     return pa.CompressedInputStream(source.arrow(), {"jsonl-zst": "zstd", "jsonl-gz": "gzip"}[layout])
 
 
 def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
-    """Refuse a file that is no JSON lines, or whose objects have other keys. Later lines are judged as they come."""
+    """Refuse a file that is not JSON lines, or whose objects have other keys. Later lines are checked when read."""
     lines = [line for line in start.split(b"\n") if line.strip()]
     if not lines:
         raise UsageError(f"data shard {path} has 0 rows; remove it from the data pattern")
     if len(start) >= _FIRST_LINES_BYTES:
-        lines = lines[:-1]  # the last one is cut
+        lines = lines[:-1]  # the last line is truncated
     if not lines:
-        return  # one line longer than what was read
+        return  # a single line longer than what was read
     values = [value for line in lines[:_FIRST_LINES] if (value := _parse(line)) is not None]
     objects = [value for value in values if isinstance(value, dict)]
     if not objects:
@@ -81,7 +82,7 @@ def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
 
 
 def _parse(line: bytes) -> Any:
-    """The value of a line; None where it is no JSON. Bytes that are not UTF-8 become half surrogates."""
+    """The value of a line; None if it is not JSON. Bytes that are not UTF-8 become lone surrogates."""
     try:
         return json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
@@ -89,9 +90,9 @@ def _parse(line: bytes) -> Any:
 
 
 def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
-    """Whether a line is a JSON object, and its text as UTF-8; None where that is missing or not a string.
+    """Whether a line is a JSON object, and its text as UTF-8 (None if it is missing or not a string).
 
-    Bytes that are not UTF-8 inside the text are kept as they are: the text filter drops the row and counts it.
+    Bytes of the text that are not UTF-8 are kept as they are: the text filter drops and counts the row.
     """
     value = _parse(line)
     if not isinstance(value, dict):
@@ -102,12 +103,12 @@ def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
     try:
         return True, text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        # Half of an escaped surrogate pair: not text either.
+        # An escaped lone surrogate: encoded so that the text filter rejects it as well.
         return True, text.encode("utf-8", "surrogatepass")
 
 
 def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
-    """Lines as binary arrays. Raises DamagedUnit where there are lines and none of them is a JSON object."""
+    """Lines as binary arrays. Raises DamagedUnit if there are lines and none of them is a JSON object."""
     import pyarrow as pa
 
     texts: list[bytes | None] = []
@@ -130,7 +131,7 @@ def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their ends. Raises DamagedUnit for one longer than `MAX_LINE_BYTES`."""
+    """Lines without their line ends. Raises DamagedUnit for a line longer than `MAX_LINE_BYTES`."""
     open_parts: list[bytes] = []
     open_bytes = 0
     for chunk in chunks:
@@ -151,7 +152,8 @@ class JsonLinesFile(ShardFile):
     """An open file of JSON lines."""
 
     def byte_range(self, number: int) -> tuple[int, int]:
-        # One byte before, which tells whether a line begins here, and most of the time all of the last line.
+        # Begins one byte early, to see whether a line begins exactly here, and extends 64 KiB past the end, which
+        # usually covers the rest of the last line.
         return max(0, number * UNIT_BYTES - 1), min(self.shard.size, (number + 1) * UNIT_BYTES + (64 << 10))
 
     def pieces(self, number: int) -> Iterator[pa.Array]:
@@ -167,13 +169,13 @@ class JsonLinesFile(ShardFile):
             if at < stop:
                 yield chunk
                 continue
-            # The last line ends where the next unit's first one begins.
+            # The last line extends to where the next unit's first line begins.
             yield chunk
             if not chunk.endswith(b"\n"):
                 yield from self._rest_of_line(at)
 
     def _line_begin(self, start: int, stop: int) -> int | None:
-        """Where the first line begins that begins in `[start, stop)`."""
+        """Offset of the first line that begins in `[start, stop)`; None (or `stop`) if no line begins there."""
         if start == 0:
             return 0
         at = start - 1

@@ -1,7 +1,7 @@
-"""Parquet: a unit is a row group, of which one column chunk is read, in small batches.
+"""Parquet: a unit is a row group; only the text column's chunk is read, in small batches.
 
-Page checksums are verified where present. Pages are decoded one at a time, so that a row group of several GB costs no
-more memory than a small one; a single page, or a document, larger than a window is held whole.
+Page checksums are verified if present. Pages are decoded one at a time, so a row group of several GB takes no more
+memory than a small one. A single page or document larger than a window is held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from colonnade.data.windows import PIECE_ROWS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Text decoded at a time. The allocations behind it are a few times that.
+# Text decoded at a time. The allocations for it are a few times larger.
 _PIECE_BYTES = 256 << 10
-# How much of the file is read at a time, where a page is not larger.
+# How much of the file is read at a time, unless a page is larger.
 _BUFFER_BYTES = 256 << 10
 
 
 class _Footers:
-    """Footers of remote files, which cost requests: a lane in a shuffled corpus comes back to a file again and again.
+    """LRU cache of the footers of remote files. Reading one costs requests, and in a shuffled corpus a lane returns to
+    the same file again and again.
 
-    Shared by all readers of the process; parsed footers are only read from. Bounded by their serialised size.
+    Shared by all readers of the process, which only read the parsed footers. Bounded by their serialised size.
     """
 
     _LIMIT = 16 << 20
@@ -55,7 +56,7 @@ _footers = _Footers()
 
 
 def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
-    """Rows and row groups from the footer. Raises UsageError, or what pyarrow raises for a damaged file."""
+    """Rows and row groups, from the footer. Raises UsageError, or what pyarrow raises for a damaged file."""
     import pyarrow.parquet as pq
 
     digest = fingerprint(source, footer_only=True)
@@ -71,7 +72,7 @@ def describe(source: Source, path: str, layout: Layout, text_column: str) -> Sha
 
 
 def _leaf(footer: Any, text_column: str) -> int:
-    """Number of the text column among the file's columns, nested ones counted."""
+    """Index of the text column among the file's leaf columns (nested fields count separately)."""
     paths = [footer.schema.column(index).path for index in range(footer.num_columns)]
     return paths.index(text_column)
 
@@ -111,7 +112,7 @@ class ParquetFile(ShardFile):
         expected = self._footer.row_group(number).num_rows
         rows = 0
         try:
-            # One column: pyarrow's threads would have nothing to share.
+            # pyarrow parallelises over columns, and only one is read.
             for batch in self._file.iter_batches(
                 batch_size=self._batch_rows(number, expected),
                 row_groups=[number],

@@ -1,8 +1,8 @@
 """Plain text: one long text, cut into rows of at most 64 KiB whose concatenation is the file, every byte kept.
 
-A row ends after a blank line, where its 64 KiB hold one; failing that after a line end; failing that between two
-characters. A unit is about 8 MiB. Units begin at such a place as well, the first one from a multiple of 8 MiB on, so
-that any unit can be cut without reading what stands before it.
+A row ends after the last blank line in its 64 KiB; if there is none, after the last line end; else between two
+characters. A unit is about 8 MiB. It begins at the first such place after a multiple of 8 MiB, so any unit can be cut
+without reading the text before it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _BLANK_LINES = (b"\n\n", b"\n\r\n")
 
 
 def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
-    """Ranges of the file. Raises UsageError for an empty file and for one that is no UTF-8 text."""
+    """Cut the file into ranges. Raises UsageError for a file that is empty, begins with a UTF-16 byte order mark or has
+    a NUL in its first 4 KiB."""
     start = source.read_at(0, 4096)
     if not start:
         raise UsageError(f"data shard {path} has 0 rows; remove it from the data pattern")
@@ -45,7 +46,7 @@ def row_end(data: bytes) -> int:
 
 
 def character_start(data: bytes, at: int) -> int:
-    """The nearest place at or before `at` that is not inside a UTF-8 character; `at` where it is no UTF-8."""
+    """The last offset up to `at` that is not inside a UTF-8 character; `at` itself if the bytes are not UTF-8."""
     window = data[max(0, at - 4) : at]
     for back in range(1, len(window) + 1):
         byte = window[-back]
@@ -56,8 +57,8 @@ def character_start(data: bytes, at: int) -> int:
 
 
 def unit_begin(data: bytes) -> int:
-    """Where a unit begins in the 64 KiB from a multiple of 8 MiB on: after the first blank line, else the first line
-    end, else before the first character."""
+    """Where a unit begins in `data`, the 64 KiB from a multiple of 8 MiB on: after the first blank line, else after the
+    first line end, else before the first whole character."""
     found = [data.find(mark) + len(mark) for mark in _BLANK_LINES if mark in data]
     if found:
         return min(found)
@@ -83,7 +84,7 @@ class TextFile(ShardFile):
             data = carried + self._read(at, min(_PIECE_BYTES, stop - at))
             at = min(stop, at + _PIECE_BYTES)
             begin = 0
-            # A row is cut where its 64 KiB are all there, or nothing follows.
+            # Cut a row only when all of its 64 KiB are available, or when nothing follows.
             while begin < len(data) and (len(data) - begin >= ROW_BYTES or at == stop):
                 end = begin + row_end(data[begin : begin + ROW_BYTES])
                 rows.append(data[begin:end])

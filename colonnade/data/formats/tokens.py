@@ -1,13 +1,13 @@
-"""Token shards: ids that another program has made already, as simple trainers write them.
+"""Token shards: files of token ids that another program has written, in the formats of minimal trainers.
 
-- `.npy`: numpy's format, one dimension of uint16, uint32 or int32.
+- `.npy`: numpy's format, a one-dimensional array of uint16, uint32 or int32.
 - `.bin` with a header of 256 int32: 20240520, version 1, count, then uint16 ids (llm.c, modded-nanogpt); or 20240801,
   version 7, count, then uint32 ids (llm.c for Llama 3).
-- `.bin` without: bare ids, uint16 as nanoGPT writes them. Nothing in the file tells their type: a file of uint32 has to
-  say `uint32` or `.u32.` in its name.
+- `.bin` without a header: bare ids, uint16 as nanoGPT writes them. Nothing in the file gives their type, so the name of
+  a uint32 file must contain `uint32` or `.u32.`.
 
-A unit is 2**20 tokens. Ids are not compared with a vocabulary here: that is for the consumer, who knows it. A file
-that is read as the wrong type, or was made with another tokenizer, shows as ids above the vocabulary.
+A unit is 2**20 tokens. Ids are not checked against a vocabulary here; the consumer, who knows the vocabulary, does
+that. A file that is read as the wrong type, or was made with another tokenizer, then shows ids beyond the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from colonnade.errors import UsageError
 
 UNIT_TOKENS = 1 << 20
 _HEADER_BYTES = 256 * 4
-# First and second number of a header, and the type of the ids behind it.
+# First and second number of a header, and the type of the ids after it.
 _HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 _MAGIC_NUMBERS = {magic for magic, _ in _HEADERS}
-# A count is an estimate of the text behind the tokens, in bytes.
+# Used to estimate how many bytes of text the tokens stand for.
 _BYTES_PER_TOKEN = 4
 
 
 def describe(source: Source, path: str, layout: Layout, text_column: str) -> Shard:
-    """Type and number of the tokens. Raises UsageError for a file that is cut short or of another kind."""
+    """Type and number of the tokens. Raises UsageError for a file that is truncated or in another format."""
     digest = fingerprint(source)
     start = source.read_at(0, 4096)
     if start.startswith(b"\x93NUMPY"):
@@ -70,7 +70,7 @@ def _numpy_header(path: str, start: bytes) -> tuple[str, int, int]:
             f"data shard {path} holds {dtype} of shape {shape}; a token shard is one dimension of "
             "uint16, uint32 or int32"
         )
-    # Ids are not negative; a negative one shows as an id above any vocabulary.
+    # Read int32 as uint32: ids are not negative, and a negative one then shows as an id beyond any vocabulary.
     return dtype.str.replace("i", "u"), file.tell(), shape[0]
 
 
@@ -100,7 +100,7 @@ def _bin_header(path: str, start: bytes, size: int) -> tuple[str, int, int]:
 
 
 def _looks_like_uint32(numbers: npt.NDArray[np.uint16]) -> bool:
-    """Whether ids below 65,536 of four bytes each stand there."""
+    """Whether these look like four-byte ids below 65,536: every second number is 0."""
     return len(numbers) >= 8 and not numbers[1::2].any() and bool(numbers[::2].any())
 
 
