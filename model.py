@@ -1,19 +1,19 @@
-"""The decoder-only language model, cut over the ranks of a tensor-parallel group.
+"""The decoder-only language model, sharded over the ranks of a tensor-parallel group.
 
-RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245) and SwiGLU
-(arXiv:2002.05202): the Llama family, with Hugging Face's names for sizes, modules and parameters.
+RMSNorm (arXiv:1910.07467), rotary position embeddings (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245)
+and SwiGLU (arXiv:2002.05202): the Llama family, with Hugging Face's names for sizes, modules and parameters.
 
-Shapes: B batch, T block, H hidden, N query heads, K key/value heads, D head size, I feed-forward, V vocabulary; small
-letters (n, k, i, v) for what one slice holds. The way of an activation, with the collectives f and g between the
-segments (`colonnade/parallel/collectives.py` says what they are):
+Shapes: B batch, T block, H hidden, N query heads, K key/value heads, D head size, I feed-forward, V vocabulary;
+lower-case letters (n, k, i, v) are the sizes of one slice. The forward pass, with the collectives f and g between the
+segments (`colonnade/parallel/collectives.py` defines them):
 
     ids [B, T] -> vocabulary-parallel embedding -> x [B, T, H]
     each block: x -> norm -> f -> attention slices -> g -> + x -> norm -> f -> MLP slices -> g -> + x
-    x -> norm -> f -> head and cross-entropy slices, for a stretch of tokens at a time
+    x -> norm -> f -> head and cross-entropy slices, one chunk of tokens at a time
 
-A segment is what lies between two collectives: plain tensors in, plain tensors out. It is compiled whole or without its
-first projection (`colonnade/parallel/segments.py`), so that no compiled graph holds a collective. Parameters are
-`DTensor`s; the forward pass takes their local parts.
+A segment is the computation between two collectives: plain tensors in, plain tensors out. It is compiled as a whole or
+without its first projection (`colonnade/parallel/segments.py`), so no compiled graph contains a collective. Parameters
+are `DTensor`s; the forward pass uses their local parts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from colonnade.run_settings import CHECKPOINTING
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and last norm; named so that parameters read `model.layers.0...`."""
+    """Embedding, blocks and final norm: a separate module, so that parameter names read `model.layers.0...`."""
 
     def __init__(
         self, make: Callable[..., Projection], config: ModelConfig, group: TensorGroup, weights: StepWeights
@@ -78,35 +78,36 @@ def _prefixed(make: Callable[..., Projection], prefix: str, name: str, *sizes: A
 
 
 class TensorParallelModel(nn.Module):
-    """A decoder whose parameters are cut over the "tp" dimension of a mesh.
+    """A decoder whose parameters are sharded over the "tp" dimension of a mesh.
 
     The same seed gives the same weights, to the bit, at every tensor- and data-parallel size. Initialisation: weights
-    N(0, initializer_range), those of the projections into the residual stream (o_proj, down_proj) divided by
-    sqrt(2 * layers) (GPT-2, section 2.3), norms 1, biases 0.
+    are normal with mean 0 and standard deviation initializer_range, which is divided by sqrt(2 * layers) for the
+    projections into the residual stream (o_proj, down_proj; GPT-2, section 2.3); norms are 1, biases 0.
 
     Args:
-        config: the sizes.
+        config: the model's sizes.
         layout: mesh and device.
-        seed: keys the initial weights.
-        slices: V, the number of slices with a fixed order of sums; None for one a rank, summed by the library.
+        seed: seeds the initial weights.
+        slices: V, the number of slices, which are summed in a fixed order; None for one slice per rank, summed by the
+            library's all-reduce.
         replicate_embeddings: keep embedding and head whole on every rank.
-        param_dtype: what parameters (and gradients, and optimizer state) are stored in.
-        compute_dtype: what activations and matrix products use; None for the parameters' dtype.
-        activation_checkpointing: what the backward pass computes again: "none", "selective" (the feed-forward, without
-            a collective) or "full" (whole blocks, of which only the input is kept).
+        param_dtype: the dtype in which parameters (and gradients, and optimizer state) are stored.
+        compute_dtype: the dtype of activations and matrix products; None for the parameters' dtype.
+        activation_checkpointing: what the backward pass recomputes: "none", "selective" (the feed-forward, which needs
+            no collective) or "full" (whole blocks, of which only the input is kept).
         compiled: compile the segments between collectives.
-        sequence_parallel: each rank holds its share of the residual stream's tokens.
-        overlap_collectives: compute half of a micro-batch while a collective of the other half is under way.
+        sequence_parallel: shard the tokens of the residual stream over the ranks.
+        overlap_collectives: compute one half of a micro-batch while a collective of the other half is in flight.
         cuda_graphs: replay the compiled segments as CUDA graphs.
-        float8: multiply projections in float8 (`colonnade/parallel/float8.py`).
-        z_loss: coefficient of the squared logarithm of the softmax's denominator in the loss; 0 for none.
-        shares_memory: on the CPU ranks of one machine exchange tensors through memory (`SharedMemory`).
+        float8: compute the projections' matrix products in float8 (`colonnade/parallel/float8.py`).
+        z_loss: coefficient of the z-loss, the squared logarithm of the softmax's denominator; 0 disables it.
+        shares_memory: on the CPU, ranks of one machine exchange tensors through shared memory (`SharedMemory`).
         overlap_weight_gradients: in the backward pass, compute weight gradients while the all-reduce of the input
-            gradient (f) is in flight (`colonnade/parallel/column_parallel.py`). Without effect with one rank,
-            `cuda_graphs` or `float8`, or when compiled in a fixed order.
+            gradient (f) is in flight (`colonnade/parallel/column_parallel.py`). Has no effect with one rank,
+            `cuda_graphs` or `float8`, or when compiled with a fixed order of sums.
 
     Raises:
-        UsageError: the sizes cannot be cut over these ranks.
+        UsageError: the sizes cannot be sharded over these ranks.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class TensorParallelModel(nn.Module):
                 compiled=compiled, fixed_order=self.group.fixed_order, cuda_graphs=cuda_graphs, float8=float8
             ),
         )
-        # For shapes that change with every call, as those of generation do.
+        # For generation, whose shapes change with every call: each shape would be compiled again.
         self.eager_segments = Segments(config, compiled=False, grouped=grouped, product=product)
         self.document_kernel = document_kernel(layout.device, config.head_dim, self.compute_dtype, compiled=compiled)
         make = partial(self._make, seed, param_dtype)
@@ -168,11 +169,11 @@ class TensorParallelModel(nn.Module):
         )
         if cuda_graphs:
             for parameter in self.parameters():
-                # A graph's memory is written again by its next replay: what stays has to be a copy.
+                # The next replay of a graph overwrites its output memory, so gradients that are kept must be copies.
                 parameter.register_hook(torch.clone)
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.shards: DataParallelShards | None = None
-        """How data-parallel ranks share out the parameters (`shard_over_data_parallel`); None: each has all."""
+        """How data-parallel ranks shard the parameters (`shard_over_data_parallel`); None if they do not."""
 
     # -- creation
 
@@ -185,7 +186,7 @@ class TensorParallelModel(nn.Module):
         in_features: int | None = None,
         bias: bool = False,
     ) -> Projection:
-        """Create and initialise the parameters of one projection, or of a norm when it has no input size."""
+        """Create and initialise the parameters of one projection, or of a norm if `in_features` is None."""
         if in_features is None:
             return Projection(self._parameter(f"{name}.weight", (out_features,), dtype, seed, fill=1.0))
         weight = self._parameter(f"{name}.weight", (out_features, in_features), dtype, seed)
@@ -213,7 +214,7 @@ class TensorParallelModel(nn.Module):
         )
 
     def share_out(self, *, mode: str, fixed_order: bool, gather_dtype: torch.dtype | None = None) -> None:
-        """Cut the parameters over the data-parallel ranks of the layout as well (`shard_over_data_parallel`)."""
+        """Shard the parameters over the layout's data-parallel ranks as well (`shard_over_data_parallel`)."""
         self._settle_blocks()
         self.shards = shard_over_data_parallel(
             self,
@@ -227,17 +228,17 @@ class TensorParallelModel(nn.Module):
         )
 
     def cut(self, name: str) -> Cut:
-        """How the parameter `name` lies over the tensor-parallel ranks."""
+        """How the parameter `name` is cut over the tensor-parallel ranks."""
         return cut_of(name, self.config, self.layout.tp, replicate_embeddings=self.replicate_embeddings)
 
     @property
     def pieces(self) -> list[tuple[int, int]]:
-        """Of each parameter the dimension it is cut along, and the pieces that no rank count cuts further."""
+        """For each parameter, its cut dimension and its number of pieces, which no number of ranks cuts further."""
         slices = self.group.slices
         return [(self.cut(name).dim, piece_count(name, self.config, slices)) for name, _ in self.named_parameters()]
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Parameters of the whole model, padding left out; without embedding and head on request."""
+        """Number of parameters of the whole model, without padding; excludes embedding and head if not `embeddings`."""
         count = 0
         for name, parameter in self.named_parameters():
             if is_vocabulary(name):
@@ -249,30 +250,30 @@ class TensorParallelModel(nn.Module):
     # -- forward
 
     def weights_kept(self) -> AbstractContextManager[None]:
-        """Cast and join weights once for all passes in this block; their gradients are in `.grad` when it ends.
+        """Context in which weights are cast and joined once for all passes; on exit their gradients are in `.grad`.
 
-        Parameters that data-parallel ranks share out are there for a block's own passes alone: nothing is kept of them.
+        A no-op if data-parallel ranks shard the parameters: FSDP then gathers and frees the whole ones itself.
         """
         return self.weights.kept() if self.shards is None else nullcontext()
 
     def gradient_holders(self) -> list[Tensor]:
-        """What holds the gradients of the passes so far: parameters and, while weights are kept, their copies."""
+        """The tensors with the gradients of the passes so far: parameters and, in `weights_kept`, their copies."""
         return [*self.parameters(), *self.weights.leaves()]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, document_starts: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
-        """Sum of the tokens' cross-entropies, and in training of their z-losses.
+        """Sum of the tokens' cross-entropies, plus their z-losses if gradients are enabled.
 
         Args:
             input_ids: [B, T] token ids.
-            labels: [B, T], the next token of each position; `IGNORE_INDEX` leaves one out.
+            labels: [B, T], the next token of each position; `IGNORE_INDEX` excludes a position.
             document_starts: bool [B, T], True where a document begins (the first column counts as True): attention
-                stays within a document and positions restart with it. None: each row is one document.
-            scale: the sum is multiplied by it.
+                stays within a document, and positions restart at its beginning. None: each row is one document.
+            scale: factor applied to the sum.
 
         Returns:
-            A scalar, float32 or wider, equal on every rank of the group.
+            A scalar, float32 or wider, equal on every rank of the tensor-parallel group.
         """
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
@@ -297,22 +298,22 @@ class TensorParallelModel(nn.Module):
 
     @property
     def _head_slices(self) -> int:
-        """Slices of the head on this rank."""
+        """Number of slices of the head on this rank."""
         return 1 if self.replicate_embeddings else self.group.local_slices
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of the whole vocabulary on every rank, for checks; not for training."""
+        """Logits [B, T, V] of the whole vocabulary, on every rank. For checks, not for training."""
         ends = self._final_hidden_states(input_ids, document_starts, local_part(self.model.embed_tokens.weight))
         return self._whole_logits(torch.cat([residual.whole(end) for residual, end in ends]))
 
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, V] of the token after each row, whole on every rank; the cache then holds these tokens as well.
+        """Logits [B, V] of the token after each row, for the whole vocabulary on every rank.
 
         Args:
-            input_ids: [B, T] token ids, which follow those in the cache; [B, 1] after the first call.
-            cache: for these rows, with room for T tokens.
+            input_ids: [B, T] token ids that follow those in the cache; [B, 1] after the first call.
+            cache: the cache of these rows, with room for T more tokens; these are added to it.
         """
         count = input_ids.shape[1]
         cos, sin = (
@@ -327,12 +328,12 @@ class TensorParallelModel(nn.Module):
         return self._whole_logits(add_and_norm(stream, self.model.norm)[1][:, -1:])[:, 0]
 
     def _whole_logits(self, hidden: Tensor) -> Tensor:
-        """[B, T, H] -> [B, T, V] on every rank, each slice's product on its own where the order of sums is fixed."""
+        """[B, T, H] -> [B, T, V] on every rank; with a fixed order of sums, each slice is a product of its own."""
         weight, _ = self._head()
         slices = self.weights.get("head", lambda: pieces(weight, self._head_slices), hidden.dtype)
         local = torch.cat([self.eager_segments.logits(hidden, part) for part in slices], dim=1)
         if self.group.size > 1 and not self.replicate_embeddings:
-            # Where the vocabulary does not divide, the last ranks hold less: what fills them up lies behind it all.
+            # If the vocabulary does not divide evenly, the last ranks hold fewer rows: their padding comes at the end.
             width = -(-self.config.padded_vocab_size // self.group.size)
             own = F.pad(local, (0, width - local.shape[1]))
             parts = [torch.empty_like(own) for _ in range(self.group.size)]
@@ -343,11 +344,12 @@ class TensorParallelModel(nn.Module):
     def _final_hidden_states(
         self, input_ids: Tensor, document_starts: Tensor | None, table: Tensor
     ) -> list[tuple[ReplicatedResidual | ShardedResidual, Tensor]]:
-        """The last norm's output for token ids [B, T]: of each stream, as its residual holds it.
+        """The final norm's output for token ids [B, T], for each stream in the form in which its residual stores it.
 
-        `table`: this rank's part of the embedding, as `local_part` gives it.
+        `table`: this rank's part of the embedding, as returned by `local_part`.
         """
-        # A micro-batch of one sequence has no halves. One rank has nothing to wait for, but the sums of a fixed order.
+        # A micro-batch of one sequence has no halves. One rank has nothing to wait for, but with a fixed order of sums
+        # it has to sum in halves as well, to give the same bits as several ranks.
         overlaps = self.overlap_collectives and (self.group.size > 1 or self.group.fixed_order)
         halves = 2 if overlaps and len(input_ids) > 1 else 1
         parts = input_ids.chunk(halves)
@@ -363,8 +365,8 @@ class TensorParallelModel(nn.Module):
     def _embedded(
         self, parts: Sequence[Tensor], residuals: Sequence[ReplicatedResidual | ShardedResidual], table: Tensor
     ) -> list[Pending[Tensor]]:
-        """Token ids, one [B, T] a residual -> the beginning of each stream, in the dtype of the products."""
-        # One look-up for all: its backward pass writes a gradient as large as the table.
+        """Token ids, one [B, T] per residual -> the start of each residual stream, in the compute dtype."""
+        # A single look-up for all streams: the backward pass of each one writes a gradient as large as the table.
         input_ids, sizes = torch.cat(list(parts)), [len(part) for part in parts]
         if self.replicate_embeddings:
             whole = F.embedding(input_ids, table).to(self.compute_dtype).split(sizes)
@@ -375,7 +377,7 @@ class TensorParallelModel(nn.Module):
         return [residual.collect([piece]) for piece, residual in zip(pieces, residuals, strict=True)]
 
     def _context(self, input_ids: Tensor, document_starts: Tensor | None) -> ForwardContext:
-        """What the layers share for sequences of token ids [B, T]."""
+        """What all layers share when they process sequences of token ids [B, T]."""
         batch, block = input_ids.shape
         residual: ReplicatedResidual | ShardedResidual
         if self.sequence_parallel:
@@ -386,7 +388,7 @@ class TensorParallelModel(nn.Module):
         again = self.activation_checkpointing == "selective" and torch.is_grad_enabled()
         if document_starts is None:
             return ForwardContext(residual, self.segments, cos, sin, recomputes_mlp=again)
-        # Once for all layers: the mask, and the tables of each row in the dtype that attention saves them in.
+        # Computed once for all layers: the mask, and each row's tables in the dtype in which attention saves them.
         layout = document_layout(document_starts, self.document_kernel)
         cos, sin = (table[layout.positions].unsqueeze(1).to(self.compute_dtype) for table in (cos, sin))
         return ForwardContext(residual, self.segments, cos, sin, layout.mask, recomputes_mlp=again)
@@ -399,7 +401,7 @@ class TensorParallelModel(nn.Module):
     def _through_layers(self, streams: Sequence[ResidualStream]) -> Sequence[ResidualStream]:
         for layer in self.model.layers:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                # A recomputation that stops early would leave a collective of the other half unawaited.
+                # With overlap, a recomputation that stops early would never wait for the other half's collective.
                 streams = checkpoint(
                     layer,
                     streams,
@@ -412,11 +414,11 @@ class TensorParallelModel(nn.Module):
         return streams
 
     def _head(self, table: Tensor | None = None) -> tuple[Tensor, int]:
-        """This rank's rows of the output matrix, and the id of the first.
+        """This rank's rows of the output matrix, and the token id of the first row.
 
         Args:
-            table: the embedding's, which is the head where they are tied. One and the same tensor for both lets
-                autograd add the second gradient to the first, in its place.
+            table: this rank's part of the embedding, which is also the head if they are tied. Using the same tensor for
+                both lets autograd add the second gradient to the first in place.
         """
         parameter = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
         local = local_part(parameter) if table is None or self.lm_head is not None else table
@@ -434,14 +436,14 @@ class TensorParallelModel(nn.Module):
         return self._rotary[0][:block], self._rotary[1][:block]
 
     def whole_shapes(self) -> dict[str, torch.Size]:
-        """The shape of each whole parameter by name, the vocabulary without padding."""
+        """The shape of each whole (unsharded) parameter by name, without vocabulary padding."""
         return {
             name: torch.Size((self._rows(name, parameter), *parameter.shape[1:]))
             for name, parameter in self.named_parameters()
         }
 
     def whole_parameter(self, name: str) -> Tensor:
-        """The whole value of a parameter, the vocabulary without padding. Collective."""
+        """The whole (unsharded) value of a parameter, without vocabulary padding. Collective."""
         parameter = self.get_parameter(name)
         value = parameter.detach()
         assert isinstance(value, DTensor)
@@ -451,6 +453,6 @@ class TensorParallelModel(nn.Module):
         return self.config.vocab_size if is_vocabulary(name) else parameter.shape[0]
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole value of each parameter, one at a time. Collective."""
+        """Name and whole (unsharded) value of each parameter, one at a time. Collective."""
         for name, _ in self.named_parameters():
             yield name, self.whole_parameter(name)

@@ -1,7 +1,8 @@
-"""What the entry points share: the loop, one step of it, and how it ends.
+"""What the entry points share: the training loop, a single step, and the end of a run.
 
-A `Run` is made by `run.start`; `train` takes it to its last step. The order of a step: batch, learning rate, forward
-and backward of each micro-batch, next batch staged, gradients summed and clipped, optimizer, position committed.
+`run.start` creates a `Run`; `train` trains it to its last step. The order within a step: batch, learning rate, forward
+and backward pass of each micro-batch, next batch staged, gradients summed and clipped, optimizer step, position
+committed.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ from run.measurements import Meter, start_row, validate
 from run.samples import sampled_tokens, samples_are_due, samples_row
 from run.state import HANGS_NAME, Run, save
 
-# How long a rank that must leave waits for the save that its peers' threads are still in.
+# How long a rank that must exit waits for a save that its peers' threads are still taking part in.
 SETTLE_SECONDS = 60.0
-# How long a run that fails waits for its sinks.
+# How long a failed run waits for its sinks to close.
 FAILED_CLOSE_SECONDS = 5.0
 FINGERPRINTS_NAME = "fingerprints.jsonl"
-SLOW_STORAGE = 100e6  # bytes a second that a rank writes, on a file system that many share
+SLOW_STORAGE = 100e6  # bytes per second that one rank writes to a slow shared file system
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(run: Run) -> None:
-    """Train to the run's last step, or until it is asked to stop: log, validate and save on the way, and at the end.
+    """Train to the run's last step, or until it is asked to stop; log, validate and save on the way and at the end.
 
     Raises:
         RunError: a checkpoint cannot be written, data cannot be read, memory ran out, too many steps in a row were
-            skipped, or parameters are not what they should be; the last checkpoint stands.
+            skipped, or parameters are not finite or differ between ranks; the last checkpoint stays valid.
     """
     loop = _Loop(run)
     try:
@@ -68,7 +69,7 @@ def train(run: Run) -> None:
     except PeerError:
         raise
     except RunError:
-        # A save under way is of a step before this one, and may be the last good checkpoint.
+        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish.
         if run.saver is not None:
             run.saver.settle(SETTLE_SECONDS)
         loop.tracker.close(FAILED_CLOSE_SECONDS, failed=True)
@@ -77,7 +78,7 @@ def train(run: Run) -> None:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was taken: its batch, its learning rate, and what came of it."""
+    """A step that was taken: its batch, its learning rate and its outcome."""
 
     batch: StepBatch
     learning_rate: float
@@ -85,13 +86,13 @@ class _Step:
 
 
 class _Loop:
-    """The parts of a run's steps, in the order in which `train` calls them, and what they share."""
+    """The phases of each step, in the order in which `train` calls them, and the state they share."""
 
     def __init__(self, run: Run) -> None:
         settings = run.settings
         self.run, self.settings = run, settings
         self.watch = Watchdog(run.directory / HANGS_NAME, on_cuda=run.layout.device.type == "cuda")
-        set_collective_timeout(run.model.layout, settings.startup_timeout)  # behind the watchdog from now on
+        set_collective_timeout(run.model.layout, settings.startup_timeout)  # on the CPU, expires after the watchdog
         self.progress = ProgressReport(
             settings.total_steps, initial_step=run.step, enabled=run.layout.is_main, bar=settings.progress_bar
         )
@@ -114,7 +115,7 @@ class _Loop:
 
     def take_step(self) -> _Step:
         run, began = self.run, time.monotonic()
-        # The first one compiles: it has the time of a start, and says nothing of the others.
+        # The first step compiles: it gets the startup limit, and its duration does not predict that of the others.
         is_first = run.step + 1 == self._first_step
         limit = self.settings.startup_timeout if is_first else self.settings.step_timeout
         self.watch.enter(f"reading the data of step {run.step + 1}", limit, is_step=True, is_first=is_first)
@@ -124,7 +125,7 @@ class _Loop:
         self.watch.enter(f"step {run.step + 1}", limit, is_step=True, is_first=is_first)
         step = _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
         if is_first:
-            # From here on the run is neither stopped nor complete: it is further than it was then.
+            # The record of an earlier end (stopped or complete) no longer holds: the run has moved on.
             if run.layout.is_main:
                 forget_end(run.directory)
             set_collective_timeout(run.model.layout, self.settings.step_timeout)
@@ -133,7 +134,7 @@ class _Loop:
         return step
 
     def commit(self, step: _Step) -> None:
-        """From here on the step has happened, be it skipped."""
+        """Count the step, even if it was skipped, and advance the data position."""
         run = self.run
         run.step += 1
         run.tokens_seen += run.tokens_per_step
@@ -141,10 +142,10 @@ class _Loop:
         self._guard.note(step.outcome, before)
 
     def vote(self) -> None:
-        """Every rank comes to this vote after the same step: whether to stop, and whether a save has failed."""
+        """All ranks vote after the same step: whether to stop, and whether a save has failed."""
         saver = self.run.saver
         assert saver is not None
-        # In the background one save may be under way when the last one is due.
+        # In async mode, an earlier save may still be in progress when the last one is due.
         saves = 2 if self.settings.checkpoint_mode == "async" else 1
         reserve = 2 * self._longest_step + saves * max(_expected_save_seconds(self.run), saver.longest_save)
         if _is_due(self.run.step, self.settings.validation_interval):
@@ -156,10 +157,10 @@ class _Loop:
             saver.wait()
 
     def decide_on_saving(self) -> None:
-        """Whether this step is saved. One that is due among skipped steps is owed until a step has been taken.
+        """Decide whether to save this step. A save that is due at a skipped step waits until a step has been taken.
 
-        Parameters are then as they were before the first of these steps, and may be what makes them bad: such a
-        checkpoint would be the newest, and push the last good one out.
+        After skipped steps the parameters are those from before the first of them, and may be what makes the steps bad:
+        such a checkpoint would become the newest, and the last good one could be pruned.
         """
         self._owes_save |= _is_due(self.run.step, self.settings.checkpoint_interval)
         must = self._is_last or self.stop_reason is not None
@@ -169,10 +170,10 @@ class _Loop:
         self._owes_save &= not self._is_saved
 
     def log(self, step: _Step) -> Fingerprint | None:
-        """The metrics of the step where they are due, with a fingerprint where one is, which is returned."""
+        """Log the step's metrics if they are due, with a fingerprint if one is due; return that fingerprint."""
         run, settings = self.run, self.settings
         with_fingerprint = _is_due(run.step, settings.fingerprint_interval or 0)
-        # No drifted replica reaches a checkpoint unnoticed, and an audit can tell what it starts from.
+        # So that no drifted replica reaches a checkpoint unnoticed, and an audit can verify its starting point.
         with_fingerprint |= self._is_saved and settings.deterministic
         is_logged = _is_due(run.step, settings.log_interval) or self._is_last or with_fingerprint
         fingerprint = None
@@ -189,7 +190,7 @@ class _Loop:
         elif self._is_saved:
             run.loss = float(step.outcome.loss)
         self.progress.update(run.step, run.loss)
-        # A deterministic run's fingerprint has just compared them.
+        # In a deterministic run, the fingerprint has just compared all copies.
         if _is_due(run.step, settings.drift_check_interval) and not (settings.deterministic and with_fingerprint):
             require_equal_parameters(run.model, run.step)
             self._meter.restart()
@@ -209,7 +210,7 @@ class _Loop:
         self._meter.restart()
 
     def sample(self) -> None:
-        """Samples of the model's text, where they are due."""
+        """Generate samples of the model's text, if they are due."""
         run, settings = self.run, self.settings
         is_due = samples_are_due(run.step, settings.sample_interval) and self.stop_reason is None
         if run.sample_prompts is None or not (is_due or self._is_last):
@@ -239,7 +240,7 @@ class _Loop:
         run.saver.wait()
         if self._fingerprints is not None:
             self._fingerprints.close()
-        # A run that has come to its end is complete, whatever asked it to stop meanwhile.
+        # A run that has taken its last step is complete, even if it was asked to stop meanwhile.
         finish(run, self._saved_step, self.tracker, None if self._is_last else self.stop_reason)
         run.saver.close()
         if run.lock is not None:
@@ -254,12 +255,12 @@ class _Loop:
 
 
 def _expected_save_seconds(run: Run) -> float:
-    """How long the first save may take: weights and two moments in float32, shared out, on slow storage."""
+    """How long the first save may take: weights and two moments in float32, split over ranks, on slow storage."""
     return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
 
 
 def _open_tracker(run: Run, progress: ProgressReport) -> Tracker:
-    """The run's sinks, on the rank that writes; elsewhere none."""
+    """The run's sinks on the main rank; a tracker without sinks on the others."""
     if not run.layout.is_main:
         return Tracker(run.step, progress, None)
     entropy = run.validation.unigram_entropy if run.validation is not None else None
@@ -268,7 +269,7 @@ def _open_tracker(run: Run, progress: ProgressReport) -> Tracker:
 
 
 def _open_log(run: Run, name: str) -> MetricsLog | None:
-    """A log of the run, without the steps that are about to be taken again; on the rank that writes."""
+    """A log of the run on the main rank, without the steps that are about to be repeated; None on other ranks."""
     if not run.layout.is_main:
         return None
     log = MetricsLog(run.directory / name)
@@ -277,10 +278,10 @@ def _open_log(run: Run, name: str) -> MetricsLog | None:
 
 
 def take_fingerprint(run: Run, log: MetricsLog | None) -> Fingerprint:
-    """The fingerprint of parameters and moments after this step; that of each tensor goes to `log`. Collective.
+    """Fingerprint parameters and moments after this step; write each tensor's fingerprint to `log`. Collective.
 
     Raises:
-        RunError: in the deterministic mode, on all ranks, where copies of a tensor differ.
+        RunError: in the deterministic mode, on all ranks, if copies of a tensor differ.
     """
     taken = fingerprint_of(run.model, run.optimizer)
     if run.settings.deterministic:
@@ -298,11 +299,11 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
-    """One optimizer step on this rank's share of the global batch; its loss goes into the run's window."""
+    """One optimizer step on this rank's share of the global batch; appends its loss to the run's loss window."""
     settings = run.settings
     set_learning_rate(run.optimizer, learning_rate)
     mask = settings.document_mask
-    # Blocks of documents laid end to end are full, and every one of their targets counts.
+    # Without a document mask, blocks of concatenated documents are full and all their targets count.
     varies = mask or settings.packing != "concat"
     before = run.losses.statistics(settings.spike_sigma) if settings.spike_sigma > 0 else None
     outcome = optimizer_step(
@@ -317,7 +318,7 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
         deterministic=settings.deterministic,
         plain=settings.plain_step,
         skip_above=before.limit if before is not None and settings.spike_action == "skip" else None,
-        # The device is busy with what was launched; the next batch can be waited for meanwhile.
+        # While the device is busy with the launched kernels, the host can wait for the next batch.
         after_backward=run.feed.stage if run.step + 1 < settings.total_steps else None,
     )
     run.losses.append(outcome.loss, outcome.skipped)
@@ -325,10 +326,11 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
 
 
 def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> StepOutcome:
-    """A step; where it runs out of memory, record a smaller micro-batch, tell the other ranks, and leave.
+    """Take a step. On an error tell the other ranks and raise; if out of memory, record a smaller micro-batch as well.
 
-    The error cannot be mended here: the other ranks stand in a collective of this step. One that finds its peer gone
-    has nothing to add to what that peer, or the launcher, says of it.
+    The deterministic mode records nothing, because its micro-batch is fixed. This rank cannot recover, because the
+    other ranks are blocked in a collective of this step. A rank that finds its peer gone only raises: it has nothing to
+    add to what that peer, or the launcher, reports.
     """
     try:
         return train_step(run, batch, learning_rate)
@@ -348,7 +350,7 @@ def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watc
         key, size = run.batch.plan.key_fields(run.batch_depends_on), run.batch.micro_batch_size
         try:
             smaller = record_out_of_memory(run.directory, key, size, run.batch.plan.candidates)
-        except RunError as problem:  # no smaller one, or no way to record it: this rank alone knows
+        except RunError as problem:  # no smaller size, or it cannot be recorded; only this rank knows
             raise LocalRunError(str(problem)) from error
         raise LocalRunError(
             f"out of memory in step {run.step + 1} with micro-batch size {size}; {smaller} is recorded in "

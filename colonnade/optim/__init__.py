@@ -1,1 +1,1 @@
-"""What turns gradients into an update: synchronisation, the global norm, the optimizer, the learning rate."""
+"""From gradients to an update: synchronisation, the global norm, the optimizer, the learning rate."""

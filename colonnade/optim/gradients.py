@@ -1,10 +1,10 @@
-"""Gradients between backward and update: summed over data-parallel ranks, measured and clipped as one vector.
+"""Gradients between backward pass and update: summed over data-parallel ranks, measured and clipped as one vector.
 
-Two orders of summation. By default the library's: what is fast on these ranks. In the deterministic mode one that the
-number of ranks does not change:
+There are two orders of summation. The default is the library's, which is fast on the given ranks. The deterministic
+mode uses one that does not depend on the number of ranks:
 
 - over micro-batches and data-parallel ranks, recursive halving of the global batch (`halves`);
-- in the norm, one sum of squares a piece, all pieces in one vector, and the sum of that vector.
+- in the norm, one sum of squares per piece, those of all pieces in one vector, and then the sum of that vector.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from colonnade.parallel.data_parallel import DataParallelShards
 T = TypeVar("T")
 
 
-@torch.no_grad()  # `to_local` is a node of autograd elsewhere, which costs more than all the rest here
+@torch.no_grad()  # otherwise `to_local` creates an autograd node, which costs more than all the rest here
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, bool]]:
-    """This rank's part of each gradient, and whether other tensor-parallel ranks hold other parts of it."""
+    """This rank's part of each gradient, and whether it is sharded over the tensor-parallel ranks."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is not None:
@@ -43,14 +43,15 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[Tensor, bo
 def accumulate_in_tree(
     micro_batches: Sequence[T], backward: Callable[[T], Tensor], holders: Callable[[], Sequence[Tensor]]
 ) -> Tensor:
-    """Leave the sum of all micro-batches' gradients in `.grad`, and return that of their losses, added in the tree.
+    """Leave the sum of all micro-batches' gradients in `.grad`, and return the sum of their losses, both in the tree.
 
-    Holds one gradient more for each level of the tree: log2 of the micro-batches, rounded up.
+    Holds one extra copy of the gradients per level of the tree: log2 of the number of micro-batches, rounded up.
 
     Args:
         micro_batches: at least one.
         backward: adds the gradients of one micro-batch to `.grad` and returns its loss.
-        holders: what has gradients after a backward pass, and none before the call; each micro-batch reaches them all.
+        holders: returns the tensors that have gradients after a backward pass. They have none before the call, and each
+            micro-batch reaches all of them.
     """
     if len(micro_batches) == 1:
         return backward(micro_batches[0])
@@ -72,12 +73,12 @@ def _held(holders: Sequence[Tensor]) -> list[Tensor]:
 def accumulate_over_shards(
     micro_batches: Sequence[T], backward: Callable[[T], Tensor], shards: DataParallelShards
 ) -> Tensor:
-    """Leave this rank's part of the sum of all gradients in `.grad`, and return the sum of its losses.
+    """Leave this rank's shard of the summed gradients in `.grad`, and return the sum of its losses.
 
-    The part is of the sum over micro-batches and the ranks of a replica; in the fixed order over those of all replicas.
+    Gradients are summed over micro-batches and the ranks of a replica; in the fixed order, over all replicas as well.
 
     Args:
-        micro_batches: at least one, as many on every rank.
+        micro_batches: at least one, the same number on every rank.
         backward: computes the gradients of one micro-batch and returns its loss.
     """
     count = len(micro_batches)
@@ -94,14 +95,14 @@ def accumulate_over_shards(
 
 
 def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, *, fixed_order: bool = False) -> None:
-    """Sum gradients, and what goes with them, over the data-parallel ranks in place.
+    """Sum gradients, and other tensors such as the loss, over the data-parallel ranks in place.
 
-    Each rank has normalised by the global batch already.
+    Each rank has already normalised by the global batch.
     """
     size = dist.get_world_size(group)
     if size == 1:
         return
-    if fixed_order and size > 2:  # two addends have one order
+    if fixed_order and size > 2:  # two addends have only one order
         ranks = leaf_order(range(size))
         for tensor in tensors:
             tensor.copy_(tree_all_reduce(tensor, group, ranks))
@@ -114,8 +115,8 @@ def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, 
 # ------------------------------------------------------------------------------------------------ norm and clipping
 
 
-# torch's float32 norm on the CPU adds up in float32: 8e-5 too low at 4 million elements, 2e-3 at 34 million. Pieces of
-# this many elements are right to 1e-6, and are added up in float64.
+# torch's float32 norm on the CPU accumulates in float32: 8e-5 too low at 4 million elements, 2e-3 at 34 million. Pieces
+# of this many elements are accurate to 1e-6, and are summed in float64.
 NORM_PIECE = 2**16
 
 
@@ -125,19 +126,19 @@ def agreed_norm(
     flag: Tensor,
     pieces: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The global norm, and whether this step is not to be taken, in one collective; stays on the device.
+    """The global gradient norm and whether to skip this step, in one collective; both stay on the device.
 
-    The norm is the L2 norm of the whole model's gradients as one vector: parts that only one rank holds are summed over
-    the tensor-parallel group, what every rank holds counts once.
+    The norm is the L2 norm of the whole model's gradients as one vector: shards are summed over the tensor-parallel
+    group, and replicated gradients count once.
 
     Args:
-        flag: bool, a reason of this rank not to take it.
-        pieces: of each parameter the dimension it is cut along and the pieces that no rank cuts further, for a norm of
-            the same bits at every tensor-parallel size that divides V; None for sums in the library's order.
+        flag: bool, whether this rank has a reason to skip the step.
+        pieces: for each parameter, its cut dimension and its number of pieces, which no number of ranks cuts further.
+            The norm then has the same bits at every tensor-parallel size that divides V. None: the library's order.
 
     Returns:
-        (norm, bad): `bad` is 1.0 where a rank of the group raised its flag or holds a gradient that is not finite, be
-        it in its copy of a parameter alone; else 0.0. Both are the same on every rank of the group.
+        (norm, bad): `bad` is 1.0 if a rank of the group raised its flag or holds a gradient that is not finite, even
+        only in its own copy of a replicated one; else 0.0. Both are the same on every rank of the group.
     """
     if pieces is None:
         norm, flags = _norm_and_flag(gradients, group, flag)
@@ -153,10 +154,10 @@ def agreed_norm_of_shards(
     shards: DataParallelShards,
     pieces: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`agreed_norm` of the gradients of `parameters` that data-parallel ranks share out. Collective over a replica.
+    """`agreed_norm` of the gradients of `parameters` that data-parallel ranks shard. Collective over a replica.
 
-    With `pieces` the bits are those without shards: a piece is cut by them, so it is brought together to be measured,
-    one parameter at a time.
+    With `pieces` the bits are the same as without shards: shards cut through pieces, so gradients are all-gathered to
+    be measured, one parameter at a time.
     """
     if pieces is None:
         norm, flags = _norm_and_flag(local_gradients(parameters), group, flag, shards.group)
@@ -174,7 +175,7 @@ def _gathered(parameters: Sequence[nn.Parameter], shards: DataParallelShards) ->
 
 
 def _is_bad(norm: Tensor, flags: Tensor) -> Tensor:
-    # A NaN among the flags is not 0 either.
+    # A flag that is NaN is not 0 either.
     return ((flags != 0) | ~torch.isfinite(norm)).float()
 
 
@@ -188,7 +189,7 @@ def _norm_and_flag(
         told = torch.stack([sharded, whole, flag.to(sharded)])
         dist.all_reduce(told, group=shard_group)
         sharded, whole, flag = told.unbind()
-    # Zero, or NaN where this rank's copy of something is not finite: then all ranks are to see it.
+    # `whole * 0` is 0, or NaN if this rank's copy of a replicated gradient is not finite: all ranks then see it.
     told = group.sum_(torch.stack([sharded + whole * 0, flag.to(sharded)]))
     return (told[0] + whole).sqrt().to(gradients[0][0].dtype), told[1]
 
@@ -196,14 +197,14 @@ def _norm_and_flag(
 def _fixed_order_norm_and_flag(
     batches: Iterable[list[tuple[Tensor, bool]]], pieces: Sequence[tuple[int, int]], group: TensorGroup, flag: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`batches`: the gradients, as many of them at a time as may be measured together."""
+    """`batches`: the gradients in the order of `pieces`, in groups that may be in memory and measured together."""
     total = sum(count for _, count in pieces)
     squares, copies, dtype = torch.zeros(0), torch.zeros(0), torch.float32
     first = start = 0
     for gradients in batches:
         device, dtype = gradients[0][0].device, gradients[0][0].dtype
         if first == 0:
-            # The flags travel in the last place.
+            # The last element carries the flags.
             squares = torch.zeros(total + 1, dtype=torch.float64, device=device)
             copies = torch.zeros((), dtype=torch.float64, device=device)
         parts, places, start = _own_pieces(gradients, pieces[first : first + len(gradients)], group, start)
@@ -213,7 +214,7 @@ def _fixed_order_norm_and_flag(
             copies += _squared_norms([gradient for gradient, sharded in gradients if not sharded], device).sum()
     squares[total] = flag
     squares[total] += copies * 0
-    # Each square comes from one rank; the others add zeros to it, which is exact in any order.
+    # Each square comes from one rank and the others add zeros to it, which is exact in any order.
     if group.communicates:
         dist.all_reduce(squares, group=group.group)
     flags = squares[total]
@@ -222,18 +223,18 @@ def _fixed_order_norm_and_flag(
 
 @cache
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index on the device: kept, since the host waits when it sends one, and the same in every step."""
+    """An index tensor on the device. Cached, since it is the same in every step and sending it is a host sync."""
     return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 def _own_pieces(
     gradients: list[tuple[Tensor, bool]], pieces: Sequence[tuple[int, int]], group: TensorGroup, start: int
 ) -> tuple[list[Tensor], list[int], int]:
-    """The pieces this rank tells of, the place of each, and the place after the last parameter's."""
+    """The pieces that this rank contributes, the index of each, and the index after the last parameter's pieces."""
     parts: list[Tensor] = []
     places: list[int] = []
     for (gradient, sharded), (dim, count) in zip(gradients, pieces, strict=True):
-        # What all ranks hold alike is told by the first.
+        # A replicated gradient is contributed by the first rank only.
         if sharded or group.rank == 0:
             local = count // group.size if sharded else count
             first = start + (group.rank * local if sharded else 0)
@@ -247,7 +248,7 @@ def _squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of each tensor, float64 [len(tensors)]."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    if device.type != "cpu":  # where its norm is exact enough, and the host is not to wait for an index
+    if device.type != "cpu":  # its norm is exact enough, and an index would be a host sync
         return torch.stack(torch._foreach_norm(list(tensors))).double().square()
     pieces = [tensor.reshape(-1).split(NORM_PIECE) for tensor in tensors]
     norms = torch.stack(torch._foreach_norm([piece for group in pieces for piece in group]))
@@ -257,9 +258,9 @@ def _squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def clip_by_norm(gradients: list[tuple[Tensor, bool]], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place so that a norm above `max_norm` becomes it, as `torch.nn.utils.clip_grad_norm_` does.
+    """Scale gradients in place to reduce a norm above `max_norm` to it, as `torch.nn.utils.clip_grad_norm_` does.
 
-    The factor stays on the device: no host waits for it.
+    The factor stays on the device, without a host sync.
     """
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([gradient for gradient, _ in gradients], factor)

@@ -1,4 +1,4 @@
-"""Switches that have nothing to do on the ranks of a run: allowed, since the next run may have others, and told."""
+"""Switches without effect on the ranks of a run: allowed, since the next run may have other ranks, and reported."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from colonnade.run_settings import RunSettings
 
 
 def idle_switches(settings: RunSettings, tp: int, dp: int, micro_batch: int) -> list[str]:
-    """A line for each switch that changes nothing at tp x dp ranks, saying why."""
+    """One line for each switch that has no effect at tp x dp ranks, with the reason."""
     found = []
     if settings.data_parallel_shard != "none" and shard_count(settings, dp) == 1:
         found.append(_nothing_to_share(settings, tp, dp))
-    # In a fixed order one rank takes halves and shares as well, for the bits of many.
+    # With a fixed order of sums, one rank computes in halves and shares too, to give the same bits as many.
     if tp == 1 and not settings.deterministic and settings.tensor_slices is None:
         if settings.sequence_parallel:
             found.append("--sequence-parallel changes nothing at tp 1: there is no rank to divide the tokens with")

@@ -1,4 +1,4 @@
-"""The losses of the last steps that were taken, and when a loss stands out from them."""
+"""The losses of the last steps that were taken, and when a new loss counts as a spike."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class WindowStatistics(NamedTuple):
-    """Mean and standard deviation (that of the population) of a window, and the loss above which is a spike.
+    """Mean and (population) standard deviation of a window, and the limit above which a loss is a spike.
 
-    float64 scalars on the device; `limit` is NaN, which no loss is above, while the window is less than half full.
+    float64 scalars on the device; `limit` is NaN, which no loss exceeds, while the window is less than half full.
     """
 
     mean: Tensor
@@ -21,25 +21,25 @@ class WindowStatistics(NamedTuple):
 
 
 class LossWindow:
-    """The last `size` losses, in the order of their steps. Stays on the device: neither method waits for it.
+    """The last `size` losses, in the order of their steps, on the device: `append` and `statistics` need no host sync.
 
-    Skipped steps leave it as it is. The sums over it depend on its values alone, not on what came before them, so a run
-    that was stopped and went on makes the same decisions.
+    Skipped steps leave it unchanged. Its statistics depend only on its current values, not on earlier ones, so a
+    resumed run makes the same decisions.
     """
 
     def __init__(self, size: int, device: torch.device, values: Sequence[float] = ()) -> None:
         kept = list(values)[-size:]
-        # What has not been filled yet is NaN: a loss that is not finite is skipped, so none of them is.
+        # Unfilled entries are NaN, which no stored loss is: a step with a loss that is not finite is skipped.
         padded = [float("nan")] * (size - len(kept)) + kept
         self._values = torch.tensor(padded, dtype=torch.float64, device=device)
 
     def append(self, loss: Tensor, skipped: Tensor) -> None:
-        """Take in the loss of a step, unless it was skipped. Both are scalars on the device."""
+        """Add the loss of a step, unless the step was skipped. Both are scalars on the device."""
         shifted = torch.cat([self._values[1:], loss.detach().double().reshape(1)])
         self._values = torch.where(skipped > 0, self._values, shifted)
 
     def statistics(self, sigma: float) -> WindowStatistics:
-        """The limit lies `sigma` standard deviations above the mean."""
+        """Statistics of the window, with a limit `sigma` standard deviations above the mean."""
         filled = ~torch.isnan(self._values)
         count = filled.sum()
         mean = torch.where(filled, self._values, 0.0).sum() / count
@@ -48,6 +48,6 @@ class LossWindow:
         return WindowStatistics(mean, deviation, torch.where(is_enough, mean + deviation * sigma, torch.nan))
 
     def values(self) -> list[float]:
-        """The losses, the oldest first. Waits for the device."""
+        """The losses, the oldest first. Waits for the device (a host sync)."""
         values: list[float] = self._values[~torch.isnan(self._values)].tolist()
         return values

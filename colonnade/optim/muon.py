@@ -1,13 +1,13 @@
-"""Muon over `DTensor` parameters: the update of each whole matrix, orthogonalised once, on one rank.
+"""Muon over `DTensor` parameters: the update of each whole matrix is orthogonalised once, on one rank.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the update M of a matrix, its momentum,
-by the nearest matrix with orthonormal rows or columns: U V^T of M = U S V^T, which a few Newton-Schulz iterations come
-close to. That is a function of the whole matrix, so orthogonalising the shards of ranks would be another optimizer at
-every tensor-parallel size. Here each rank updates its part of the momentum; then parts are brought together, each
-matrix on one rank (`whole_matrices.py`), and orthogonalised there, once a step whatever the number of ranks.
+by the nearest matrix with orthonormal rows or columns: U V^T of M = U S V^T, which a few Newton-Schulz iterations
+approximate. That is a function of the whole matrix: orthogonalising each rank's shard would be a different optimizer at
+every tensor-parallel size. Here each rank updates its part of the momentum; then the parts of each matrix are gathered
+on one rank (`whole_matrices.py`) and orthogonalised there, once per step whatever the number of ranks.
 
-`torch.optim.Muon` does the same for whole matrices on one rank (`tests/distributed/test_muon.py` compares); its own
-iteration is no public function.
+`torch.optim.Muon` does the same for whole matrices on one rank (`tests/distributed/test_muon.py` compares the two); its
+iteration is not a public function.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ SMALLEST_NORM = 1e-7
 
 
 def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The matrix with its singular values brought near 1 (between about 0.7 and 1.2). [rows, columns]
+    """`matrix` [rows, columns] with its singular values brought near 1 (between about 0.7 and 1.2).
 
     Args:
-        dtype: of the iterations and of the result.
+        dtype: dtype of the iterations and of the result.
     """
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype)
     is_tall = matrix.shape[0] > matrix.shape[1]
-    if is_tall:  # the Gram matrix is that of the shorter side
+    if is_tall:  # so that the Gram matrix is that of the shorter side
         x = x.T
     # The Frobenius norm is at least the largest singular value, which must be at most 1.
     x = x / x.norm().clamp(min=SMALLEST_NORM)
@@ -59,9 +59,10 @@ def newton_schulz_flops(shape: Sequence[int]) -> int:
 
 
 def matched_rate(learning_rate: float, shape: Sequence[int]) -> float:
-    """The rate at which an orthogonal update of this shape has the root mean square of AdamW's, about 0.2.
+    """The rate that gives an orthogonal update of this shape the root mean square of an AdamW update, about 0.2.
 
-    "Muon is Scalable for LLM Training" (arXiv:2502.16982, equation 4): one learning rate and weight decay for both.
+    From "Muon is Scalable for LLM Training" (arXiv:2502.16982, equation 4): matrices and other parameters can then
+    use the same learning rate and weight decay.
     """
     return learning_rate * 0.2 * math.sqrt(max(shape))
 
@@ -69,23 +70,23 @@ def matched_rate(learning_rate: float, shape: Sequence[int]) -> float:
 class Muon(torch.optim.Optimizer):
     """Muon for hidden matrices and AdamW for the other parameters, as one optimizer.
 
-    Its `param_groups` are those of both, and so is its state: `momentum_buffer` of a matrix, AdamW's of the others.
-    With B the momentum (an exponential mean of gradients G), in Nesterov's form:
+    Its `param_groups` and its state are those of both: `momentum_buffer` for matrices, AdamW's state for the others.
+    With B the momentum buffer (an exponential moving average of the gradients G), in Nesterov's form:
 
         B <- momentum * B + (1 - momentum) * G
         M <- momentum * B + (1 - momentum) * G
         W <- (1 - rate * decay) * W - rate * 0.2 * sqrt(max(rows, columns)) * newton_schulz(M)
 
     Args:
-        matrices: two-dimensional `DTensor`s, each cut evenly over the tensor-parallel ranks or whole on each of them;
-            data-parallel ranks may share them out.
-        adamw: over the other parameters.
-        lr, momentum, weight_decay: of the matrices.
-        layout: the ranks they lie on.
-        dtype: of the iterations.
+        matrices: two-dimensional `DTensor`s, each sharded evenly over the tensor-parallel ranks or replicated on them;
+            data-parallel ranks may shard them further.
+        adamw: the AdamW optimizer of the other parameters.
+        lr, momentum, weight_decay: for the matrices.
+        layout: the ranks that hold the matrices.
+        dtype: dtype of the Newton-Schulz iterations.
 
     Raises:
-        ValueError: a parameter is not a matrix, or cut unevenly.
+        ValueError: a parameter is not a matrix, or is sharded unevenly.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Muon(torch.optim.Optimizer):
         own: dict[str, Any] = {"params": list(matrices), "momentum": momentum, "lr": lr, "weight_decay": weight_decay}
         super().__init__([own], {"fused": adamw.defaults["fused"]})
         own = self.param_groups[0]
-        del own["fused"]  # which of AdamW's updates is meant; it says nothing of these
+        del own["fused"]  # selects AdamW's implementation; has no meaning for the matrices
         self.adamw = adamw
         self.param_groups.extend(adamw.param_groups)
         adamw.state = self.state
@@ -112,7 +113,7 @@ class Muon(torch.optim.Optimizer):
             self._whole.check(parameter)
 
     def allocate_momentum(self) -> None:
-        """Give each matrix its momentum, zeros, as the first step would."""
+        """Give each matrix a momentum buffer of zeros, as the first step would."""
         for parameter in self._matrices["params"]:
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
 
@@ -120,8 +121,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient. Collective over all ranks.
 
-        Told of an infinity (`found_inf`, 0 or 1 on the parameters' device, the same on all ranks) it leaves parameters
-        and state as they are, to the bit.
+        If `found_inf` (0 or 1 on the parameters' device, the same on all ranks) is set to 1, parameters and state stay
+        unchanged, to the bit.
         """
         assert closure is None
         skipped = getattr(self, FOUND_INF, None)
@@ -157,11 +158,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def _chosen(skipped: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
-    """`old` where the step is skipped, decided on the device."""
+    """`old` if the step is skipped, else `new`; decided on the device."""
     return new if skipped is None else torch.where(skipped > 0, old, new)
 
 
 def _local(tensor: Tensor | None) -> Tensor:
-    """This rank's part, which shares memory with the whole."""
+    """This rank's part of a `DTensor`, sharing its memory."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local()

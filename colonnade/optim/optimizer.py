@@ -1,4 +1,4 @@
-"""The optimizer over `DTensor` parameters."""
+"""AdamW and Muon over `DTensor` parameters, and steps that can be skipped on the device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from colonnade.run_settings import RunSettings
 
 EPSILON = 1e-8  # of AdamW
 
-# Elements of the widest vector register the fused CPU kernel works in (16-bit numbers in 512 bits).
+# Elements in the widest vector register that the fused CPU kernel uses (16-bit numbers in 512 bits).
 VECTOR_ELEMENTS = 32
 
 
 class LaidOutModel(NamedParameters, Protocol):
-    """A model that knows which ranks its parameters lie on (a `TensorParallelModel` does)."""
+    """A model that knows how its parameters are laid out over ranks (`TensorParallelModel` does)."""
 
     layout: ParallelLayout
 
@@ -28,9 +28,9 @@ class LaidOutModel(NamedParameters, Protocol):
 def fused_keeps_bits(parameters: Iterable[nn.Parameter], piece_counts: Iterable[int]) -> bool:
     """Whether fused AdamW gives each element the same bits however the parameters are cut into whole pieces.
 
-    On the CPU its vectorised body and the scalar code for the remaining elements round differently (torch 2.13: the
-    second moment of a third of such elements differs in its last bit), so no shard may end off a vector's border. The
-    kernels for CUDA compute all elements alike.
+    On the CPU, its vectorised body and the scalar code for the remaining elements round differently (torch 2.13: the
+    second moment of a third of such elements differs in its last bit), so every shard has to end at a vector boundary.
+    The CUDA kernels compute all elements alike.
     """
     return all(
         parameter.device.type == "cuda" or count == 1 or parameter.numel() // count % VECTOR_ELEMENTS == 0
@@ -39,7 +39,7 @@ def fused_keeps_bits(parameters: Iterable[nn.Parameter], piece_counts: Iterable[
 
 
 def create_optimizer(model: LaidOutModel, settings: RunSettings, *, fused: bool) -> torch.optim.Optimizer:
-    """The optimizer that settings ask for, over all parameters of a model of `DTensor`s."""
+    """The optimizer that the settings select, over all parameters of a model of `DTensor`s."""
     common: dict[str, Any] = {
         "learning_rate": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -54,7 +54,7 @@ def create_optimizer(model: LaidOutModel, settings: RunSettings, *, fused: bool)
 def create_adamw(
     model: NamedParameters, *, learning_rate: float, betas: tuple[float, float], weight_decay: float, fused: bool = True
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), fused unless told otherwise. Matrices decay; norms and biases, vectors, do not."""
+    """AdamW (arXiv:1711.05101), fused by default. Weight decay applies to matrices, not to norms and biases."""
     sorted_ = parameter_groups(model)
     groups = [
         {"params": sorted_.hidden + sorted_.vocabulary, "weight_decay": weight_decay},
@@ -76,8 +76,8 @@ def create_muon(
     """Muon for the hidden matrices; AdamW, as `create_adamw` makes it, for embedding, head, norms and biases.
 
     Args:
-        dtype: of Muon's iterations; None for bfloat16 on accelerators, and float32 on the CPU. Many CPUs have no
-            products in bfloat16: [512, 512] took 2.9 s, and 0.06 s in float32 (torch 2.13, one core of an EPYC).
+        dtype: dtype of Muon's iterations; None for bfloat16 on accelerators and float32 on the CPU. Many CPUs have no
+            bfloat16 products: [512, 512] took 2.9 s, and 0.06 s in float32 (torch 2.13, one core of an EPYC).
     """
     if dtype is None:
         dtype = torch.float32 if model.layout.device.type == "cpu" else torch.bfloat16
@@ -104,15 +104,16 @@ def create_muon(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of the next step for all groups."""
+    """Set the learning rate of the next step for all groups."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """Take a step, unless `skipped` is 1: then parameters, moments and step counts stay as they are, to the bit.
+    """Take a step, unless `skipped` is 1: then parameters, moments and step counts stay unchanged, to the bit.
 
-    The fused update is told on the device, and no host waits. The other ones, on the CPU, are asked here.
+    The fused update reads `skipped` on the device, without a host sync. For unfused updates, on the CPU, this function
+    checks it.
 
     Args:
         skipped: float32 scalar on the parameters' device, 0 or 1.
@@ -126,11 +127,11 @@ def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer its state in memory as it stands before the first step, without taking a step.
+    """Allocate an optimizer's state as it is before the first step, without taking a step.
 
-    A fused step of AdamW that is told of an infinite gradient (`found_inf`, as a gradient scaler tells it) creates the
-    state and then changes neither parameters nor moments nor step counts. Other updates know no such step; their state
-    is made as they would make it.
+    A fused AdamW step with `found_inf` set (which a gradient scaler sets for an infinite gradient) creates the state
+    and then changes neither parameters nor moments nor step counts. Other updates have no such step; their state is
+    created here as they would create it.
     """
     if isinstance(optimizer, Muon):
         optimizer.allocate_momentum()

@@ -1,4 +1,4 @@
-"""Gradients summed over data-parallel ranks while the backward pass goes on."""
+"""Gradient sums over data-parallel ranks, overlapped with the backward pass."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 SMALLEST_ALONE = 2**20
-"""Bytes from which a gradient gets a collective of its own; smaller ones, norms and biases, share one at the end."""
+"""Size in bytes from which a gradient gets its own collective; smaller ones (norms, biases) share one at the end."""
 
 
 class OverlappedSum:
-    """Sums of gradients over data-parallel ranks, each started when the backward pass has made it.
+    """All-reduces of gradients over data-parallel ranks, each started as soon as the backward pass has the gradient.
 
-    All ranks run the same graph, so their backward passes make gradients in one order. Each gradient is already
+    All ranks run the same graph, so their backward passes produce gradients in the same order. Each gradient is already
     normalised by the global batch.
     """
 
@@ -28,7 +28,7 @@ class OverlappedSum:
         self._small: list[Tensor] = []
 
     def watch(self, holders: Iterable[Tensor]) -> None:
-        """Sum what the next backward pass leaves in `.grad` of these, which is the last of its step."""
+        """Sum what the next backward pass, the last of its step, leaves in `.grad` of these tensors."""
         for holder in holders:
             self._hooks.append(holder.register_post_accumulate_grad_hook(self._arrived))
 
@@ -43,7 +43,7 @@ class OverlappedSum:
         self._under_way.append(work)
 
     def finish(self, also: Tensor) -> None:
-        """Wait for all sums, those of small gradients and of the tensor `also` among them."""
+        """Sum the small gradients and the tensor `also`, and wait for all sums."""
         for hook in self._hooks:
             hook.remove()
         small = [*self._small, also]
@@ -56,6 +56,6 @@ class OverlappedSum:
 
 
 def local_gradient(holder: Tensor) -> Tensor | None:
-    """This rank's part of a gradient; None where there is none."""
+    """This rank's part of the gradient of `holder`; None if it has none."""
     gradient = holder.grad
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,4 +1,4 @@
-"""Which update each parameter takes: the one place where parameters are told apart for an optimizer."""
+"""Which update each parameter gets: the only place that distinguishes parameters for an optimizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ParameterGroups:
     """A model's parameters, each in one of three groups, in the order of the model.
 
     Attributes:
-        hidden: matrices between two layers of activations: the projections of attention and feed-forward.
+        hidden: weight matrices of hidden layers: the projections of attention and feed-forward.
         vocabulary: embedding and head, whose rows are tokens.
-        vectors: norms and biases. They take no weight decay.
+        vectors: norms and biases, which get no weight decay.
     """
 
     hidden: list[nn.Parameter]
@@ -27,18 +27,18 @@ class ParameterGroups:
 
 
 class NamedParameters(Protocol):
-    """A model, as far as its parameters go."""
+    """The part of a model's interface that lists its parameters."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Whether a parameter lies between two layers of activations: what Muon updates."""
+    """Whether a parameter is the weight matrix of a hidden layer, which Muon updates."""
     return dimensions == 2 and not is_vocabulary(name)
 
 
 def parameter_groups(model: NamedParameters) -> ParameterGroups:
-    """Sort a model's parameters by number of dimensions and by name; a tied one is told once."""
+    """Sort a model's parameters into groups by number of dimensions and by name; a tied one appears once."""
     groups = ParameterGroups([], [], [])
     for name, parameter in model.named_parameters():
         if is_hidden_matrix(name, parameter.ndim):

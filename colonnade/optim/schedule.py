@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step, so that nothing about them has to be restored."""
+"""Learning-rate schedules as pure functions of the step, so that a resumed run has no schedule state to restore."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from colonnade.run_settings import RunSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then one of three ways down.
+    """Linear warm-up, then one of three schedules.
 
     - `cosine`: from `peak` to `minimum` at the horizon (SGDR, arXiv:1608.03983, without restarts).
     - `wsd`: warm-up, stable, decay (MiniCPM, arXiv:2404.06395, section 4): at `peak` until `decay_steps` before the
-      horizon, then down to `minimum` there. Until the decay begins the rate does not depend on the horizon.
+      horizon, then down to `minimum` at the horizon. Before the decay, the rate does not depend on the horizon.
     - `constant`: at `peak`.
 
-    Steps from the horizon on stay at `minimum`.
+    With `cosine` and `wsd`, the rate stays at `minimum` from the horizon on.
 
     Attributes:
         peak, minimum: learning rates.
         warmup_steps: steps of the first warm-up.
-        horizon: the step at which the rate has come down; nothing to `constant`.
-        kind: which way.
-        decay_steps, decay_shape: of `wsd`: how many steps, and which way down (`decay_factor`).
-        rewarmup_start, rewarmup_steps: from that step on the rate is ramped up again linearly to where the schedule
-            stands; 0 steps for no second warm-up.
+        horizon: the step at which the rate reaches `minimum`; ignored by `constant`.
+        kind: `cosine`, `wsd` or `constant`.
+        decay_steps, decay_shape: length and shape (`decay_factor`) of the decay of `wsd`.
+        rewarmup_start, rewarmup_steps: from that step on, for that many steps, the rate ramps up again linearly to the
+            schedule's value; 0 steps for no second warm-up.
     """
 
     peak: float
@@ -68,10 +68,10 @@ class Schedule:
 
 
 def decay_factor(shape: str, progress: float) -> float:
-    """Of the way from the peak to the minimum what is left: 1 at `progress` 0, 0 at `progress` 1.
+    """The remaining fraction of the way from the peak to the minimum: 1 at `progress` 0, 0 at `progress` 1.
 
-    `1-sqrt` is that of "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv:2405.18392),
-    which found it better than a straight line.
+    `1-sqrt` is from "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv:2405.18392),
+    which found it better than a linear decay.
     """
     if shape == "linear":
         return 1.0 - progress
@@ -81,7 +81,7 @@ def decay_factor(shape: str, progress: float) -> float:
 
 
 def schedule_of(settings: RunSettings, rewarmup_start: int = 0, rewarmup_steps: int = 0) -> Schedule:
-    """The schedule that settings ask for. What they leave open: a tenth of the peak, and of the horizon to decay."""
+    """The schedule that the settings select. Defaults: a minimum of peak / 10, a decay over a tenth of the horizon."""
     horizon = settings.schedule_steps or settings.total_steps
     minimum = settings.learning_rate / 10 if settings.min_learning_rate is None else settings.min_learning_rate
     decay = 0

@@ -1,4 +1,4 @@
-"""What parameters have to be like for data-parallel ranks to share them out."""
+"""Which settings and parameters data-parallel ranks can shard."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from colonnade.parallel.sharding import cut_of, default_slices, is_vocabulary, p
 from colonnade.run_settings import RunSettings
 from colonnade.setting_values import divisors
 
-FLOAT32_ELEMENTS = 16  # of the widest vector register; parameters are float32
+FLOAT32_ELEMENTS = 16  # in the widest vector register; parameters are float32
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """As much of a `ParallelLayout` as sharing out depends on."""
+    """The part of a `ParallelLayout` that sharding depends on."""
 
     dp: int
     tp: int
@@ -28,15 +28,15 @@ class Ranks:
 
 
 def shard_count(settings: RunSettings, dp: int) -> int:
-    """Parts that data-parallel ranks cut the parameters into; 1 where each holds them whole."""
+    """Number of shards that data-parallel ranks cut the parameters into; 1 if each holds them whole."""
     return 1 if settings.data_parallel_shard == "none" else dp // settings.data_parallel_replicate_size
 
 
 def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLayout | Ranks) -> None:
-    """Refuse what cannot be shared out, before anything is built.
+    """Reject what cannot be sharded over data-parallel ranks, before anything is built.
 
     Raises:
-        UsageError: names the setting and what would work.
+        UsageError: sharding cannot work; the message names the setting and what would work.
     """
     if settings.data_parallel_shard == "none":
         return
@@ -77,10 +77,10 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
 def part_off_border(
     config: ModelConfig, tp: int, slices: int, shards: int, *, replicate_embeddings: bool = False
 ) -> str | None:
-    """A parameter of which the fused AdamW of the CPU treats a part otherwise than the whole; None if there is none.
+    """A parameter for which the CPU's fused AdamW gives a shard other bits than the whole; None if there is none.
 
-    Its scalar code for what does not fill a vector register rounds differently (`fused_keeps_bits`). A part is a
-    stretch of the memory of the whole: it has the same bits if it begins at a register's border.
+    Its scalar code for elements that do not fill a vector register rounds differently (`fused_keeps_bits`). A shard is
+    a contiguous range of the whole parameter's memory: it gets the same bits if it begins at a register boundary.
     """
     rest = False
     found = None
@@ -94,4 +94,4 @@ def part_off_border(
             sizes[cut.dim] //= tp
         if -(-sizes[0] // shards) * math.prod(sizes[1:]) % FLOAT32_ELEMENTS:
             found = found or name
-    return None if rest else found  # with a rest the update is the unfused one, which treats all elements alike
+    return None if rest else found  # with a rest the unfused update is used, which treats all elements alike

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of each micro-batch, gradients summed, measured and clipped, the update."""
+"""One optimizer step: each micro-batch forward and backward; gradients summed, measured and clipped; the update."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from colonnade.parallel.mesh import ParallelLayout
 
 
 class SlicedModel(Protocol):
-    """What a step asks of a model (a `TensorParallelModel` has it)."""
+    """What a step requires of a model (`TensorParallelModel` provides it)."""
 
     layout: ParallelLayout
     group: TensorGroup
@@ -50,13 +50,13 @@ class SlicedModel(Protocol):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What came of a step: scalars on the device, the same on every rank.
+    """The outcome of a step: scalars on the device, the same on every rank.
 
     Attributes:
-        loss: mean over the labels of the global batch that count.
-        grad_norm: of the whole model, before clipping.
-        skipped: 1.0 where parameters, moments and step counts were left as they were, else 0.0.
-        losses_before: what the losses before it were like, where spikes are looked for.
+        loss: mean over the counted labels of the global batch.
+        grad_norm: gradient norm of the whole model, before clipping.
+        skipped: 1.0 if parameters, moments and step counts were left unchanged, else 0.0.
+        losses_before: statistics of the losses before this step, if spikes are detected.
     """
 
     loss: Tensor
@@ -66,19 +66,19 @@ class StepOutcome:
 
 
 def micro_batches_of(share: Tensor, count: int) -> list[Tensor]:
-    """A data-parallel rank's share [chunks, ...] of a step as `count` micro-batches of equal size.
+    """Split a data-parallel rank's share [chunks, ...] of a step into `count` micro-batches of equal size.
 
-    Of a global batch in N micro-batches the j-th holds the chunks g with g mod N == j. A rank's share holds the g with
-    g mod dp == rank, so its micro-batches are those j with j mod dp == rank: the same N micro-batches at every dp.
+    If the global batch has N micro-batches, the j-th holds the chunks g with g mod N == j. A rank's share holds the g
+    with g mod dp == rank, so its micro-batches are the j with j mod dp == rank: the same N micro-batches at every dp.
     """
     return [share[index::count] for index in range(count)]
 
 
 def targets_of_step(share: Tensor, layout: ParallelLayout, *, document_mask: bool) -> int:
-    """Labels that count in the global batch, from each data-parallel rank's share of it. Collective.
+    """Number of labels in the global batch that count, from each data-parallel rank's share of it. Collective.
 
     Args:
-        share: [chunks, block_size + 1] blocks in the wire format, on the CPU (on a device this waits for it).
+        share: [chunks, block_size + 1] blocks in the wire format, on the CPU (on a device this would be a host sync).
     """
     count = torch.tensor(counted_targets(share, document_mask))
     dist.all_reduce(count, group=layout.dp_group)
@@ -102,30 +102,30 @@ def optimizer_step(
 ) -> StepOutcome:
     """Train on this rank's share of the global batch. Collective.
 
-    A step whose loss or gradient norm is not finite is skipped, on all ranks: the decision is made from what has been
-    summed over them, and stays on the device.
+    A step whose loss or gradient norm is not finite is skipped on all ranks: the decision is made from values that have
+    been summed over the ranks, and stays on the device.
 
     Args:
         share: [chunks, block_size + 1] blocks in the wire format (`colonnade/data/blocks.py`).
-        accumulation: micro-batches of this rank.
-        targets: labels of the global batch that count, which the loss is a mean over (`targets_of_step`).
-        max_grad_norm: 0 for no clipping.
-        document_mask: attention and loss stay within documents.
-        deterministic: sum in the order that does not depend on the number of ranks; needs a model with fixed slices.
+        accumulation: number of micro-batches on this rank.
+        targets: number of labels in the global batch that count; the loss is their mean (`targets_of_step`).
+        max_grad_norm: limit of the gradient norm; 0 for no clipping.
+        document_mask: keep attention and loss within documents.
+        deterministic: sum in an order that does not depend on the number of ranks; needs a model with fixed slices.
         plain: neither keep weights over micro-batches nor sum gradients during the backward pass.
-        skip_above: a loss above it is skipped as well; NaN for none.
-        after_backward: called while a device is still busy with what was launched.
+        skip_above: also skip a step whose loss is above this; None or NaN for no limit.
+        after_backward: called while the device is still busy with the launched kernels.
     """
     micro_batches = micro_batches_of(share, accumulation)
     shards = model.shards
-    # In the fixed order gradients are final only after the whole tree over micro-batches.
+    # In the fixed order, gradients are final only after the whole tree over micro-batches, so there is no overlap.
     overlapped = None
     if model.layout.dp > 1 and not deterministic and not plain and shards is None:
         overlapped = OverlappedSum(model.layout.dp_group)
 
     def backward(micro_batch: Tensor) -> Tensor:
         blocks = unpack_blocks(micro_batch, document_mask=document_mask)
-        # A batch without a single target has the loss 0, not 0 / 0.
+        # A batch without any target has the loss 0, not 0 / 0.
         part = model(blocks.input_ids, blocks.labels, blocks.document_starts, scale=1 / max(targets, 1))
         if overlapped is not None and micro_batch is micro_batches[-1]:
             overlapped.watch(model.gradient_holders())
@@ -150,7 +150,7 @@ def optimizer_step(
     norm, skipped = _norm_and_verdict(model, gradients, loss, skip_above)
     if max_grad_norm > 0:
         clip_by_norm(gradients, norm, max_grad_norm)
-    # Not `scaler.step`: it would tell the optimizer of overflows alone. Each of them makes the norm infinite or NaN.
+    # Not `scaler.step`, which skips on overflows only. Each overflow also makes the norm infinite or NaN.
     step_unless(optimizer, skipped)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -160,12 +160,12 @@ def optimizer_step(
 def _sum_over_data_parallel_ranks(
     model: SlicedModel, gradients: Sequence[Tensor], loss: Tensor, *, fixed_order: bool
 ) -> None:
-    """Sum in place what the backward pass has not summed: with shards the loss, and gradients over the replicas."""
+    """Sum in place what the backward pass has not: gradients (with shards, over replicas only) and the loss."""
     shards = model.shards
     if shards is None:
         sum_over_data_parallel([*gradients, loss], model.layout.dp_group, fixed_order=fixed_order)
         return
-    # In the fixed order gradients have been summed over the replicas as well.
+    # In the fixed order, the reduction has already summed gradients over the replicas.
     if shards.replicate_group is not None and not shards.fixed_order:
         sum_over_data_parallel(gradients, shards.replicate_group)
     sum_over_data_parallel([loss], model.layout.dp_group, fixed_order=fixed_order)

@@ -1,18 +1,18 @@
-"""What is a function of whole matrices, computed by ranks that hold parts: each matrix once, on one rank.
+"""Functions of whole matrices, computed by ranks that hold only parts: each matrix once, on one rank.
 
-A matrix is cut over the tensor-parallel ranks, by rows or columns, or whole on each. Where data-parallel ranks share
-out the parameters, each of them holds some of the rows of that; else, and in replicas, copies. Matrices are dealt
-in rounds of one a rank. In a round:
+A matrix is sharded over the tensor-parallel ranks, by rows or columns, or replicated on them. If data-parallel ranks
+shard the parameters, each of them holds some rows of that; otherwise, and across replicas, they hold copies. Matrices
+are dealt to the ranks in rounds of one per rank. In a round:
 
-1. An all-to-all over the ranks that share rows out gives each tensor-parallel group its own matrices, as its ranks cut
-   them.
-2. A second one within that group gives each rank the whole of one.
-3. Each rank computes, from the same bits and in the same shape whoever it is.
-4. Two more take the results back, and a broadcast tells the ranks that hold copies.
+1. An all-to-all over the data-parallel ranks that shard rows gives each tensor-parallel group its own matrices, still
+   sharded over the group's ranks.
+2. A second all-to-all, within that group, gives each rank one whole matrix.
+3. Each rank applies the function, to the same bits in the same shape whichever rank it is.
+4. Two more all-to-alls return the results, and a broadcast sends them to the ranks that hold copies.
 
-A rank computes one whole matrix at a time. On the way to it and back it holds what it has been sent and sends on: up to
-four matrices as large, in the dtype of the parts, and its parts of the results of as many matrices as hold one copy of
-the parameters.
+A rank computes one whole matrix at a time. Before and after, it holds what it has received and what it sends on: up to
+four matrices of that size, in the dtype of the parts, and its parts of the results of as many matrices as there are
+ranks that hold one copy of the parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Ranks:
-    """A group with this rank's place in it; without a group it is alone."""
+    """A process group and this rank's place in it; without a group the rank is alone."""
 
     group: dist.ProcessGroup | None
     size: int
@@ -48,12 +48,12 @@ class _Ranks:
 
 @dataclass(frozen=True)
 class MatrixCut:
-    """How a matrix lies on the ranks.
+    """How a matrix is laid out over the ranks.
 
     Attributes:
-        dim: what tensor-parallel ranks cut; None where each holds all.
-        shape: of a tensor-parallel rank's part.
-        shard_rows: rows of that which each rank that shares them out holds; the last ones hold fewer, or none.
+        dim: the dimension that is sharded over tensor-parallel ranks; None if each of them holds the whole.
+        shape: the shape of a tensor-parallel rank's part.
+        shard_rows: rows of that part on each data-parallel rank that shards it; the last ones hold fewer, or none.
     """
 
     dim: int | None
@@ -62,13 +62,13 @@ class MatrixCut:
 
     @classmethod
     def of(cls, shape: Sequence[int], dim: int | None, tp: int, shards: int) -> MatrixCut:
-        """That of a matrix of this shape, cut along `dim`, over so many ranks of both kinds."""
+        """The cut of a matrix of this shape: along `dim` over `tp` ranks, by rows over `shards` data-parallel ranks."""
         rows, columns = shape
         part = (rows // tp if dim == 0 else rows, columns // tp if dim == 1 else columns)
         return cls(dim, part, -(-part[0] // shards))
 
     def rows(self, rank: int) -> slice:
-        """What a rank holds of a tensor-parallel part."""
+        """The rows of a tensor-parallel part that data-parallel rank `rank` holds."""
         return slice(min(self.shape[0], rank * self.shard_rows), min(self.shape[0], (rank + 1) * self.shard_rows))
 
     def shard_shape(self, rank: int) -> tuple[int, int]:
@@ -77,16 +77,16 @@ class MatrixCut:
 
 
 def dealt(matrices: Sequence[T], shape: Callable[[T], Sequence[int]], ranks: int) -> list[list[T]]:
-    """Matrices in rounds of at most one a rank; of like size, so that no rank waits for a larger one."""
+    """Matrices in rounds of at most one per rank, of similar size, so that no rank waits for a larger one."""
     ordered = sorted(matrices, key=lambda matrix: (-math.prod(shape(matrix)), tuple(shape(matrix))))
     return [ordered[start : start + ranks] for start in range(0, len(ordered), ranks)]
 
 
 class WholeMatrices:
-    """Deals matrices to ranks, and brings each together on its own.
+    """Deals matrices to ranks, and gathers each matrix on its rank.
 
     Args:
-        layout: the ranks, as `parameters` of all methods lie on them.
+        layout: the ranks over which the `parameters` of all methods are laid out.
     """
 
     def __init__(self, layout: ParallelLayout) -> None:
@@ -96,7 +96,7 @@ class WholeMatrices:
         self._copies = _Ranks.of(layout.replicate_group if is_shared else layout.dp_group)
 
     def check(self, parameter: Tensor) -> None:
-        """Raises ValueError where a parameter cannot be dealt."""
+        """Raises ValueError if a parameter cannot be dealt."""
         if not isinstance(parameter, DTensor) or parameter.ndim != 2:
             raise ValueError(f"only matrices that are DTensors can be dealt, not {type(parameter)}")
         shape, dim = tuple(parameter.shape), _cut_dim(parameter)
@@ -110,16 +110,16 @@ class WholeMatrices:
         return MatrixCut.of(parameter.shape, _cut_dim(parameter), self._tp.size, self._shards.size)
 
     def rounds(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """The parameters in rounds, as `dealt` makes them."""
+        """The parameters in rounds, as returned by `dealt`."""
         return dealt(parameters, lambda parameter: parameter.shape, self._team * self._copies.size)
 
     @property
     def _team(self) -> int:
-        """The ranks that hold one copy of everything."""
+        """Number of ranks that together hold one copy of all parameters."""
         return self._tp.size * self._shards.size
 
     def is_ours(self, number: int) -> bool:
-        """Whether matrix `number` of a round is computed by ranks that hold other parts; else by those of a copy."""
+        """Whether matrix `number` of a round is computed by the ranks of this rank's copy, not by those of another."""
         return number // self._team == self._copies.rank
 
     def computed(
@@ -129,12 +129,12 @@ class WholeMatrices:
         function: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
     ) -> Iterator[Tensor]:
-        """The function of each whole matrix of a round: this rank's part of it. Collective; take all of them.
+        """Yield this rank's part of `function` of each whole matrix of a round. Collective; consume all results.
 
         Args:
-            parameters: at most one a rank, as `rounds` gives them.
-            parts: this rank's part of each matrix that `is_ours`; all of one dtype. Empty afterwards.
-            function: of a whole matrix, a matrix of its shape in `dtype`.
+            parameters: at most one per rank, as returned by `rounds`.
+            parts: this rank's part of each matrix that `is_ours`; all of one dtype. Emptied by this method.
+            function: maps a whole matrix to a matrix of the same shape in `dtype`.
         """
         cuts, device = [self._cut(parameter) for parameter in parameters], parameters[0].device
         copies = [cuts[start : start + self._team] for start in range(0, len(cuts), self._team)]
@@ -150,7 +150,7 @@ class WholeMatrices:
             yield from found
 
     def _tell(self, results: Sequence[Tensor], copy: int) -> None:
-        """Send results from one of the ranks that hold copies to the others."""
+        """Broadcast results from the rank with number `copy`, among those that hold copies, to the others."""
         pending = [
             dist.broadcast(result, group=self._copies.group, group_src=copy, async_op=True)
             for result in results
@@ -166,7 +166,7 @@ class WholeMatrices:
         function: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
     ) -> list[Tensor]:
-        """`computed` for the matrices of the ranks that hold one copy."""
+        """`computed` for the matrices that are dealt to the ranks of this rank's copy."""
         device, size = parts[0].device, self._tp.size
         groups = [cuts[start : start + size] for start in range(0, self._team, size)]
         own = groups[self._shards.rank]
@@ -182,7 +182,7 @@ class WholeMatrices:
         return self._own_rows(groups, back, dtype, device)
 
     def _with_all_rows(self, groups: Sequence[Sequence[MatrixCut]], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Tensor-parallel parts of this group's matrices, from the rows of all groups' matrices."""
+        """The tensor-parallel parts of this group's matrices, from rows that are spread over all groups."""
         shards = self._shards
         if shards.size == 1:
             return list(parts)
@@ -195,7 +195,7 @@ class WholeMatrices:
     def _own_rows(
         self, groups: Sequence[Sequence[MatrixCut]], parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device
     ) -> list[Tensor]:
-        """This rank's rows of all groups' matrices, from the tensor-parallel parts of its own group's."""
+        """This rank's rows of all groups' matrices, from the tensor-parallel parts that each group has of its own."""
         shards = self._shards
         if shards.size == 1:
             return list(parts)
@@ -205,12 +205,12 @@ class WholeMatrices:
         return [part for arrived in _exchanged(sent, received, shards.group, dtype, device) for part in arrived]
 
     def _whole(self, cuts: Sequence[MatrixCut], parts: Sequence[Tensor]) -> Tensor | None:
-        """The whole of this rank's matrix, from the parts of its tensor-parallel group; None where it has none."""
+        """This rank's matrix as a whole, from the parts of its tensor-parallel group; None if it has no matrix."""
         tp = self._tp
         if tp.size == 1:
             return parts[0]
         own = cuts[tp.rank] if tp.rank < len(cuts) else None
-        # Of a matrix that every rank holds whole its rank needs none from the others.
+        # The rank of a replicated matrix already has all of it, and needs nothing from the others.
         sent = [
             [part] if cut.dim is not None or rank == tp.rank else []
             for rank, (cut, part) in enumerate(zip(cuts, parts, strict=True))
@@ -228,7 +228,7 @@ class WholeMatrices:
     def _tensor_parallel_parts(
         self, cuts: Sequence[MatrixCut], whole: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> list[Tensor]:
-        """This rank's part of each matrix of its tensor-parallel group, from the ranks that hold them whole."""
+        """This rank's part of each of its tensor-parallel group's matrices, from the ranks that hold them whole."""
         tp = self._tp
         if tp.size == 1:
             assert whole is not None
@@ -243,14 +243,14 @@ class WholeMatrices:
 
 
 def _cut_dim(parameter: Tensor) -> int | None:
-    """The dimension that tensor-parallel ranks cut; None where each holds all."""
+    """The dimension that is sharded over tensor-parallel ranks; None if each of them holds the whole."""
     assert isinstance(parameter, DTensor)
     placement = parameter.placements[-1]
     return placement.dim if isinstance(placement, Shard) else None
 
 
 def _padded(lists: Sequence[list], size: int) -> list[list]:
-    """One list a rank: empty for the ranks that a last round leaves out."""
+    """`lists` padded to one per rank, with empty ones for ranks that have no matrix in the last round."""
     return [*lists, *([] for _ in range(size - len(lists)))]
 
 
@@ -261,12 +261,12 @@ def _exchanged(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[list[Tensor]]:
-    """Tensors for each rank of the group, against those that each has for this one, in the order of the ranks.
+    """All-to-all: send each rank of the group its tensors, and return those received from each, in rank order.
 
     Args:
         sent: the tensors for each rank.
-        shapes: of those that come from each rank.
-        dtype: of all of them.
+        shapes: the shapes of the tensors from each rank.
+        dtype: the dtype of all tensors.
     """
     flat = torch.cat([torch.empty(0, dtype=dtype, device=device), *(part.reshape(-1) for to in sent for part in to)])
     sizes = [[math.prod(shape) for shape in from_rank] for from_rank in shapes]

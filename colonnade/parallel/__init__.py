@@ -1,1 +1,1 @@
-"""How one model is cut over ranks: the mesh, the conjugate collectives, the sharding table, the vocabulary."""
+"""Everything that depends on ranks: the mesh, the collectives, and how parameters and layers are sharded."""

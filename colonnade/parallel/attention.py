@@ -1,12 +1,12 @@
-"""Causal attention over the heads of one slice, of a whole block or within each of its documents.
+"""Causal attention over the heads of one slice, either over the whole block or within each document.
 
 Shapes: B batch, T block, H hidden, D head size; n query heads and k key/value heads of one slice.
 
-A batch of documents laid end to end carries `document_starts`, bool [B, T]. From it a `DocumentLayout` is made once a
-micro-batch, in the form that the device's kernel takes:
+A batch of concatenated documents comes with `document_starts`, bool [B, T]. From it a `DocumentLayout` is built once
+per micro-batch, in the form that the device's kernel takes:
 
-    CUDA            a `BlockMask` for `flex_attention` (arXiv:2412.05496), which skips what lies outside a document
-    CPU, eager      the documents' lengths; each document is a causal call of its own
+    CUDA            a `BlockMask` for `flex_attention` (arXiv:2412.05496), which skips blocks outside a document
+    CPU, eager      the documents' lengths; each document is a separate causal call
     otherwise       a bool mask [B, 1, T, T] for `scaled_dot_product_attention`
 """
 
@@ -32,12 +32,12 @@ FLEX_BLOCK = 128
 """Rows and columns of a block of `flex_attention`'s sparse mask (its default)."""
 
 FLEX_SMALLEST_HEAD = 16
-"""The smallest head size that `flex_attention`'s kernels take: that of a matrix unit."""
+"""The smallest head size that `flex_attention`'s kernels accept: the tile size of a matrix unit."""
 
 Kernel = Literal["flex", "documents", "masked"]
 
 DocumentMask = BlockMask | list[list[int]] | Tensor
-"""What one kernel needs to keep attention within documents: see `DocumentLayout.mask`."""
+"""What a kernel needs to keep attention within documents: see `DocumentLayout.mask`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DocumentLayout:
     """The documents of a micro-batch.
 
     Attributes:
-        positions: int64 [B, T], each token's distance from the beginning of its document.
+        positions: int64 [B, T], each token's distance from the start of its document.
         mask: a `BlockMask` (kernel "flex"), each row's document lengths ("documents") or bool [B, 1, T, T], True where
             a query may see a key ("masked").
     """
@@ -55,18 +55,18 @@ class DocumentLayout:
 
 
 def document_kernel(device: torch.device, head_dim: int, dtype: torch.dtype, *, compiled: bool) -> Kernel:
-    """Which kernel keeps attention within documents here.
+    """Which kernel keeps attention within documents on this device.
 
     Args:
         dtype: of the activations.
-        compiled: attention is part of a compiled graph.
+        compiled: whether attention is part of a compiled graph.
     """
     if device.type == "cuda" and has_triton() and head_dim >= FLEX_SMALLEST_HEAD and dtype != torch.float64:
         return "flex"
-    # One document after the other does no work outside of documents and needs no mask in memory. At blocks of 1024 and
-    # 2048 it has 1.5 to 4.6 times the speed of causal attention over the block, the masked call 0.5 to 0.7 times
-    # (benchmarks/document_mask.py). But the lengths would be constants of a graph, one compilation for each batch; a
-    # mask is an input like any other.
+    # One call per document does no work across documents and needs no mask in memory. At blocks of 1024 and 2048 it has
+    # 1.5 to 4.6 times the speed of causal attention over the block, the masked call 0.5 to 0.7 times
+    # (benchmarks/document_mask.py). In a compiled graph, however, the lengths would be constants, so that every batch
+    # would compile again; a mask is an ordinary input.
     return "documents" if device.type == "cpu" and not compiled else "masked"
 
 
@@ -96,12 +96,12 @@ def _dense_mask(documents: Tensor) -> Tensor:
 
 
 def _block_mask(documents: Tensor) -> BlockMask:
-    """What `create_block_mask` makes of the same rule, without evaluating it at all T x T places.
+    """The result of `create_block_mask` for the same rule, without evaluating it at all T x T positions.
 
-    Document numbers rise along a row, so the ends of two stretches of tokens say whether they share a document.
+    Document numbers rise along a row, so the first and last tokens of two blocks show whether these share a document.
     """
     block = documents.shape[1]
-    # No document reaches into what fills up the last stretch, so that it never counts as whole.
+    # The padding of the last block belongs to no document, so that a padded block never counts as whole.
     stretches = F.pad(documents, (0, -block % FLEX_BLOCK), value=block + 1).unflatten(1, (-1, FLEX_BLOCK))
     first, last = stretches[..., 0], stretches[..., -1]
     number = torch.arange(first.shape[1], device=documents.device)
@@ -123,7 +123,7 @@ def _block_mask(documents: Tensor) -> BlockMask:
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a bool [B, queries, keys] the number of True in each row and their columns first: int32, with a head axis."""
+    """For bool [B, queries, keys]: the count of True per row, and the columns, True first. int32, with a head axis."""
     dense = dense.unsqueeze(1).to(torch.int32)
     columns = dense.argsort(dim=-1, descending=True, stable=True)
     return dense.sum(dim=-1, dtype=torch.int32), columns.to(torch.int32).contiguous()
@@ -131,18 +131,18 @@ def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    # Uncompiled it computes all T x T scores. Each micro-batch size that the autotuner tries is a graph of its own.
+    # Uncompiled, it computes all T x T scores. Each micro-batch size that the autotuner tries compiles its own graph.
     allow_recompilation()
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def allow_recompilation() -> None:
-    """Let a function be compiled for many shapes: at the default of 8 the autotuner's trials would end in an error."""
+    """Allow a function to be compiled for many shapes: with the default of 8, the autotuner's trials would fail."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A projection in the activation's dtype, whatever the parameter is stored in."""
+    """A projection in the activations' dtype, whatever dtype the parameters are stored in."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -151,9 +151,9 @@ class SliceWeights(NamedTuple):
 
     Attributes:
         qkv: [(n + 2 k) * D, H], the rows of queries, keys and values.
-        bias: of them; None for none.
+        bias: the bias of `qkv`; None if there is none.
         o: [H, n * D].
-        norms: [2, D], of each head's queries and of its keys; None for none.
+        norms: [2, D], the norm weights for each head's queries and for its keys; None if there are none.
     """
 
     qkv: Tensor
@@ -173,10 +173,10 @@ def split_heads(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [B, n, T, D], key and value [B, k, T, D] of one slice, normed and rotated where the model does so.
+    """Query [B, n, T, D], key and value [B, k, T, D] of one slice, normed and rotated if the model does so.
 
-    projected: [B, T, (n + 2 k) * D]. o and norms are those of `SliceWeights`. cos, sin [T, D], or [B, 1, T, D] where
-    rows have positions of their own; None for a layer without rotary positions.
+    projected: [B, T, (n + 2 k) * D]. o and norms are those of `SliceWeights`. cos, sin: [T, D], or [B, 1, T, D] if each
+    row has its own positions; None for a layer without rotary positions.
     """
     batch, block, width = projected.shape
     heads = o.shape[1] // head_dim
@@ -206,7 +206,8 @@ def attend_projected(
 ) -> Tensor:
     """Causal grouped-query attention over the heads of one slice: [B, T, (n + 2 k) * D] -> partial [B, T, H].
 
-    `constants`, cos and sin are those of `split_heads`, `grouped` is that of `attend`; mask None: over the whole block.
+    `constants`, cos and sin are those of `split_heads`, `grouped` is that of `attend`. Without a mask, attention is
+    over the whole block.
     """
     query, key, value = split_heads(projected, o, norms, cos, sin, **constants)
     return _merge_heads(attend(query, key, value, mask, grouped=grouped), o, linear)
@@ -224,11 +225,12 @@ def cached_attention_slice(
     grouped: bool = False,
     **constants: Any,
 ) -> Tensor:
-    """Attention of tokens that follow others: [B, T, H] -> partial [B, T, H].
+    """Attention of new tokens over the cached ones and themselves: [B, T, H] -> partial [B, T, H].
 
     Args:
         visible: bool [B, 1, T, S]; None for causal attention (`KeyValueCache.visible`).
-        extend: stores the new keys and values, and returns those of all tokens [B, k, S, D] (`KeyValueCache.extend`).
+        extend: stores the new keys and values, and returns those of all S tokens, [B, k, S, D]
+            (`KeyValueCache.extend`).
     """
     projected = linear(x, weights.qkv, weights.bias)
     query, key, value = split_heads(projected, weights.o, weights.norms, cos, sin, **constants)
@@ -250,7 +252,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None,
     """Causal attention of query [B, n, T, D] over key and value [B, k, T, D], n a multiple of k: [B, n, T, D].
 
     Args:
-        grouped: the kernel without a mask is given k heads, not n copies of them (`takes_groups`).
+        grouped: pass the kernel without a mask k heads instead of repeating them to n (`takes_groups`).
     """
     group = query.shape[1] // key.shape[1]
     if isinstance(mask, BlockMask):
@@ -269,10 +271,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None,
 
 
 def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a fused kernel of `scaled_dot_product_attention` takes fewer heads of keys than of queries, unmasked.
+    """Whether a fused, unmasked kernel of `scaled_dot_product_attention` accepts fewer key heads than query heads.
 
-    Those that do are for half precision on GPUs since Ampere. Elsewhere a grouped call computes all scores, [B, n, T,
-    T]; repeated heads keep it fused. Not to be asked within a compiled graph, where a device has no properties.
+    Only kernels for half precision on GPUs from Ampere on do. Elsewhere a grouped call materialises all scores, [B, n,
+    T, T], while repeated heads keep the kernel fused. Do not call this inside a compiled graph, where device properties
+    are not available.
 
     Args:
         dtype: of the activations.

@@ -1,4 +1,4 @@
-"""The tree in which the deterministic mode adds up a global batch: over micro-batches and data-parallel ranks."""
+"""The tree in which the deterministic mode sums a global batch, over micro-batches and data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """One node of the tree over a global batch: every second item and the others; an odd number is cut in the middle.
+    """Split a node of the tree over a global batch: even and odd positions; an odd number of items in the middle.
 
-    Data-parallel rank r of dp holds the items j with j mod dp == r. For a power of two these are a subtree, and the
-    levels above it are the tree over ranks: whoever holds the items, they are added in one order.
+    Data-parallel rank r of dp holds the items j with j mod dp == r. If dp is a power of two, these form a subtree, and
+    the levels above it are the tree over ranks: the order of additions does not depend on which ranks hold the items.
     """
     if len(items) % 2 == 0:
         return items[0::2], items[1::2]
@@ -20,7 +20,7 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 
 
 def leaf_order(items: Sequence[T]) -> list[T]:
-    """The leaves of the tree from left to right; for a power of two the bit-reversed order."""
+    """The leaves of the tree from left to right; for a power of two, the bit-reversed order."""
     if len(items) <= 1:
         return list(items)
     left, right = halves(items)
@@ -28,9 +28,9 @@ def leaf_order(items: Sequence[T]) -> list[T]:
 
 
 def nodes_completed(count: int) -> list[int]:
-    """Of each of `count` leaves, taken from left to right, the nodes of the tree that it is the last leaf of.
+    """For each of `count` leaves, from left to right, the number of tree nodes of which it is the last leaf.
 
-    With the sums so far on a stack, that many additions of its two topmost are due once the leaf is on it.
+    With partial sums on a stack: after pushing the leaf, add the top two entries that many times.
     """
     if count <= 1:
         return [0] * count

@@ -1,15 +1,16 @@
 """The conjugate collectives f and g of tensor parallelism, over slices.
 
-Megatron-LM (arXiv:1909.08053, section 3) calls *f* the operator that is the identity forward and an all-reduce
-backward, and *g* its conjugate, an all-reduce forward and the identity backward. Here both work on slices: the
-model is cut into V slices, a rank holds V/tp neighbouring ones, and
+Megatron-LM (arXiv:1909.08053, section 3) calls *f* the operator that is the identity in the forward pass and an
+all-reduce in the backward pass, and *g* its conjugate: an all-reduce forward and the identity backward. Here both work
+on slices: the model is cut into V slices, each rank holds V/tp adjacent ones, and
 
-    fan_out (f)       x -> one view of x for each local slice;  backward: sum of the slices' gradients
-    reduce_partials (g)   one partial result of each local slice -> their sum;  backward: the gradient to each
+    fan_out (f)           x -> one view of x per local slice;  backward: sum of all slices' gradients
+    reduce_partials (g)   one partial result per local slice -> sum over all slices;  backward: the gradient to each
 
-Sums run over one fixed binary tree: the slices of a rank are a subtree, the ranks form the levels above it. Floating
-point addition commutes exactly but does not associate, so a fixed tree gives the same bits whoever computes it. Where a
-rank has nothing to add it adds -0.0, the neutral element: x + -0.0 is x to the bit for every x, and -0.0 + 0.0 is not.
+If V is given, sums follow one fixed binary tree: a rank's slices form a subtree, and the ranks form the levels above.
+Floating-point addition is commutative but not associative, so a fixed tree gives the same bits no matter which ranks
+compute it. A rank with nothing to add adds -0.0, the neutral element: x + -0.0 equals x to the bit for every x, whereas
+x + 0.0 turns -0.0 into 0.0.
 
 Everything here runs outside compiled graphs.
 """
@@ -29,22 +30,22 @@ from colonnade.parallel.pending import Pending
 from colonnade.parallel.shared_memory import SharedMemory
 
 ALIGNMENT = 64
-"""Bytes to which torch aligns memory on the CPU (on CUDA it is 512)."""
+"""Alignment of torch's CPU allocations in bytes (512 on CUDA)."""
 
-# Names of torch 2.13 on; the earlier ones warn there.
+# The names from torch 2.13 on, where the earlier ones raise a warning.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TensorGroup:
-    """The ranks that share one model, and the slices each of them computes.
+    """The tensor-parallel ranks that together hold one model, and the slices that each of them computes.
 
     Args:
         group: the process group of the mesh dimension "tp".
-        slices: V, the number of slices of the whole model; a multiple of the group's size. None: one a rank.
-            A given V fixes the order of every sum (the tree), so that any group size dividing V gives the same
-            bits; without it a rank's product is one merged product and sums are the library's own all-reduce.
-        memory: through which ranks of one machine exchange tensors; None for the library's way between machines.
+        slices: V, the number of slices of the whole model, a multiple of the group's size; None for one per rank.
+            A given V fixes the order of every sum (the tree), so that any group size that divides V gives the same
+            bits. With None, each rank computes one merged product and sums use the library's own all-reduce.
+        memory: shared memory through which ranks of one machine exchange tensors; None to use the library alone.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class TensorGroup:
 
     @property
     def is_identity(self) -> bool:
-        """Whether this rank computes alone for the moment."""
+        """Whether collectives are currently the identity, so that this rank computes alone."""
         return self._identity
 
     @contextmanager
     def collectives_as_identity(self) -> Iterator[None]:
-        """Compute this rank's share alone, as the autotuner does: no peer is waited for, values are meaningless."""
+        """Compute this rank's share alone, as the autotuner does: no peer is waited for, and values are meaningless."""
         self._identity = True
         try:
             yield
@@ -78,25 +79,25 @@ class TensorGroup:
             self._identity = False
 
     def sum_(self, partial: Tensor) -> Tensor:
-        """The sum of `partial` over the ranks, in its place or not."""
+        """The sum of `partial` over the ranks, which may overwrite `partial`."""
         return self.start_sum(partial).wait()
 
     def start_sum(self, partial: Tensor) -> Pending[Tensor]:
-        """`sum_`, under way when this returns: until it is waited for nothing may touch `partial`."""
+        """Start `sum_` and return while it is in flight; do not use `partial` until it has been waited for."""
         if not self.communicates:
             return Pending(partial)
         partial = partial.contiguous()
-        # Of more ranks each would read the whole tensors of all.
+        # With more than two ranks, each would have to read the whole tensors of all.
         shared = self._start_exchange(partial, tree_sum) if self.size == 2 else None
         if shared is not None:
             return shared
-        # Two addends have one order only, so the tree is the library's all-reduce there.
+        # Two addends have only one order, so for two ranks the library's all-reduce is the tree.
         if self.fixed_order and self.size > 2:
             return start_tree_all_reduce(partial, self.group)
         return _under_way(partial, dist.all_reduce(partial, group=self.group, async_op=True))
 
     def start_gather(self, part: Tensor) -> Pending[Tensor]:
-        """The parts [R, ...] of all ranks, one after the other: [tp * R, ...]."""
+        """All-gather: the parts [R, ...] of all ranks, concatenated to [tp * R, ...]."""
         if self.size == 1:
             return Pending(part)
         if self._identity:
@@ -109,7 +110,7 @@ class TensorGroup:
         return _under_way(whole, work)
 
     def start_sum_part(self, partial: Tensor) -> Pending[Tensor]:
-        """This rank's part [R, ...] of the sum of all ranks' [tp * R, ...]: a reduce-scatter."""
+        """Reduce-scatter: this rank's part [R, ...] of the sum of all ranks' [tp * R, ...]."""
         if not self.communicates:
             return Pending(self.own_part(partial))
         partial = partial.contiguous()
@@ -126,12 +127,12 @@ class TensorGroup:
         return None if self.memory is None else self.memory.start(tensor, read)
 
     def own_part(self, whole: Tensor) -> Tensor:
-        """This rank's rows of what all ranks hold: [tp * R, ...] -> [R, ...]."""
+        """This rank's rows of a tensor that every rank holds: [tp * R, ...] -> [R, ...]."""
         return whole.chunk(self.size)[self.rank]
 
 
 def _under_way(held: Any, work: Any, value: Tensor | None = None) -> Pending[Tensor]:
-    """The value of a collective under way; `held` lives until it is done."""
+    """The result of the collective `work` in flight: `value`, or else `held`, which is kept alive until it is done."""
 
     def finish() -> Tensor:
         work.wait()
@@ -141,7 +142,7 @@ def _under_way(held: Any, work: Any, value: Tensor | None = None) -> Pending[Ten
 
 
 def tree_sum(addends: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors of one shape in the fixed binary tree over their order; one addend is returned as it is."""
+    """Sum tensors of one shape in a fixed binary tree over their order; a single addend is returned as it is."""
     if len(addends) == 1:
         return addends[0]
     middle = len(addends) // 2
@@ -151,8 +152,9 @@ def tree_sum(addends: Sequence[Tensor]) -> Tensor:
 def tree_all_reduce(partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[int] | None = None) -> Tensor:
     """All-reduce (sum) in the fixed binary tree over the ranks of `group`, for any power-of-two group.
 
-    An all-to-all hands each rank one piece from every rank, which it sums in rank order (or in the order `ranks`); an
-    all-gather brings the summed pieces back. The bytes are a ring all-reduce's, the order does not depend on the piece.
+    An all-to-all gives each rank one piece from every rank, which it sums in the tree over rank order (or the order
+    `ranks`); an all-gather returns the summed pieces to all ranks. It sends as many bytes as a ring all-reduce, but the
+    order of the sum is the same for every piece.
     """
     return start_tree_all_reduce(partial, group, ranks).wait()
 
@@ -160,7 +162,7 @@ def tree_all_reduce(partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[i
 def start_tree_all_reduce(
     partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[int] | None = None
 ) -> Pending[Tensor]:
-    """`tree_all_reduce`, its all-to-all under way; `wait` sums and gathers."""
+    """`tree_all_reduce` with its all-to-all in flight; `wait` sums and all-gathers."""
     size = dist.get_world_size(group)
     flat = partial.reshape(-1)
     piece = -(-flat.numel() // size)
@@ -179,7 +181,7 @@ def start_tree_all_reduce(
 def start_tree_reduce_scatter(
     partial: Tensor, group: dist.ProcessGroup, ranks: Sequence[int] | None = None
 ) -> Pending[Tensor]:
-    """This rank's part [R, ...] of the sum of contiguous tensors [ranks * R, ...], in the tree over ranks."""
+    """Reduce-scatter in the tree: this rank's part [R, ...] of the sum of contiguous tensors [ranks * R, ...]."""
     size = dist.get_world_size(group)
     parts = torch.empty_like(partial)
     work = dist.all_to_all_single(parts, partial, group=group, async_op=True)
@@ -194,13 +196,13 @@ def start_tree_reduce_scatter(
 
 
 class InFlight:
-    """Where the backward pass of a collective's start leaves what that of `awaiting` waits for."""
+    """Hands a collective in flight from the backward node that starts it to that of `awaiting`, which waits."""
 
     def __init__(self) -> None:
         self.pending: Pending[Tensor] | None = None
 
     def hold(self, pending: Pending[Tensor], placeholder: Tensor) -> Tensor:
-        """What the node returns meanwhile: a tensor of the right shape that nobody reads."""
+        """Store `pending` and return `placeholder`, a gradient of the right shape that nothing reads."""
         self.pending = pending
         return placeholder
 
@@ -225,24 +227,24 @@ _late = count()
 
 
 def run_late(x: Tensor) -> None:
-    """Let the backward pass of the node that made `x` wait for all others that can run.
+    """Make the backward pass of the node that produced `x` run only when no other node can.
 
-    Autograd runs the ready node with the highest sequence number, the one made last. These get numbers below those of
-    all others, and among each other in the order they are made. That holds as long as one thread makes the nodes of a
-    forward pass: autograd counts for each thread by itself.
+    Autograd runs the ready node with the highest sequence number, that is, the one created last. This function assigns
+    numbers below those of all other nodes, increasing with each call. That works as long as a single thread creates the
+    nodes of a forward pass, because autograd counts sequence numbers per thread.
     """
     node: Any = x.grad_fn
     node._set_sequence_nr(next(_late))
 
 
 def awaiting(xs: Sequence[Tensor], in_flight: InFlight | None) -> Sequence[Tensor]:
-    """The identity, whose backward pass waits for the collective that a later node's backward pass has started.
+    """The identity; its backward pass waits for the collective that the backward pass of a later node has started.
 
-    Whatever does not depend on the collective runs first: that is the overlap.
+    Everything that does not depend on the collective runs first: that is the overlap.
 
     Args:
-        xs: tensors that all get the gradient which the collective delivers.
-        in_flight: of that collective; None where its start waits for it.
+        xs: tensors that all receive the gradient that the collective delivers.
+        in_flight: holds that collective; None if the node that starts it also waits for it.
     """
     if in_flight is None or not any(x.requires_grad for x in xs):
         return xs
@@ -299,11 +301,11 @@ class _TakePart(torch.autograd.Function):
 
 
 def fan_out(x: Tensor, group: TensorGroup, in_flight: InFlight | None = None) -> tuple[Tensor, ...]:
-    """*f*: one view of the replicated `x` for each local slice; backward sums the gradients over all slices.
+    """*f*: one view of the replicated `x` per local slice; the backward pass sums the gradients over all slices.
 
-    The all-reduce may overwrite the incoming gradient, so what consumes a view must produce a gradient of its own
-    (a matrix product does; a bare addition passes one tensor to two inputs). With `in_flight` the backward pass only
-    starts the all-reduce.
+    The all-reduce may overwrite the incoming gradient, so whatever consumes a view must produce a new gradient tensor
+    (a matrix product does; a plain addition passes the same tensor to both inputs). With `in_flight`, the node only
+    starts the all-reduce, and `awaiting` waits for it.
     """
     if group.local_slices == 1 and group.size == 1:
         return (x,)
@@ -312,9 +314,10 @@ def fan_out(x: Tensor, group: TensorGroup, in_flight: InFlight | None = None) ->
 
 
 def reduce_partials(partials: Sequence[Tensor], group: TensorGroup) -> Pending[Tensor]:
-    """*g*: the sum over all slices of one partial result each, under way; backward hands the gradient to each of them.
+    """*g*: the sum over all slices of their partial results, in flight; backward passes the gradient to each of them.
 
-    A lone partial may be overwritten: nothing may have saved it for a backward pass (a matrix product's output is not).
+    A single partial may be overwritten, so no node may have saved it for its backward pass (a matrix product does not
+    save its output).
     """
     if len(partials) == 1 and group.size == 1:
         return Pending(partials[0])
@@ -324,21 +327,21 @@ def reduce_partials(partials: Sequence[Tensor], group: TensorGroup) -> Pending[T
 
 
 def fan_out_locally(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    """`count` views of `x` for slices of this rank that share it; backward sums their gradients in the tree."""
+    """`count` views of `x` for local slices that share it; the backward pass sums their gradients in the tree."""
     return (x,) if count == 1 else _FanOutLocal.apply(x, count)
 
 
 def take_part(x: Tensor, start: int, length: int, group: TensorGroup) -> Tensor:
-    """*f* for a replicated parameter of which this rank uses rows start .. start + length: its gradient is summed."""
+    """*f* for a replicated parameter of which this rank uses rows start .. start + length; sums its gradient."""
     return _TakePart.apply(x, start, length, group)
 
 
 def laid_out(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """`part` of a parameter in `dtype`, with the memory layout of a tensor of its own: contiguous, aligned to 64 bytes.
+    """`part` of a parameter in `dtype`, with the memory layout of a separate tensor: contiguous, aligned to 64 bytes.
 
-    A matrix kernel may be chosen by strides and alignment, and then sum in another order (seen with MKL 2024.2 for
-    [72, 64] x [64, 8] in float32). A slice that is a view into a rank's larger shard is copied where that differs from
-    what the slice would be alone on its rank; a cast has copied it already.
+    A matrix library may choose its kernel by strides and alignment, and the kernel may then sum in another order (seen
+    with MKL 2024.2 for [72, 64] x [64, 8] in float32). A slice that is a view into a rank's larger shard is therefore
+    copied if its layout differs from that of a slice alone on its rank; a cast has already made a copy.
     """
     part = part.to(dtype)
     if part.is_contiguous() and part.data_ptr() % ALIGNMENT == 0:

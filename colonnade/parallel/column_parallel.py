@@ -1,10 +1,11 @@
-"""The product of a column-parallel projection, and what its backward pass computes while f sums over the ranks.
+"""A column-parallel projection whose backward pass computes the weight gradient while f sums the input gradient.
 
-Backward, the gradient of the input has to be summed over the ranks (f), and the gradient of the weight has not. So the
-first comes first; while its sum is under way the second is computed (as Megatron-LM does). It hides the sum, and the
-time by which ranks are not quite in step.
+In the backward pass, the input gradient has to be summed over the ranks (f), and the weight gradient does not. So the
+input gradient is computed first, and the weight gradient while the all-reduce is in flight (as in Megatron-LM). This
+hides the all-reduce, and also the time by which ranks are out of step.
 
-Both are autograd nodes of their own, so the product is no part of a compiled graph, in which the two would be one node.
+The two gradients are separate autograd nodes, so the product is not part of a compiled graph, which would make them one
+node.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from colonnade.parallel.collectives import run_late
 
 
 def can_hide_sums(*, compiled: bool, fixed_order: bool, cuda_graphs: bool, float8: bool) -> bool:
-    """Whether gradients of weights may wait for a sum to be under way.
+    """Whether weight gradients can be deferred until a sum is in flight.
 
-    A CUDA graph's replay copies what it is given from outside, and products in float8 are fused with their scales. In a
-    fixed order every rank count has to compile the same graphs, also one rank, which sums nothing.
+    The replay of a CUDA graph copies inputs that come from outside, and float8 products are fused with their scaling.
+    With a fixed order of sums, every number of ranks has to compile the same graphs, even one rank, which has no
+    all-reduce to hide.
     """
     return not (cuda_graphs or float8 or (compiled and fixed_order))
 
 
 def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias in the dtype of x [..., H], weight [C, H] and bias [C] being stored in any: [..., C]."""
+    """x weight^T + bias, [..., C], in the dtype of x [..., H]; weight [C, H] and bias [C] may have other dtypes."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not (torch.is_grad_enabled() and weight.requires_grad and x.requires_grad):
         return F.linear(x, weight, bias)
@@ -40,7 +42,7 @@ def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 class _Product(torch.autograd.Function):
-    """The product. Backward it leaves the factors of the weight's gradient to `_LateGradient`."""
+    """The product. Its backward pass hands the factors of the weight gradient to `_LateGradient`."""
 
     @staticmethod
     def forward(
@@ -60,7 +62,7 @@ class _Product(torch.autograd.Function):
 
 
 class _LateGradient(torch.autograd.Function):
-    """The identity of a weight, whose backward pass is given no gradient and makes it."""
+    """The identity on a weight; its backward pass receives no gradient and computes it from the factors."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -1,20 +1,21 @@
-"""Data-parallel ranks that share out the parameters: torch's `fully_shard` with this project's sums (ZeRO-2, ZeRO-3).
+"""Sharding over data-parallel ranks: torch's `fully_shard` with this project's sums (ZeRO-2, ZeRO-3).
 
-ZeRO (arXiv:1910.02054, section 5) names what data-parallel ranks share out. In both modes here each rank keeps its part
-of every parameter, gradient and moment, and the parts of a block are brought together before the block computes:
+The modes are named after ZeRO (arXiv:1910.02054, section 5). In both, each rank stores its shard of every parameter,
+gradient and moment, and the parameters of a block are all-gathered before the block computes:
 
-    zero2   once a step; whole parameters stay until the backward pass of the last micro-batch. Gradients are added up
-            over the micro-batches whole, and scattered once a step.
-    zero3   for each forward and each backward pass of a block; whole parameters go when it has computed. Gradients are
-            scattered in every micro-batch, so that none is ever whole but those of the block at hand.
+    zero2   once per step; whole parameters stay until the backward pass of the last micro-batch. Gradients are
+            accumulated unsharded over the micro-batches, and reduce-scattered once per step.
+    zero3   for each forward and each backward pass of a block; whole parameters are freed after it. Gradients are
+            reduce-scattered in every micro-batch, so only those of the current block are ever unsharded.
 
-Embedding, last norm and head are one more unit, which in both modes stays together from its forward to its backward
-pass. A parameter is cut by its rows, after its cut over tensor-parallel ranks; the last ranks may hold fewer rows, or
-none. Replicas (hybrid sharding) add up their gradients after the backward pass.
+Embedding, final norm and head are one more unit, which in both modes stays gathered from its forward to its backward
+pass. A parameter is sharded by rows, after being sharded over the tensor-parallel ranks; the last ranks may hold fewer
+rows, or none. Replicas (hybrid sharding) sum their gradients after the backward pass. In the deterministic mode,
+`_Reduction` keeps unsharded gradients until the last micro-batch, and then sums over replicas as well.
 
 FSDP's own collectives are replaced for three reasons: gradients are summed, not averaged; the autotuner computes one
-rank's share alone; and the deterministic mode adds up micro-batches and ranks in one tree (`batch_tree.py`), which a
-reduction after each micro-batch would not.
+rank's share alone; and the deterministic mode sums micro-batches and ranks in one tree (`batch_tree.py`), which a
+reduction after each micro-batch would not do.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from colonnade.parallel.mesh import ParallelLayout
 
 
 class DataParallelShards:
-    """How a model lies over data-parallel ranks, and what they do together in a step.
+    """How a model is sharded over data-parallel ranks, and their collective operations in a step.
 
     Attributes:
-        group: the ranks that share out one replica's parameters.
-        replicate_group: the ranks of all replicas that hold the same part; None with one replica.
-        fixed_order: whether the reduction adds up micro-batches and all data-parallel ranks, in the tree.
-        merges: nodes of the tree over micro-batches that the present one completes.
-        is_last: whether the present micro-batch is the last of its step.
+        group: the ranks that shard one replica's parameters.
+        replicate_group: the ranks of all replicas that hold the same shard; None with one replica.
+        fixed_order: whether the reduction sums over micro-batches and all data-parallel ranks, in the tree.
+        merges: number of nodes of the tree over micro-batches that the current micro-batch completes.
+        is_last: whether the current micro-batch is the last of its step.
     """
 
     def __init__(self, root: FSDPModule, layout: ParallelLayout, group: TensorGroup, *, mode: str, fixed_order: bool):
@@ -59,24 +60,24 @@ class DataParallelShards:
 
     @property
     def is_identity(self) -> bool:
-        """Whether this rank computes alone for the moment (`TensorGroup.collectives_as_identity`)."""
+        """Whether this rank currently computes alone (`TensorGroup.collectives_as_identity`)."""
         return self._tensor_group.is_identity
 
     def begin_micro_batch(self, *, is_last: bool, merges: int = 0) -> None:
-        """Say of the micro-batch that is about to be computed where it stands in its step."""
+        """Set the position within its step of the micro-batch that is about to be computed."""
         self.is_last, self.merges = is_last, merges
         if self._keeps_whole:
             self._root.set_reshard_after_backward(is_last)
-            # In the tree each micro-batch's gradients are handed over, and the last one's reduction sums them.
+            # In the fixed order, `_Reduction` gets every micro-batch's gradients, and sums over ranks at the last.
             self._root.set_requires_gradient_sync(is_last or self.fixed_order)
 
     def reshard(self) -> None:
-        """Let go of whole parameters: from here on the model's parameters are this rank's parts."""
+        """Free the whole parameters: from here on the model's parameters are this rank's shards."""
         for module in _units(self._root):
             module.reshard()
 
     def forget_failure(self) -> None:
-        """Make the model usable again after a forward or backward pass that an error ended."""
+        """Make the model usable again after an error in a forward or backward pass."""
         self.begin_micro_batch(is_last=True)
         if hasattr(self._root, "reset_iter_state"):
             self._root.reset_iter_state()
@@ -85,7 +86,7 @@ class DataParallelShards:
         self.reshard()
 
     def gathered(self, part: DTensor) -> Tensor:
-        """What a rank would hold of a parameter or gradient if data-parallel ranks shared nothing out. Collective."""
+        """What this rank would hold of a parameter or gradient without data-parallel sharding. Collective."""
         local = part.to_local()
         shape, _ = compute_local_shape_and_global_offset(part.shape, self._tp_mesh, part.placements[-1:])
         rows = -(-shape[0] // self.size)
@@ -106,23 +107,23 @@ def shard_over_data_parallel(
     gather_dtype: torch.dtype | None = None,
     evaluations: Sequence[str] = (),
 ) -> DataParallelShards:
-    """Cut the parameters of `model` over the data-parallel ranks, in place.
+    """Shard the parameters of `model` over the data-parallel ranks, in place.
 
-    Call it before the optimizer is made: the parameters are other objects afterwards.
+    Call this before creating the optimizer, because it replaces the parameter objects.
 
     Args:
-        model: whole on each data-parallel rank, its parameters `DTensor`s on the mesh of `ParallelLayout.sharded`.
-        blocks: modules of it that are brought together one by one; the rest of the model is one more unit.
-        group: whose `collectives_as_identity` replaces these collectives as well.
+        model: whole on each data-parallel rank; its parameters are `DTensor`s on the mesh of `ParallelLayout.sharded`.
+        blocks: its submodules that are gathered one by one; the rest of the model is one more unit.
+        group: its `collectives_as_identity` replaces these collectives as well.
         mode: zero2 or zero3.
-        fixed_order: add up gradients in the order of the deterministic mode.
-        gather_dtype: what the blocks' parameters are brought together in; None for their own dtype. Their gradients
-            are then of this dtype within a micro-batch, and summed over ranks and micro-batches in float32.
-        evaluations: methods that use parameters as `forward` does, without gradients, and return a tensor.
+        fixed_order: sum gradients in the order of the deterministic mode.
+        gather_dtype: the dtype in which the blocks' parameters are gathered; None for their own dtype. If given, their
+            gradients have this dtype within a micro-batch, and are summed over ranks and micro-batches in float32.
+        evaluations: names of methods that use parameters as `forward` does, without gradients, and return a tensor.
     """
-    # Blocks return sums that a collective made, as views; nothing is written into them.
+    # Blocks return the results of collectives as views; nothing writes into them, so the warning does not apply.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    # Nor is torch to say on each rank that the scaler's flag crosses two mesh dimensions one after the other.
+    # Silences a message, on each rank, that the scaler's flag is reduced over two mesh dimensions one after the other.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     mesh = layout.replica_mesh
     own = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -131,7 +132,7 @@ def shard_over_data_parallel(
         lower = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=mode == "zero3", mp_policy=lower)
-    # A gradient of the embedding is a sum over all its tokens: not in a lower precision.
+    # An embedding gradient is a sum over all tokens with that id, so it stays in full precision.
     root = fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=own)
     shards = DataParallelShards(root, layout, group, mode=mode, fixed_order=fixed_order)
     for unit in _units(root):
@@ -139,7 +140,7 @@ def shard_over_data_parallel(
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_custom_all_gather(_Gather(shards))  # type: ignore[arg-type]  # its base class is not public
         unit.set_custom_reduce_scatter(_Reduction(shards))  # type: ignore[arg-type]
-    # FSDP leaves parameters whole that a backward pass is to follow, and here none follows.
+    # FSDP keeps parameters gathered for the backward pass; without gradients there is none, so reshard at once.
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else shards.reshard())
     for name in evaluations:
         register_fsdp_forward_method(model, name)
@@ -153,7 +154,7 @@ def _units(root: FSDPModule) -> list[FSDPModule]:
 
 
 def _reset_iteration(root: FSDPModule) -> None:
-    """What `FSDPModule.reset_iter_state` of torch 2.13 does, for torch 2.11 and 2.12, which do not have it."""
+    """Equivalent of `FSDPModule.reset_iter_state` of torch 2.13, for torch 2.11 and 2.12, which do not have it."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     common: Any = root._get_fsdp_state()
@@ -182,9 +183,9 @@ def _reset_iteration(root: FSDPModule) -> None:
 def _evaluating(
     method: Callable[..., Tensor], shards: DataParallelShards, layout: ParallelLayout
 ) -> Callable[..., Tensor]:
-    """`method`, after which parameters are parts again, and whose result is the first data-parallel rank's.
+    """`method`, wrapped to reshard the parameters afterwards and to return the first data-parallel rank's result.
 
-    What is decided by it, such as where a text ends, has to be the same on all ranks: each call is collective.
+    Decisions based on the result, such as where a text ends, must be the same on all ranks. Each call is collective.
     """
 
     @torch.no_grad()
@@ -198,7 +199,7 @@ def _evaluating(
 
 
 class _Buffers:
-    """Where the inputs and outputs of FSDP's collectives lie: in memory of their own."""
+    """Allocates the inputs and outputs of FSDP's collectives, as ordinary tensors."""
 
     def __init__(self, shards: DataParallelShards) -> None:
         self.shards = shards
@@ -208,22 +209,22 @@ class _Buffers:
 
 
 class _Gather(_Buffers):
-    """All-gather of the parts of a unit's parameters."""
+    """All-gather of a unit's parameter shards."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        if self.shards.is_identity:  # this rank's part in the place of each
+        if self.shards.is_identity:  # this rank's shard in place of every rank's
             output_tensor.view(self.shards.size, -1).copy_(input_tensor.clone())
             return None
         return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Reduction(_Buffers):
-    """Reduce-scatter of a unit's gradients: each rank receives the sum of its part.
+    """Reduce-scatter of a unit's gradients: each rank receives the sum for its shard.
 
-    In the fixed order, gradients of micro-batches wait here until their node of the tree is complete; until the last
-    one a rank receives -0.0, the neutral element, in whose sum the result stays what it is to the bit.
+    In the fixed order, the gradients of micro-batches wait here until their node of the tree is complete. Before the
+    last micro-batch, each rank receives -0.0, the neutral element: adding it leaves the result unchanged to the bit.
     """
 
     def __init__(self, shards: DataParallelShards) -> None:
@@ -251,7 +252,7 @@ class _Reduction(_Buffers):
             output_tensor.copy_(self._summed(total, group))
             return None
         if total.is_cuda:
-            total.record_stream(torch.cuda.current_stream())  # FSDP made it on another one
+            total.record_stream(torch.cuda.current_stream())  # FSDP allocated it on another stream
         self._waiting.append(total)
         output_tensor.fill_(-0.0)
         return None
@@ -259,8 +260,9 @@ class _Reduction(_Buffers):
     def _summed(self, total: Tensor, group: dist.ProcessGroup) -> Tensor:
         """This rank's part of the sum over all data-parallel ranks, in the tree.
 
-        Rank r of dp is rank r mod n of the n that share out replica r div n. The tree splits even ranks from odd ones
-        first, so replicas that hold the same part are its lower levels, and the ranks of a replica the upper ones.
+        Data-parallel rank r is rank r mod n of the n ranks that shard replica r div n. The tree splits even ranks from
+        odd ones first, so ranks that hold the same shard form its lower levels, and the ranks of a replica its upper
+        levels.
         """
         shards = self.shards
         arrived = torch.empty_like(total)

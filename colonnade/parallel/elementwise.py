@@ -1,8 +1,8 @@
-"""What a block computes besides matrix products: RMSNorm and SwiGLU, with few passes over memory and little kept.
+"""What a block computes besides matrix products: RMSNorm and SwiGLU, with few passes over memory and few saved tensors.
 
-Written out by autograd, each of them keeps several tensors of its input's size for the backward pass, and reads and
-writes one for every step of the formula. Compiled, they are fused anyway; uncompiled these functions keep the input
-alone, and compute the rest again.
+Composed of plain autograd operations, each would save several tensors of its input's size for the backward pass, and
+read and write one for every step of the formula. Compiled, they are fused anyway; uncompiled, these functions save no
+tensor of that size but the input, and recompute the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements that are normed at a time on the CPU: what is made of them on the way stays in the cache of a core.
+# Number of elements normed at a time on the CPU, so that intermediate results stay in a core's cache.
 IN_CACHE = 1 << 16
 
 
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x [..., C], and what its rows are multiplied with [..., 1]."""
+    """The norm of x [..., C], and the factor [..., 1] that multiplies each row."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
     factor = torch.rsqrt(mean_square + eps)
@@ -35,33 +35,33 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _gradients_of_norm(x: Tensor, weight: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x [..., C] and of the weight [C], both in the factor's dtype."""
+    """Gradients of x [..., C] and of the weight [C], both in the factor's dtype."""
     wide, weight, gradient = x.to(factor.dtype), weight.to(factor.dtype), gradient.to(factor.dtype)
-    # Layer norm's kernel makes it in one pass. Told that the mean of x is zero it differs in one term: it takes the
-    # mean of gradient * weight away, which comes back here.
+    # The layer norm kernel computes it in one pass. Given a mean of zero for x, its result differs in one term only:
+    # it subtracts the mean of gradient * weight, which is added back here.
     of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
         gradient, wide, [x.shape[-1]], torch.zeros_like(factor), factor, weight, None, [True, False, False]
     )
     of_x.add_((gradient @ weight).unsqueeze(-1).mul_(factor).div_(x.shape[-1]))
-    # On the CPU that kernel would add the rows of the weight's gradient one after the other, each thread its own: less
-    # precise, and other bits on ranks with other thread counts.
+    # On the CPU, that kernel would sum the weight's gradient row by row in each thread: less precise, and with other
+    # bits on ranks with other thread counts.
     return of_x, (gradient * wide).mul_(factor).flatten(0, -2).sum(0)
 
 
 def _rows_at_a_time(x: Tensor) -> int | None:
-    """Rows of x [..., C] that are normed at a time; None: all of them."""
+    """Number of rows of x [..., C] that are normed at a time; None for all of them."""
     return max(1, IN_CACHE // x.shape[-1]) if x.is_cpu and x.is_contiguous() else None
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """So many rows of all tensors [..., C] at a time."""
+    """All tensors [..., C], `rows` rows at a time."""
     return zip(*(tensor.reshape(-1, tensor.shape[-1]).split(rows) for tensor in tensors), strict=True)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # In float32 there is nothing on the way that a cache would have to hold.
+        # In float32 there is no wider copy that would have to stay in the cache.
         rows = _rows_at_a_time(x) if x.dtype.itemsize < 4 else None
         if rows is None:
             normed, factor = _normed(x, weight, eps)
@@ -89,7 +89,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """SiLU(gate) * up (arXiv:2002.05202) of the two halves of the last dimension. [..., 2 I] -> [..., I]"""
+    """SiLU(gate) * up (arXiv:2002.05202), the two halves of the last dimension. [..., 2 I] -> [..., I]"""
     if torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

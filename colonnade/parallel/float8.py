@@ -1,9 +1,10 @@
-"""Matrix products of the projections in float8, through torchao, with a scale for each row (arXiv:2209.05433).
+"""Matrix products of the projections in float8, through torchao, with one scale per row (arXiv:2209.05433).
 
-Every row of a product's left factor, and every column of its right one, is scaled to the range of float8 by its own
-largest value, anew each time. A column-parallel projection has whole rows on each rank, so that its rounding does not
-depend on the number of ranks; a row-parallel one's rows are cut, and each part has a scale of its own. Weights are
-stored, and gradients summed, as they are without float8. Embedding, head and attention stay in the activations' dtype.
+Each row of a product's left factor, and each column of its right factor, is scaled to the range of float8 by its own
+largest value, recomputed for every product. A column-parallel projection has whole rows on each rank, so its rounding
+does not depend on the number of ranks; the rows of a row-parallel projection are sharded, and each part has its own
+scale. Weights are stored and gradients summed as without float8. Embedding, head and attention stay in the activations'
+dtype.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from colonnade.setting_values import multiples_near
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-FIRST_CAPABILITY = (9, 0)  # Hopper: the first whose kernels take a scale for each row
-MULTIPLE = 16  # of both sizes of a product, which the kernels ask for
+FIRST_CAPABILITY = (9, 0)  # Hopper: the first whose kernels take one scale per row
+MULTIPLE = 16  # the kernels require sizes that are multiples of this
 
 
 def require_bf16_beside_float8(precision: str) -> None:
@@ -30,7 +31,7 @@ def require_bf16_beside_float8(precision: str) -> None:
 
 
 def require_float8(precision: str, device: torch.device) -> None:
-    """Raises UsageError where --float8 cannot work: no torchao; on a GPU another precision than bf16, or one too old.
+    """Raises UsageError if --float8 cannot work: no torchao, or a GPU that is too old or a precision other than bf16.
 
     On the CPU the products are emulated, in any precision.
     """
@@ -47,7 +48,7 @@ def require_float8(precision: str, device: torch.device) -> None:
 
 
 def _sizes(config: ModelConfig, slices: int) -> dict[str, int]:
-    """The sizes of the products of a slice."""
+    """The sizes of one slice's matrix products."""
     heads, shared = config.num_attention_heads // slices, max(1, config.num_key_value_heads // slices)
     return {
         "the hidden size": config.hidden_size,
@@ -58,12 +59,12 @@ def _sizes(config: ModelConfig, slices: int) -> dict[str, int]:
 
 
 def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fixed_slices: bool) -> None:
-    """Raises UsageError where a size, cut into `slices`, is not a multiple of what the kernels take.
+    """Raises UsageError if a size, cut into `slices`, is not a multiple of what the kernels require.
 
-    The gradient of a weight is a product over tokens, so their number counts too.
+    The gradient of a weight is a product over tokens, so their number has to be a multiple too.
 
     Args:
-        fixed_slices: there are so many whatever the number of ranks (`--tensor-slices`).
+        fixed_slices: whether the number of slices is independent of the number of ranks (`--tensor-slices`).
     """
     if block_size % MULTIPLE:
         near = [size for size in multiples_near(block_size, MULTIPLE) if size <= config.max_position_embeddings]
@@ -71,7 +72,7 @@ def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fix
         raise UsageError(f"--float8: --block-size {block_size} is no multiple of {MULTIPLE}; {advice} leave it out")
     for name, size in _sizes(config, slices).items():
         if size % MULTIPLE:
-            # Fewer slices help only what fits whole.
+            # Fewer slices only help if the uncut sizes fit.
             smaller = all(value % MULTIPLE == 0 for value in _sizes(config, 1).values())
             flag = "--tensor-slices" if fixed_slices else "--tensor-parallel-size"
             advice = f"another model, a smaller {flag}" if smaller else "another model"
@@ -82,14 +83,14 @@ def check_float8_sizes(config: ModelConfig, block_size: int, slices: int, *, fix
 
 
 def float8_linear(device: torch.device) -> Linear:
-    """A projection whose three products, forward and backward, are in float8. On the CPU they are emulated."""
+    """A projection whose three products, forward and backward, run in float8. On the CPU they are emulated."""
     from torchao.float8.config import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
     recipe = Float8LinearConfig.from_recipe_name("rowwise")
     if device.type == "cpu":
         object.__setattr__(recipe, "emulate", True)
-    # The modules' settings of the three products, which are not made anywhere else.
+    # The settings of the three products; only the module's constructor creates them.
     products = Float8Linear(MULTIPLE, MULTIPLE, bias=False, device="meta", config=recipe).linear_mm_config
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

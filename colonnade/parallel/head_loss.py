@@ -1,15 +1,16 @@
-"""Head and cross-entropy in one, over vocabulary slices and chunks of tokens: whole logits never exist.
+"""Fused head and cross-entropy over vocabulary slices and chunks of tokens: the full logits never exist.
 
-Each rank holds a shard of the vocabulary, cut into slices. For m tokens at a time, and each slice:
+Each rank holds a shard of the vocabulary, cut into slices. For each chunk of m tokens, and each slice:
 
-1. logits [m, v], and in their place the softmax p over the slice; its maximum and sum of exponentials, a token each.
-2. The statistics [slices, 3, m] of all slices are gathered. While they are under way: p W, [m, H].
-3. The softmax over the vocabulary is p times a factor r for each token and slice. So the gradients are r (p W) and
-   p^T (r h), less the row of the target, which is added by itself in float32.
+1. Compute logits [m, v] and replace them in place by their softmax p over the slice; keep three statistics per token:
+   maximum, sum of exponentials and the target's logit.
+2. All-gather the statistics [slices, 3, m] of all slices. While they are in flight, compute p W, [m, H].
+3. The softmax over the whole vocabulary is p times a factor r for each token and slice. So the gradients are r (p W)
+   for the tokens h and p^T (r h) for the weight W, minus the target's row, which is handled separately in float32.
 
-Gradients are therefore made in the forward pass, and the backward pass multiplies them by what comes from above: no
-product is computed twice. Statistics and losses are float32 or wider. Every number depends on slices alone, and sums
-over them run over the fixed tree: the bits are the same at every tensor-parallel size.
+The gradients are therefore computed in the forward pass, and the backward pass multiplies them by the incoming
+gradient: no product is computed twice. Statistics and losses are float32 or wider. Every number depends on slices
+alone, and sums over slices follow the fixed tree: for fixed slices, every tensor-parallel size gives the same bits.
 
 Shapes: M tokens (B * T), m of one chunk, H hidden, v vocabulary entries of one slice.
 """
@@ -27,21 +28,21 @@ from colonnade.parallel.collectives import TensorGroup, tree_sum
 from colonnade.parallel.pending import Pending
 
 IGNORE_INDEX = -100
-"""A label that takes no part in the loss (the value `torch.nn.functional.cross_entropy` uses)."""
+"""The label that is excluded from the loss (the default of `torch.nn.functional.cross_entropy`)."""
 
-# Of full logits in float32 a chunk may take an eighth. It holds its logits: a tenth in float32 itself, a twelfth in
-# half precision, where some of its rows are there in float32 as well, and a row block of the weight's gradient.
+# Relative to full float32 logits, a chunk may take 1/8 of the memory. Its own logits take 1/10 in float32, and 1/12 in
+# half precision, which also needs float32 copies of some rows and a row block of the weight gradient.
 CHUNKS = {torch.float32: 10, torch.float64: 10}
 CHUNKS_OF_HALF = 6
 SMALLEST_CHUNK = 32
-# Bytes in float32 of the rows whose softmax is taken at a time, pass after pass. On the CPU they stay in the cache of a
-# core, and each thread has one: half the time of passes over a whole chunk.
+# Bytes, in float32, of the rows whose softmax is computed together, in several passes. On the CPU (where this is per
+# thread) they stay in a core's cache, which takes half the time of passes over a whole chunk.
 SOFTMAX_IN_CACHE = 1 << 20
 SOFTMAX_ELSEWHERE = 1 << 26
-# Nor are they more than this part of a chunk: in half precision they are copies in float32.
+# At most 1 / SOFTMAX_PART of a chunk's rows, because in half precision they are float32 copies.
 SOFTMAX_PART = 8
-# Rows of a weight's gradient that are made in half precision before they are added in float32. On the CPU they stay in
-# the cache; elsewhere a product needs more of them to fill the device, and they take up to this part of the chunk.
+# Rows of a weight gradient that are computed in half precision before they are added in float32. On the CPU they stay
+# in the cache. Elsewhere a product needs more rows to fill the device: up to 1 / ROW_BLOCK_PART of the chunk's memory.
 ROW_BLOCK = 1024
 ROW_BLOCK_PART = 8
 
@@ -50,13 +51,13 @@ SliceSoftmax = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the loss is made of, besides tokens and weights.
+    """Options of the loss.
 
     Attributes:
-        vocab_size: ids from here on are padding and never enter the loss.
+        vocab_size: ids from this one on are padding and never enter the loss.
         z_loss: coefficient of the squared log of the sum of exponentials, added to each token's loss (PaLM,
-            arXiv:2204.02311, section 5); 0 for none.
-        scale: the loss and its gradients are multiplied by it.
+            arXiv:2204.02311, section 5); 0 disables it.
+        scale: factor applied to the loss and its gradients.
     """
 
     vocab_size: int
@@ -66,7 +67,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class _Slices:
-    """The local slices of the vocabulary: weights in the dtype of products, without padding, and their first ids."""
+    """The local vocabulary slices: weights without padding, in the dtype of the products, and their first ids."""
 
     weights: Sequence[Tensor]
     starts: Sequence[int]
@@ -83,23 +84,23 @@ def head_loss(
     group: TensorGroup | None,
     softmax: SliceSoftmax | None = None,
 ) -> Tensor:
-    """Sum over tokens of the cross-entropy of a vocabulary-sharded head.
+    """Sum of all tokens' losses (cross-entropy and z-loss) with a vocabulary-sharded head.
 
     Args:
-        views: the last norm's output [M, H], one view a local slice.
-        weights: the head's rows [v, H], one tensor a local slice; these get the gradients.
-        products: the same in the dtype of `views`.
-        labels: [M] target ids; `IGNORE_INDEX` leaves a token out.
+        views: the final norm's output [M, H], one view per local slice.
+        weights: the head's rows [v, H], one tensor per local slice; these receive the gradients.
+        products: the same tensors in the dtype of `views`.
+        labels: [M] target ids; `IGNORE_INDEX` excludes a token.
         starts: id of the first row of each local slice.
-        group: the ranks that hold the other slices; None where `weights` is the whole head.
-        softmax: `softmax_of_slice_`, or a compiled one.
+        group: the ranks that hold the other slices; None if `weights` is the whole head.
+        softmax: `softmax_of_slice_`, or a compiled version of it.
 
     Returns:
         A scalar in float32 (float64 for float64 tokens), equal on every rank. It can be differentiated once.
 
     Raises:
-        ValueError: a label is not an id of the vocabulary. Only where the labels are on the CPU: a look at those of a
-            GPU would wait for it.
+        ValueError: a label is not an id of the vocabulary. Checked only if the labels are on the CPU: on a GPU the
+            check would be a host sync.
     """
     if labels.device.type == "cpu":
         _check_labels(labels, options.vocab_size)
@@ -118,15 +119,15 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
 
 
 def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:
-    """Turn logits [m, v] of one slice into their softmax over the slice, in place, the target's entry left out as 0.
+    """Replace logits [m, v] of one slice by their softmax over the slice, in place, with the target's entry set to 0.
 
     Returns:
-        statistics [3, m] in float32 or wider: maximum, sum of exponentials relative to it, logit of the target (0 where
+        statistics [3, m] in float32 or wider: maximum, sum of exponentials relative to it, logit of the target (0 if
         the slice does not hold it).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     present, position = position_of(labels, start, logits.shape[1])
-    # Of the flat logits: `scatter_` along rows copies all of them into float32 first.
+    # Index the flat logits: `scatter_` along rows would first copy all of them to float32.
     flat = logits.view(-1)
     entry = position + torch.arange(len(labels), device=labels.device) * logits.shape[1]
     target = flat[entry].to(dtype).masked_fill(~present, 0.0)
@@ -136,7 +137,7 @@ def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:
 
 
 def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Softmax in place of logits [m, v], computed in `dtype`; maximum and sum of exponentials [m] of each row."""
+    """In-place softmax of logits [m, v], computed in `dtype`; returns the rows' maxima and sums of exponentials [m]."""
     if torch.compiler.is_compiling():
         maximum = logits.to(dtype).amax(1, keepdim=True)
         exponentials = (logits.to(dtype) - maximum).exp()
@@ -162,19 +163,19 @@ def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def position_of(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Whether a label lies in [start, start + width), and its column there (0 when it does not)."""
+    """Whether each label lies in [start, start + width), and its column there (0 if it does not)."""
     present = (labels >= start) & (labels < start + width)
     return present, (labels - start).masked_fill(~present, 0)
 
 
 def chunk_tokens(tokens: int, dtype: torch.dtype) -> int:
-    """Tokens whose logits exist at a time."""
+    """Number of tokens whose logits exist at a time."""
     rows = -(-tokens // CHUNKS.get(dtype, CHUNKS_OF_HALF))
     return max(SMALLEST_CHUNK, rows + -rows % 8)
 
 
 def row_block_of(chunk: int, entries: int, hidden: int, *, on_cpu: bool) -> int:
-    """Rows of a slice's weight [entries, hidden] whose gradient is made in half precision at a time."""
+    """Rows of a slice's weight [entries, hidden] whose gradient is computed in half precision at a time."""
     return min(entries, ROW_BLOCK if on_cpu else max(ROW_BLOCK, chunk * entries // (ROW_BLOCK_PART * hidden)))
 
 
@@ -190,13 +191,13 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         count = len(slices.weights)
         views, weights = tensors[:count], tensors[count:]
-        # In float16 a small scale would be the end of small gradients: it comes in the backward pass.
+        # In float16, small gradients would underflow with a small scale: it is applied in the backward pass.
         scale = options.scale
         folded = replace(options, scale=1.0) if views[0].dtype == torch.float16 else options
         ctx.rest = scale / folded.scale
         gradients = _Gradients.like(views, weights) if any(ctx.needs_input_grad) else None
         chunk = chunk_tokens(len(labels), views[0].dtype)
-        # One memory for the logits of all chunks: on the CPU fresh pages cost more than the softmax.
+        # All chunks reuse one buffer for their logits: on the CPU, fresh pages cost more than the softmax.
         buffers = [view.new_empty((chunk, len(weight))) for view, weight in zip(views, slices.weights, strict=True)]
         losses = []
         for begin in range(0, len(labels), chunk):
@@ -214,7 +215,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = None
         factor = gradient * ctx.rest
         tensors = [*made.tokens, *made.weights]
-        # On the CPU a look costs nothing, and a pass over the gradients does.
+        # On the CPU reading the factor is free, unlike a pass over the gradients.
         if factor.device.type != "cpu" or float(factor) != 1.0:
             torch._foreach_mul_(tensors, factor)
         return (None, None, None, None, *tensors)
@@ -222,10 +223,10 @@ class _HeadLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of the tokens' views [M, H] in their dtype, and of the weights' slices [v, H] in theirs.
+    """Gradients of the tokens' views [M, H], in their dtype, and of the weights' slices [v, H], in theirs.
 
     Attributes:
-        begins: nothing has been added to the gradients of the weights yet; they hold no value.
+        begins: nothing has been added to the weight gradients yet; their memory is uninitialised.
     """
 
     tokens: Sequence[Tensor]
@@ -249,14 +250,14 @@ def _chunk_losses(
     buffers: Sequence[Tensor],
     gradients: _Gradients | None,
 ) -> Tensor:
-    """The losses [m] of a chunk of tokens, before the scale. Its gradients, scaled, are filled in and added."""
+    """The unscaled losses [m] of a chunk of tokens. Fills in the tokens' scaled gradients, and adds the weights'."""
     probabilities = [buffer[: len(view)] for buffer, view in zip(buffers, views, strict=True)]
     statistics = []
     for view, weight, start, own in zip(views, slices.weights, slices.starts, probabilities, strict=True):
         if len(weight):
             torch.mm(view, weight.T, out=own)
             statistics.append(softmax(own, labels, start))
-        else:  # a slice of nothing but padding
+        else:  # a slice of only padding
             statistics.append(_nothing(view, len(labels)))
     pending = _gathered(torch.stack(statistics), slices.group)
     if gradients is not None:
@@ -322,11 +323,11 @@ def _finish(
     """Gradients of one slice from its softmax.
 
     Args:
-        view: [m, H]; weight: [v, H]; softmax: [m, v], all in the dtype of products.
-        factor: [m, 1], what the softmax is multiplied with.
-        target: each target's row [m], and [m, 1] what it is multiplied with; 0 where the slice does not hold it.
-        gradients: of the view [m, H], which holds softmax @ weight; of the weight [>= v, H].
-        begins: the gradient of the weight is filled, not added to.
+        view: [m, H]; weight: [v, H]; softmax: [m, v], all in the dtype of the products.
+        factor: [m, 1], multiplies the softmax.
+        target: each target's row [m], and its coefficient [m, 1], which is 0 if the slice does not hold the target.
+        gradients: of the view [m, H], which holds softmax @ weight on entry; of the weight [>= v, H].
+        begins: overwrite the gradient of the weight instead of adding to it.
     """
     position, coefficient = target
     of_view, of_weight = gradients
@@ -340,7 +341,7 @@ def _finish(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, begins: bool) -> None:
-    """Add left^T right [v, H] of left [m, v] and right [m, H] to `total`, or fill it with the product."""
+    """Add left^T right [v, H], of left [m, v] and right [m, H], to `total`; if `begins`, overwrite `total` instead."""
     if total.dtype == left.dtype:
         torch.mm(left.T, right, out=total) if begins else total.addmm_(left.T, right)
         return

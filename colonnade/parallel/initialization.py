@@ -1,8 +1,9 @@
 """Initial weights that do not depend on the number of ranks.
 
-A weight is drawn in blocks along the dimension it is cut on. Each block has a generator of its own, keyed by
-(seed, parameter name, block), so a rank draws the blocks its shard touches and no others, and every rank count gives
-the same bits. Blocks are drawn on the CPU in float32: the device and the parameter's dtype do not change the values.
+A weight is drawn in blocks along the dimension it is sharded on. Each block has its own generator, seeded by (seed,
+parameter name, block), so a rank draws only the blocks that its shard touches, and every number of ranks gives the same
+bits. Blocks are drawn on the CPU in float32, so the device does not change the values, and the parameter's dtype only
+rounds them.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Rows (or columns, for a row-parallel weight) that share a generator. Part of the definition of a run's weights."""
+"""Rows (columns for a row-parallel weight) that share a generator. Part of the definition of a run's weights."""
 
 
 def fill_normal_(local: Tensor, *, name: str, shape: torch.Size, dim: int, offset: int, seed: int, std: float) -> None:
     """Fill a shard with its part of a normally distributed weight.
 
     Args:
-        local: the shard, of shape `shape` but along `dim`; filled in place.
-        name: the parameter's name, part of the key.
+        local: the shard, of shape `shape` except along `dim`; filled in place.
+        name: the parameter's name, part of the seed of each block.
         shape: the whole parameter's shape.
-        dim: the dimension the parameter is cut on (0 column-parallel, 1 row-parallel).
+        dim: the dimension the parameter is sharded on (0 column-parallel, 1 row-parallel).
         offset: the shard's first index along `dim`.
         seed: the run's seed.
         std: standard deviation; the mean is 0.

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens a model has seen, so that each new token is computed alone.
+"""Keys and values of the tokens a model has seen, so that only new tokens have to be computed.
 
-Shapes: B rows of a batch, S places (the longest row, with room for what is generated), T new tokens, k key/value heads
-of one slice, D head size.
+Shapes: B rows of a batch, S places (the longest row plus room for generated tokens), T new tokens, k key/value heads of
+one slice, D head size.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ T = TypeVar("T")
 class KeyValueCache:
     """The keys and values of every layer and local slice, and how far they are filled.
 
-    Rows of unequal length end at the same place and begin after padding on the left.
+    Rows of unequal length are padded on the left, so that they all end at the same place.
 
     Args:
-        places: S, the tokens there is room for.
-        padding: int64 [B], places at the beginning of each row that hold no token.
-        keeps_weights: hold the weights as slices need them from the first token on. Not where data-parallel ranks share
-            out the parameters: each would soon hold them all.
+        places: S, the number of tokens there is room for.
+        padding: int64 [B], the number of places at the beginning of each row that hold no token.
+        keeps_weights: from the first token on, keep the weights in the form that slices need. Must be off if
+            data-parallel ranks shard the parameters, or each rank would soon hold all of them.
     """
 
     def __init__(self, places: int, padding: Tensor, *, keeps_weights: bool = True) -> None:
@@ -36,7 +36,7 @@ class KeyValueCache:
         self._weights: dict[object, Any] = {}
 
     def once(self, part: object, cut: Callable[[], T]) -> T:
-        """The weights of a part of the model as its slices need them; where they are kept, cut and cast once."""
+        """A part of the model's weights in the form that slices need; with `keeps_weights`, `cut` runs only once."""
         if not self._keeps_weights:
             return cut()
         if part not in self._weights:
@@ -44,26 +44,26 @@ class KeyValueCache:
         return cast(T, self._weights[part])
 
     def positions(self, count: int) -> Tensor:
-        """int64 [B, T]: each new token's distance from the beginning of its row; 0 for padding."""
+        """int64 [B, T]: each new token's distance from the first token of its row; 0 for padding."""
         index = torch.arange(self.filled, self.filled + count, device=self.padding.device)
         return (index - self.padding.unsqueeze(1)).clamp_min_(0)
 
     def visible(self, count: int) -> Tensor | None:
-        """bool [B, 1, T, filled + T], which places each new token attends to; None: to all up to its own."""
+        """bool [B, 1, T, filled + T]: which places each new token attends to; None for all places up to its own."""
         if not self._is_padded and (count == 1 or self.filled == 0):
             return None
         end = self.filled + count
         place = torch.arange(end, device=self.padding.device)
         causal = place <= place[self.filled :, None]
         seen = causal & (place >= self.padding[:, None, None])
-        # A row of padding that saw nothing would be NaN: let it see itself.
+        # A padding token that attended to nothing would give NaN, so let it attend to itself.
         itself = place == place[self.filled :, None]
         return (seen | itself).unsqueeze(1)
 
     def extend(self, layer: int, slice_: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, k, T, D] behind what is there, and return all of it: [B, k, filled + T, D].
+        """Append new keys and values [B, k, T, D], and return all of them: [B, k, filled + T, D].
 
-        `advance` moves on, after all layers have stored theirs.
+        Call `advance` once all layers have stored theirs.
         """
         batch, heads, count, size = key.shape
         if (layer, slice_) not in self._stored:
@@ -76,5 +76,5 @@ class KeyValueCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
-        """`count` tokens are stored in every layer."""
+        """Note that `count` new tokens are stored in every layer."""
         self.filled += count

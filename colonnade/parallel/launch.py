@@ -1,4 +1,4 @@
-"""How a command begins and ends: one line for an error the user can mend, one exit code, no hanging and no abort."""
+"""How a command starts and exits: one line for an error that the user can fix, one exit code, no hang and no abort."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import NoReturn
 
 from colonnade.errors import ColonnadeError, LocalRunError, PeerError, UsageError
 
-# The first process to leave makes torchrun end the others: those with nothing to say give rank 0 time for its line.
+# When the first process fails, torchrun ends the others: ranks with nothing to print give rank 0 time to print.
 _SILENT_SECONDS = 2.0
-# torchao, which transformers imports too, warns of each of its kernels that is for another device, and torch of how
-# torchao registers its types: pages for every rank.
+# torchao, which transformers imports too, warns about each of its kernels for another device, and torch about how
+# torchao registers its types: pages of output on every rank.
 _TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 def launch(main: Callable[[], None]) -> NoReturn:
-    """Run a command's `main` and leave the process with its exit code.
+    """Run a command's `main` and exit the process with its exit code.
 
-    0 after success, 2 for wrong input, 1 for a run that failed. Rank 0 prints what all ranks know; a rank alone with a
-    failure prints its own. The process leaves through `os._exit`, since communication threads of torch abort some
-    processes in the interpreter's teardown after everything is done.
+    0 for success, 2 for invalid input, 1 for a failed run, 130 after an interrupt. Rank 0 prints errors that all ranks
+    know; a rank whose failure no other rank knows prints it itself. The process exits through `os._exit`, because
+    torch's communication threads abort some processes during interpreter teardown, after all work is done.
     """
     quiet_libraries()
     program = os.path.basename(sys.argv[0])
@@ -40,7 +40,7 @@ def launch(main: Callable[[], None]) -> NoReturn:
         if isinstance(error, LocalRunError) or (is_main and not isinstance(error, PeerError)):
             where = f"rank {rank}: " if isinstance(error, LocalRunError) else ""
             kind = "usage error" if isinstance(error, UsageError) else "error"
-            # A value that is quoted may hold line breaks; what is printed is one line all the same.
+            # A quoted value may contain line breaks; the output is one line all the same.
             print(f"{program}: {kind}: {where}{' '.join(str(error).splitlines())}", file=sys.stderr)
         else:
             time.sleep(_SILENT_SECONDS)
@@ -48,11 +48,11 @@ def launch(main: Callable[[], None]) -> NoReturn:
         code = 130
     except SystemExit as leaving:  # argparse, after --help
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        if isinstance(leaving.code, str):  # as the interpreter does
+        if isinstance(leaving.code, str):  # as the interpreter would
             print(leaving.code, file=sys.stderr)
-    except BrokenPipeError:  # who reads the output has left, as `head` does
+    except BrokenPipeError:  # the reader of the output has exited, as `head` does
         os._exit(128 + signal.SIGPIPE)
-    except BaseException:  # noqa: BLE001 - a bug: its traceback is wanted, and the exit must not hang on its threads
+    except BaseException:  # noqa: BLE001 - a bug: show its traceback, and do not let the exit hang on threads
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
@@ -61,13 +61,13 @@ def launch(main: Callable[[], None]) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Keep warnings of libraries to themselves that are about nothing a user could mend."""
+    """Silence library warnings about things that a user cannot fix."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _leave_group() -> None:
-    """Destroy the process group, where one was made; torch is not imported for it."""
+    """Destroy the process group if there is one, without importing torch for it."""
     if "torch" in sys.modules:
         from colonnade.parallel.mesh import shutdown_parallel
 

@@ -1,7 +1,7 @@
-"""The decoder's layers, cut over the ranks of a tensor-parallel group: attention, feed-forward, and the way through.
+"""The decoder's layers, sharded over the ranks of a tensor-parallel group: attention, feed-forward and whole blocks.
 
-RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245) and SwiGLU
-(arXiv:2002.05202), with Hugging Face's names for modules and parameters.
+RMSNorm (arXiv:1910.07467), rotary position embeddings (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245)
+and SwiGLU (arXiv:2002.05202), with Hugging Face's names for modules and parameters.
 
 Shapes: B batch, T block, H hidden, D head size; n, k heads and i feed-forward channels of one slice.
 """
@@ -31,13 +31,13 @@ from colonnade.parallel.step_weights import StepWeights, join
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What all layers share on the way of some sequences through the model.
+    """What all layers share while some sequences pass through the model.
 
     Attributes:
         cos, sin: rotary tables.
-        mask: keeps attention within documents; None for causal attention over the block.
-        cache: keys and values of the tokens before; None in training.
-        recomputes_mlp: the feed-forward's activations are thrown away and computed again in the backward pass.
+        mask: keeps attention within documents; None for causal attention over the whole block.
+        cache: keys and values of the preceding tokens; None in training.
+        recomputes_mlp: whether the backward pass recomputes the feed-forward's activations instead of saving them.
     """
 
     residual: ReplicatedResidual | ShardedResidual
@@ -50,7 +50,7 @@ class ForwardContext:
 
 
 class ResidualStream(NamedTuple):
-    """Sequences on their way: the residual stream x, and what is yet to be added to it."""
+    """The residual stream x of some sequences, and the pending update that is still to be added to it."""
 
     x: Tensor
     update: Pending[Tensor] | None
@@ -58,7 +58,7 @@ class ResidualStream(NamedTuple):
 
 
 class Projection(nn.Module):
-    """Holder of one projection's parameters, so that their names are Hugging Face's."""
+    """Holds the parameters of one projection or norm, so that their names are Hugging Face's."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -66,18 +66,18 @@ class Projection(nn.Module):
         self.bias = bias
 
     def local(self) -> list[Tensor]:
-        """This rank's part of the weight, and of the bias where there is one."""
+        """This rank's part of the weight, and of the bias if there is one."""
         return [local_part(self.weight)] + ([] if self.bias is None else [local_part(self.bias)])
 
 
 class Sublayer(nn.Module):
-    """Attention or feed-forward of one layer: a column-parallel projection, and a row-parallel one back."""
+    """Attention or feed-forward of one layer: a column-parallel projection in, a row-parallel projection out."""
 
     group: TensorGroup
     weights: StepWeights
 
     def partials(self, views: Sequence[Tensor], context: ForwardContext) -> list[Tensor]:
-        """The partial output [B, T, H] of each local slice, from its view [B, T, H] of the normed stream."""
+        """The partial output [B, T, H] of each local slice, from its view [B, T, H] of the norm's output."""
         raise NotImplementedError
 
     def output(self) -> Projection:
@@ -127,7 +127,7 @@ class Attention(Sublayer):
         ]
 
     def _slice_weights(self, dtype: torch.dtype) -> list[SliceWeights]:
-        """The parameters of each local slice."""
+        """The attention parameters of each local slice."""
         # Slices that share a key/value head sum its gradients.
         is_shared = self.config.num_key_value_heads < self.group.slices
         joined = self.weights.get((self, "qkv"), self._joined, dtype, is_summed=is_shared)
@@ -142,23 +142,23 @@ class Attention(Sublayer):
         return [SliceWeights(*parts) for parts in zip(joined[:count], biases, outputs, norms, strict=True)]
 
     def _norms(self) -> Sequence[Tensor]:
-        # Whole on every rank, and used for the heads of each slice: f sums its gradients, both in one collective.
+        # Replicated, but applied to each slice's own heads: f sums both gradients, in one collective.
         assert self.q_norm is not None
         assert self.k_norm is not None
         return fan_out(torch.stack((local_part(self.q_norm.weight), local_part(self.k_norm.weight))), self.group)
 
     def _joined(self) -> list[Tensor]:
-        """Queries, keys and values in one matrix for each local slice, and after these one bias each, if there are."""
+        """Per local slice one matrix of queries, keys and values; then, if there are biases, one joined bias each."""
         queries = [pieces(part, self.group.local_slices) for part in self.q_proj.local()]
         keys, values = self._key_value_slices(self.k_proj), self._key_value_slices(self.v_proj)
         return [join(parts) for kind in zip(queries, keys, values, strict=True) for parts in zip(*kind, strict=True)]
 
     def _key_value_slices(self, projection: Projection) -> list[list[Tensor]]:
-        """The key (or value) weight of each local slice, and its bias; slices may share a head when they are more."""
+        """Each local slice's key (or value) weight, then each one's bias; more slices than heads share heads."""
         heads, group = self.config.num_key_value_heads, self.group
         local = projection.local()
         if heads % group.size:
-            # Fewer heads than ranks: the parameter is whole everywhere, each rank uses one head of it.
+            # Fewer heads than ranks: the parameter is replicated, and each rank uses one head of it.
             head = group.rank * heads // group.size
             size = self.config.head_dim
             local = [take_part(tensor, head * size, size, group) for tensor in local]
@@ -206,7 +206,7 @@ class MLP(Sublayer):
 
 
 def adjoin(*projections: Projection) -> None:
-    """Lay parameters one after the other in memory, so that their rows are one matrix without a copy."""
+    """Make parameters adjacent in memory, so that their rows form one matrix without a copy."""
     for kind in ("weight", "bias"):
         parameters = [getattr(projection, kind) for projection in projections]
         if parameters[0] is None:
@@ -218,14 +218,14 @@ def adjoin(*projections: Projection) -> None:
 
 
 def _parameter_of(local: Tensor, like: DTensor) -> nn.Parameter:
-    """A parameter that lies over the ranks as `like` does, `local` being this rank's part."""
+    """A parameter sharded like `like`, with `local` as this rank's part."""
     mesh, placements = like.device_mesh, like.placements
     whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
     return nn.Parameter(whole)
 
 
 class Block(nn.Module):
-    """One decoder layer, for one or more streams that are computed in turns."""
+    """One decoder layer, for one or more streams that are computed in turn."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = make("post_attention_layernorm", config.hidden_size)
         self.mlp = MLP(lambda name, *sizes: make(f"mlp.{name}", *sizes), config, group, weights)
         self.applies_updates = False
-        """Whether what is yet to be added is added when `forward` returns: one tensor a stream crosses the border."""
+        """Whether `forward` adds the pending update before it returns, so that it returns one tensor per stream."""
 
     def forward(self, streams: Sequence[ResidualStream]) -> list[ResidualStream]:
         streams = _through(streams, self.input_layernorm, self.self_attn)
@@ -252,9 +252,9 @@ class Block(nn.Module):
 
 
 def _through(streams: Sequence[ResidualStream], norm: Projection, sublayer: Sublayer) -> list[ResidualStream]:
-    """norm -> f -> slices -> g, for each stream; while one waits for a collective the next computes."""
+    """norm -> f -> slices -> g, for each stream; while one stream waits for a collective, the next computes."""
     if streams[0].context.residual.gathers:
-        # The collectives of f are started for all streams before the first of them is needed.
+        # Start the all-gathers of f for all streams before the first result is needed.
         entered = [_enter(stream, norm) for stream in streams]
         return [_compute(x, views, context, sublayer) for x, views, context in entered]
     return [_compute(*_enter(stream, norm), sublayer) for stream in streams]
@@ -266,7 +266,7 @@ def _enter(stream: ResidualStream, norm: Projection) -> tuple[Tensor, Pending[tu
 
 
 def add_and_norm(stream: ResidualStream, norm: Projection) -> tuple[Tensor, Tensor]:
-    """The stream with its update added, and the norm of that."""
+    """The stream with its pending update added, and the norm of that sum."""
     segments, residual = stream.context.segments, stream.context.residual
     if stream.update is None:
         normed: Tensor = residual.apply(segments.norm, (stream.x,), norm.weight)

@@ -1,7 +1,7 @@
-"""Processes, devices and the ("dp", "tp") mesh every other room works on.
+"""Processes, devices and the ("dp", "tp") mesh that all other modules use.
 
 The mesh is row-major: global rank = dp_rank * tp + tp_rank, so the ranks of one tensor-parallel group are
-neighbours (on one node, where the links are fast).
+adjacent (on one node, where the links are fast).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from colonnade.errors import LocalRunError, PeerError, UsageError
 from colonnade.setting_values import divisors
 
 STARTUP_SECONDS = 1800.0
-"""How long ranks wait for each other at first: longer than reading a checkpoint or compiling takes the slowest."""
+"""How long ranks wait for each other at startup: longer than the slowest reads a checkpoint or compiles."""
 
-# What stands for no limit where torch wants one.
+# Means "no limit" where torch requires a timeout.
 _FOREVER = timedelta(days=365)
-# The CPU's collectives give up a little after the watchdog, which says more.
+# Collectives on the CPU time out this much later than the watchdog, whose report is more informative.
 _BEHIND_WATCHDOG = timedelta(minutes=1)
 JOIN_POLL_SECONDS = 0.1
 TRACE_PREFIX = "nccl_trace_rank_"
@@ -34,14 +34,14 @@ TRACE_PREFIX = "nccl_trace_rank_"
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Where this process stands: its device and its place on the ("dp", "tp") mesh.
+    """This process's device and its position on the ("dp", "tp") mesh.
 
-    What is read off the mesh is kept: torch makes a new mesh, in 0.2 ms of the host, each time a part is asked for.
+    Values read from the mesh are cached: torch creates a new submesh on each access, which takes the host 0.2 ms.
 
     Attributes:
-        shard_mesh: where data-parallel ranks share out the parameters, ("dp", "tp"), or ("dp_replicate", "dp_shard",
-            "tp") over the same ranks in the same order; None where each of them holds all.
-        startup_seconds: how long collectives wait for a rank until `set_collective_timeout` says otherwise.
+        shard_mesh: the mesh if data-parallel ranks shard the parameters: ("dp", "tp"), or ("dp_replicate", "dp_shard",
+            "tp") over the same ranks in the same order. None if they do not.
+        startup_seconds: how long collectives wait for a rank until `set_collective_timeout` changes it.
     """
 
     mesh: DeviceMesh
@@ -79,25 +79,26 @@ class ParallelLayout:
 
     @cached_property
     def replica_mesh(self) -> DeviceMesh:
-        """The data-parallel ranks that share out one replica's parameters; only where `shard_mesh` is given."""
+        """The data-parallel ranks that shard one replica's parameters; requires `shard_mesh`."""
         assert self.shard_mesh is not None
         return self.shard_mesh["dp" if self.shard_mesh.ndim == 2 else "dp_shard"]
 
     @cached_property
     def replicate_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same part of each replica's parameters; None with one replica."""
+        """The ranks that hold the same shard in each replica; None with one replica or without `shard_mesh`."""
         if self.shard_mesh is None or self.shard_mesh.ndim == 2:
             return None
         return self.shard_mesh["dp_replicate"].get_group()
 
     def sharded(self, replicas: int) -> ParallelLayout:
-        """This layout with the data-parallel ranks cut into `replicas`, each of which holds the parameters once.
+        """This layout with the data-parallel ranks split into `replicas`, each of which holds the parameters once.
 
-        Collective over all ranks. Neighbours share out the parameters, so that a node can hold whole replicas. With one
-        rank a replica there is nothing to share out, and the layout is returned as it is.
+        Collective over all ranks. Adjacent ranks shard a replica, so that a node can hold whole replicas. With one rank
+        per replica there is nothing to shard, and the layout is returned unchanged.
 
         Args:
-            replicas: a divisor of dp; of one rank alone any number, as the ranks it is compared with have.
+            replicas: a divisor of dp. With dp 1 any number is accepted, so that a single rank can take the settings of
+                the ranks it is compared with.
         """
         if self.dp in (1, replicas):
             return self
@@ -115,17 +116,17 @@ class ParallelLayout:
 
 
 def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun. Needs no process group."""
+    """Number of processes that torchrun started; 1 without torchrun. Needs no process group."""
     return _from_environment("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def rank_from_environment() -> int:
-    """Global rank torchrun gave this process; 0 without torchrun. Needs no process group."""
+    """Global rank that torchrun gave this process; 0 without torchrun. Needs no process group."""
     return _from_environment("RANK", 0)
 
 
 def local_world_size_from_environment() -> int:
-    """Number of processes torchrun started on this machine; 1 without torchrun. Needs no process group."""
+    """Number of processes that torchrun started on this machine; 1 without torchrun. Needs no process group."""
     return _from_environment("LOCAL_WORLD_SIZE", 1)
 
 
@@ -137,7 +138,7 @@ def _from_environment(name: str, default: int) -> int:
 
 
 def resolve_tensor_parallel_size(world_size: int, requested: int | None) -> int:
-    """The tensor-parallel size for `world_size` processes; all of them when none was requested.
+    """The tensor-parallel size for `world_size` processes; all of them if `requested` is None.
 
     Raises:
         UsageError: the world size is not a multiple of the requested size.
@@ -152,7 +153,7 @@ def resolve_tensor_parallel_size(world_size: int, requested: int | None) -> int:
 
 
 def pick_device() -> torch.device:
-    """The accelerator of this local rank, or the CPU where there is none."""
+    """The accelerator of this local rank, or the CPU if there is none."""
     if torch.cuda.is_available():
         local_rank = _from_environment("LOCAL_RANK", 0)
         if local_rank >= torch.cuda.device_count():
@@ -172,26 +173,26 @@ def init_parallel(
     timeout: float = STARTUP_SECONDS,
     trace_folder: Path | None = None,
 ) -> ParallelLayout:
-    """Join the process group and lay the ("dp", "tp") mesh over it.
+    """Join the process group and create the ("dp", "tp") mesh over it.
 
-    Works without torchrun as well: one process is a 1 x 1 mesh with a process group of its own, so that
-    no code further on has to ask whether it is distributed.
+    Works without torchrun as well: a single process gets a 1 x 1 mesh with a process group of its own, so
+    that later code never has to check whether it is distributed.
 
     Args:
-        tensor_parallel_size: ranks a model is cut over; None for all of them.
-        device: where parameters live; None for the local accelerator, else the CPU.
-        timeout: seconds to wait for the other ranks, here and in every collective; 0 for ever.
-        trace_folder: where NCCL writes what it recorded when a collective hangs; None for its own choice.
+        tensor_parallel_size: number of ranks that a model is sharded over; None for all of them.
+        device: where parameters live; None for the local accelerator, or the CPU if there is none.
+        timeout: seconds to wait for the other ranks, here and in every collective; 0 for no limit.
+        trace_folder: where NCCL's flight recorder writes when a collective hangs; None to leave NCCL's settings alone.
 
     Raises:
         UsageError: the size does not divide the world size, or a local rank has no GPU.
-        RunError: a rank did not come in time; names it.
+        RunError: a rank did not join in time; the message names it.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
     tp = resolve_tensor_parallel_size(world_size, tensor_parallel_size)
     device = device or pick_device()
     if not dist.is_initialized():
-        # The gloo half serves object collectives and votes of a CUDA run without touching its streams.
+        # In a CUDA run, gloo carries object collectives and votes without touching the CUDA streams.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if trace_folder is not None:
             record_collectives(trace_folder)
@@ -200,41 +201,42 @@ def init_parallel(
         await_all_ranks(store, rank, world_size, limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     mesh = init_device_mesh(device.type, (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
-    # A mesh's groups begin with torch's own limit.
+    # The groups of a mesh start with torch's default timeout.
     _set_timeout([group for group in mesh.get_all_groups() if group is not dist.group.WORLD], timeout, device)
     return ParallelLayout(mesh=mesh, device=device, startup_seconds=timeout)
 
 
 def first_rank_alone(device: torch.device) -> ParallelLayout:
-    """A 1 x 1 mesh of the first rank, for a model it holds whole beside the one that all share. Collective.
+    """A 1 x 1 mesh of the first rank, for a whole model that it holds in addition to the sharded one. Collective.
 
-    The other ranks get a layout that says nothing of them: they use it for nothing.
+    The other ranks get a layout that does not contain them, and must not use it.
     """
     return ParallelLayout(mesh=DeviceMesh(device.type, [[0]], mesh_dim_names=("dp", "tp")), device=device)
 
 
 def time_limit(seconds: float) -> timedelta:
-    """What `seconds` are to torch; 0 is for ever."""
+    """`seconds` as a timeout for torch; 0 means no limit."""
     return timedelta(seconds=seconds) if seconds else _FOREVER
 
 
 def record_collectives(folder: Path) -> None:
-    """Have NCCL record its last collectives and write them into `folder` when one hangs (its flight recorder).
+    """Have NCCL record its last collectives and write them to `folder` when one hangs (its flight recorder).
 
-    What the environment says already is left. `python -m torch.distributed.flight_recorder.fr_trace` reads the files.
+    Environment variables that are already set stay. `python -m torch.distributed.flight_recorder.fr_trace` reads the
+    files.
     """
     prefix = str(folder.absolute() / TRACE_PREFIX)
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": prefix,
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,  # the name up to torch 2.11
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,  # its name up to torch 2.11
     }.items():
         os.environ.setdefault(name, value)
 
 
 def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
-    """Change how long the collectives of a step wait for a rank; 0 for ever. Those under way keep their limit."""
+    """Change how long the collectives of a step wait for a rank; 0 for no limit. Those in flight keep their limit."""
     groups = [dist.group.WORLD, *layout.mesh.get_all_groups()]
     if layout.shard_mesh is not None:
         groups += layout.shard_mesh.get_all_groups()
@@ -246,21 +248,22 @@ def _set_timeout(groups: Iterable[dist.ProcessGroup | None], seconds: float, dev
     if device.type != "cuda":
         limit += _BEHIND_WATCHDOG
     for group in groups:
-        if dist.get_backend(group) != "fake":  # whose ranks are not there, and nobody waits for them
+        if dist.get_backend(group) != "fake":  # its ranks do not exist, so nothing waits for them
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def await_all_ranks(store: dist.Store, rank: int, world_size: int, limit: timedelta) -> None:
-    """Return once all ranks have come to the store.
+    """Return once all ranks have joined the store.
 
     Raises:
-        LocalRunError, PeerError: some did not in time; the first of those that did names them, the others are silent.
+        LocalRunError, PeerError: some ranks did not join in time. The lowest rank that did raises a LocalRunError that
+            names them, and the others a PeerError, which is not printed.
     """
     keys = [f"colonnade/joined/{number}" for number in range(world_size)]
     deadline = time.monotonic() + limit.total_seconds()
     try:
         store.set(keys[rank], "")
-        # Asked again and again: a wait that ends without success prints pages of torch's own stack.
+        # Polled, because a wait that times out prints pages of torch's own stack.
         while not store.check(keys):
             if time.monotonic() > deadline:
                 missing = [number for number, key in enumerate(keys) if not store.check([key])]
@@ -268,7 +271,7 @@ def await_all_ranks(store: dist.Store, rank: int, world_size: int, limit: timede
             time.sleep(JOIN_POLL_SECONDS)
         else:
             return
-    except dist.DistError as error:  # whoever held the store has named them, and is gone
+    except dist.DistError as error:  # the rank that hosted the store has named them and exited
         raise PeerError("other ranks did not join") from error
     if rank != min(set(range(world_size)) - set(missing)):
         raise PeerError("other ranks did not join")
@@ -280,14 +283,14 @@ def await_all_ranks(store: dist.Store, rank: int, world_size: int, limit: timede
 
 
 def _rendezvous_store(limit: timedelta) -> dist.Store:
-    """The store torchrun hands its ranks, its keys apart from those of an attempt that failed.
+    """The store that torchrun gives its ranks, with keys separate from those of an earlier, failed attempt.
 
-    torchrun may keep one store over `--max-restarts`, and then ranks of a new attempt read addresses of dead ones (seen
-    on torch 2.13 with gloo). The number of an attempt tells them apart on one node; over several nodes the agents count
-    differently, so there torchrun has to be told to make a new store (`docs/scaling.md`).
+    torchrun may keep one store across `--max-restarts`, and ranks of a new attempt then read addresses of dead ones
+    (seen on torch 2.13 with gloo). On one node, the attempt's number separates the keys. On several nodes the agents
+    count differently, so torchrun has to be told to create a new store there (`docs/scaling.md`).
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:  # RANK alone, as some cluster schedulers set it
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:  # only RANK is set, as some schedulers do
         raise UsageError(
             f"RANK is set, and no way to the other ranks (MASTER_ADDR {host!r}, MASTER_PORT {port!r}): start with "
             "torchrun, or unset it"
@@ -299,7 +302,7 @@ def _rendezvous_store(limit: timedelta) -> dist.Store:
             int(port),
             is_master=not is_hosted and rank_from_environment() == 0,
             timeout=limit,
-            wait_for_workers=False,  # `await_all_ranks` does, and names the missing
+            wait_for_workers=False,  # `await_all_ranks` waits, and names missing ranks
             multi_tenant=True,
         )
     except dist.DistError as error:

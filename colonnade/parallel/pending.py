@@ -1,4 +1,4 @@
-"""A value that is under way: what every collective here returns."""
+"""A value in flight: what every collective in this package returns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 class Pending(Generic[T]):
-    """A value that a collective under way has yet to deliver.
+    """A value that a collective in flight has yet to deliver.
 
     Args:
-        value: what `wait` returns, unless `finish` returns it.
-        finish: called once; returns the value when it is there. On CUDA it makes the stream wait, not the host.
+        value: what `wait` returns if there is no `finish`.
+        finish: called once, by the first `wait`; returns the value. On CUDA it makes the stream wait, not the host.
     """
 
     def __init__(self, value: T | None = None, finish: Callable[[], T] | None = None) -> None:

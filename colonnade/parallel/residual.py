@@ -1,16 +1,18 @@
 """The residual stream between attention and feed-forward, and the collectives f and g that lead out of it and back.
 
-Two ways to hold it. `ReplicatedResidual`: every rank holds all tokens, [B, T, H]; f sums backward, g sums forward.
-`ShardedResidual`: a rank holds its share of the tokens, [R, H] (sequence parallelism, arXiv:2205.05198, section 4.2.2).
-There f gathers the tokens forward and sums each rank's share backward, and g is its conjugate:
+There are two ways to store it. `ReplicatedResidual`: every rank holds all tokens, [B, T, H]; f sums in the backward
+pass, g in the forward pass. `ShardedResidual`: each rank holds its share of the tokens, [R, H] (sequence parallelism,
+arXiv:2205.05198, section 4.2.2). There f all-gathers the tokens in the forward pass and reduce-scatters their gradients
+in the backward pass, and g is its conjugate:
 
     x [R, H] -> norm -> f: all-gather [B, T, H] -> slices -> partial [B, T, H] -> g: reduce-scatter -> update [R, H]
 
-What is computed of a share alone - norms, biases, additions - has partial gradients of its parameters: they pass f
-too. Tokens are shared out as rows of [B * T, H], filled up with zeros to a multiple of V; any block size works.
+Operations on a rank's share alone - norms, biases, additions - give partial gradients of their parameters, so these
+parameters go through f as well. Tokens are sharded as rows of [B * T, H], zero-padded to a multiple of V; any block
+size works.
 
-Backward, the sums of f are only started, and waited for when whatever does not need them is done. With overlap so are
-all collectives, forward and backward.
+In the backward pass, the sums of f are only started, and waited for once everything that does not need them is done.
+With `overlaps` this holds for all collectives, forward and backward.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class ReplicatedResidual:
     """All tokens on every rank.
 
     Args:
-        overlaps: forward, the sums of g are started, and waited for later, as backward those of f always are.
+        overlaps: in the forward pass, only start the sums of g and wait for them later, as the backward pass always
+            does with those of f.
     """
 
     gathers = False
@@ -50,29 +53,29 @@ class ReplicatedResidual:
         self.group, self.overlaps = group, overlaps
 
     def spread(self, x: Tensor) -> Pending[tuple[Tensor, ...]]:
-        """*f*: the tokens [B, T, H], one view for each local slice."""
+        """*f*: tokens [B, T, H] -> one view per local slice."""
         return Pending(fan_out(x, self.group, InFlight()))
 
     def collect(self, partials: Sequence[Tensor]) -> Pending[Tensor]:
-        """*g*: the sum of one partial [B, T, H] a local slice over all slices."""
+        """*g*: one partial [B, T, H] per local slice -> their sum over all slices."""
         pending = reduce_partials(partials, self.group)
         return pending if self.overlaps else Pending(pending.wait())
 
     def apply(self, function: Callable[..., T], tensors: Sequence[Tensor], parameter: Tensor) -> T:
-        """`function(*tensors, parameter)`, of the stream and a parameter that is whole on every rank."""
+        """`function(*tensors, parameter)` on the stream and a replicated parameter."""
         return function(*tensors, local_part(parameter))
 
     def own(self, x: Tensor) -> Tensor:
-        """What this rank keeps of tokens [B, T, H] that it holds all of."""
+        """The part that this rank keeps of tokens [B, T, H]: here all of them."""
         return x
 
     def whole(self, x: Tensor) -> Tensor:
-        """All tokens [B, T, H], for what every rank computes alike."""
+        """All tokens [B, T, H], for computations that every rank repeats."""
         return x
 
 
 class ShardedResidual:
-    """A share of the tokens on each rank; `shape` is (B, T)."""
+    """A share of the tokens on each rank; `shape` is (B, T), that of all tokens."""
 
     gathers = True
 
@@ -84,7 +87,7 @@ class ShardedResidual:
         self.filling = -self.tokens % group.slices
 
     def spread(self, x: Tensor) -> Pending[tuple[Tensor, ...]]:
-        """*f*: [R, H] -> all tokens [B, T, H], one view for each local slice."""
+        """*f*: [R, H] -> all tokens [B, T, H], one view per local slice."""
         in_flight = InFlight()
         (x,) = awaiting((x,), in_flight)
         with torch.no_grad():
@@ -99,7 +102,7 @@ class ShardedResidual:
         return Pending(finish=finish)
 
     def collect(self, partials: Sequence[Tensor]) -> Pending[Tensor]:
-        """*g*: one partial [B, T, H] a local slice -> this rank's share [R, H] of their sum over all slices."""
+        """*g*: one partial [B, T, H] per local slice -> this rank's share [R, H] of their sum over all slices."""
         in_flight = InFlight() if self.overlaps else None
         rows = awaiting([self._rows(partial) for partial in partials], in_flight)
         with torch.no_grad():
@@ -109,9 +112,9 @@ class ShardedResidual:
         return Pending(finish=lambda: _Scatter.apply(self.group, in_flight, pending.wait(), *rows))
 
     def apply(self, function: Callable[..., Any], tensors: Sequence[Tensor], parameter: Tensor) -> Any:
-        """`function(*tensors, parameter)`, of the stream and a parameter that is whole on every rank.
+        """`function(*tensors, parameter)` on the stream and a replicated parameter.
 
-        Where the order of sums is fixed each slice's share of the tokens is taken by itself.
+        With a fixed order of sums, the function is applied to each slice's share of the tokens separately.
         """
         views = self.weights.get(
             parameter, lambda: fan_out(local_part(parameter), self.group), parameter.dtype, is_summed=True
@@ -125,11 +128,11 @@ class ShardedResidual:
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's share [R, H] of tokens [B, T, H] that all ranks hold alike; backward gathers the gradient."""
+        """This rank's share [R, H] of tokens [B, T, H] that every rank holds; backward all-gathers the gradient."""
         return _Own.apply(self._rows(x), self.group)
 
     def whole(self, x: Tensor) -> Tensor:
-        """All tokens [B, T, H], for what every rank computes alike: backward takes this rank's share."""
+        """All tokens [B, T, H], for computations that every rank repeats; backward takes this rank's share."""
         return self._batched(_Whole.apply(x, self.group))
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv:2104.09864): the angle of each pair of channels at each position, and the rotation.
+"""Rotary position embeddings (arXiv:2104.09864): the angle of each channel pair at each position, and the rotation.
 
 Shapes: T positions, D head size.
 """
@@ -16,7 +16,7 @@ from colonnade.model_config import ModelConfig
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D] for the positions 0 .. length - 1, computed in float32 as Hugging Face does.
 
-    Each angle stands at both channels of its pair: (i, i + D / 2), or neighbours where the config interleaves them.
+    Each angle appears at both channels of its pair: (i, i + D / 2), or adjacent ones if the config interleaves them.
     """
     frequencies, scale = _frequencies(config)
     angles = torch.outer(torch.arange(length).float(), frequencies)
@@ -26,7 +26,7 @@ def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tup
 
 
 def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Radians a position of each of the D / 2 pairs, and what cos and sin are multiplied with."""
+    """Radians per position for each of the D / 2 pairs, and the factor that cos and sin are multiplied by."""
     if config.rope_scaling is None:
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         return 1.0 / (config.rope_theta**pairs), 1.0
@@ -44,7 +44,7 @@ def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the pairs of channels of x [B, n, T, D] by the angles of the tables, which broadcast to it."""
+    """Rotate the channel pairs of x [B, n, T, D] by the angles of the tables, which broadcast to x."""
     if torch.compiler.is_compiling():
         if interleaved:
             turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
@@ -57,7 +57,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The same with two passes over memory; the backward pass turns the other way and needs no x."""
+    """The same in two passes over memory; the backward pass rotates the other way and does not need x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -1,8 +1,8 @@
-"""The segments of a forward pass: what lies between two collectives, plain tensors in, plain tensors out.
+"""The segments of a forward pass: the computation between two collectives, plain tensors in, plain tensors out.
 
-A segment is the unit of compilation, so that no compiled graph holds a collective; where gradients of weights hide sums
-(`overlap_weight_gradients`) that is what comes after its first projection. Shapes: B batch, T block, H hidden;
-i feed-forward channels and v vocabulary entries of one slice.
+A segment is the unit of compilation, so no compiled graph contains a collective; with `overlap_weight_gradients` the
+unit is the part of a segment after its first projection. Shapes: B batch, T block, H hidden; i feed-forward channels
+and v vocabulary entries of one slice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from colonnade.parallel.head_loss import softmax_of_slice_
 
 
 def residual_norm(x: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """x + update, and its RMSNorm. All [B, T, H]."""
+    """x + update, and the RMSNorm of that sum. All [B, T, H]."""
     x = x + update
     return x, rms_norm(x, weight, eps=eps)
 
@@ -44,19 +44,22 @@ def attention_slice(
     sin: Tensor | None,
     mask: DocumentMask | None = None,
 ) -> Tensor:
-    """Attention over the heads of one slice: [B, T, H] -> partial [B, T, H]. `rest`: see `attend_projected`."""
+    """Attention over the heads of one slice: [B, T, H] -> partial [B, T, H]. `rest` is a bound `attend_projected`."""
     return rest(project(x, weights.qkv, weights.bias), weights.o, weights.norms, cos, sin, mask)
 
 
 def mlp_slice(
     project: Linear, rest: Callable[..., Tensor], x: Tensor, gate_up: Tensor, bias: Tensor | None, down: Tensor
 ) -> Tensor:
-    """SwiGLU over one slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate_up [2 i, H]; down [H, i]."""
+    """One slice of the feed-forward: [B, T, H] -> partial [B, T, H]. gate_up [2 i, H]; down [H, i].
+
+    `rest` is a bound `feed_projected`.
+    """
     return rest(project(x, gate_up, bias), down)
 
 
 def feed_projected(projected: Tensor, down: Tensor, *, linear: Linear = linear) -> Tensor:
-    """The feed-forward behind its first projection: [B, T, 2 i] -> partial [B, T, H]."""
+    """The feed-forward (SwiGLU) after its first projection: [B, T, 2 i] -> partial [B, T, H]."""
     return linear(swiglu(projected), down, None)
 
 
@@ -66,14 +69,14 @@ def logits_slice(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Segments:
-    """The segments of a forward pass, compiled or eager. All blocks share one set, so each compiles once.
+    """The segments of a forward pass, compiled or eager. All blocks share one instance, so each segment compiles once.
 
     Args:
         cuda_graphs: replay the compiled segments as CUDA graphs.
-        grouped: attention's kernel takes fewer heads of keys than of queries (`takes_groups`).
-        product: of the projections; None for one in the activations' dtype.
-        overlap_weight_gradients: in the backward pass, weight gradients are computed while the all-reduce of the input
-            gradient (f) is in flight. The projections behind f then lie outside compiled segments and run in the
+        grouped: attention's kernel accepts fewer key heads than query heads (`takes_groups`).
+        product: the function that computes a projection; None for a product in the activations' dtype.
+        overlap_weight_gradients: in the backward pass, compute weight gradients while the all-reduce of the input
+            gradient (f) is in flight. The projections after f are then outside compiled segments and run in the
             activations' dtype.
     """
 
@@ -88,7 +91,7 @@ class Segments:
         overlap_weight_gradients: bool = False,
     ) -> None:
         if compiled:
-            # Each micro-batch size and each slice's strides are a graph of their own.
+            # Each micro-batch size, and each slice with other strides, compiles a separate graph.
             allow_recompilation()
 
         product = product or linear
@@ -116,8 +119,8 @@ class Segments:
         else:
             self.attention = build(partial(attention_slice, product, attend))
             self.mlp = build(partial(mlp_slice, product, feed))
-        # Not compiled: the keys grow with every token.
+        # Not compiled: the number of keys grows with every token.
         self.cached_attention: Callable[..., Tensor] = partial(cached_attention_slice, **heads)
-        # Not compiled: in checks and generation only.
+        # Not compiled: used only in checks and generation.
         self.logits: Callable[..., Tensor] = logits_slice
         self.softmax = build(softmax_of_slice_)

@@ -1,6 +1,6 @@
-"""How each parameter is cut: one table, read by whoever creates, loads, merges or exports a parameter.
+"""How each parameter is sharded: one table, used by all code that creates, loads, merges or exports a parameter.
 
-Names are Hugging Face's; a rule belongs to the last two parts of a name (`q_proj.weight`). Weights are stored as
+Names are Hugging Face's; a rule applies to the last two parts of a name (`q_proj.weight`). Weights are stored as
 [out_features, in_features], so a column-parallel projection is cut along dimension 0 and a row-parallel one along 1.
 """
 
@@ -15,11 +15,11 @@ from colonnade.errors import UsageError
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
-COLUMN = "column"  # [out / tp, in]: its input passes f
-ROW = "row"  # [out, in / tp]: its output is partial and passes g
-KEY_VALUE = "key/value"  # column, while every rank has a whole key/value head; else whole on every rank
-VOCABULARY = "vocabulary"  # [vocab / tp, hidden], or whole with --replicate-embeddings
-WHOLE = "whole"  # the same on every rank
+COLUMN = "column"  # [out / tp, in]: its input goes through f
+ROW = "row"  # [out, in / tp]: its output is partial and goes through g
+KEY_VALUE = "key/value"  # column if every rank gets whole key/value heads, otherwise replicated
+VOCABULARY = "vocabulary"  # [vocab / tp, hidden], or replicated with --replicate-embeddings
+WHOLE = "whole"  # replicated
 
 SHARDING_TABLE: dict[str, str] = {
     "embed_tokens.weight": VOCABULARY,
@@ -30,7 +30,7 @@ SHARDING_TABLE: dict[str, str] = {
     "k_proj.bias": KEY_VALUE,
     "v_proj.weight": KEY_VALUE,
     "v_proj.bias": KEY_VALUE,
-    "q_norm.weight": WHOLE,  # a rank uses it for its heads alone: its gradient is summed
+    "q_norm.weight": WHOLE,  # each rank applies it to its own heads only: its gradient is summed
     "k_norm.weight": WHOLE,
     "o_proj.weight": ROW,
     "o_proj.bias": WHOLE,  # added once, after g
@@ -47,7 +47,7 @@ SHARDING_TABLE: dict[str, str] = {
 
 
 class ShardedSizes(Protocol):
-    """The sizes of a model that decide how it can be cut (a `ModelConfig` has them)."""
+    """The sizes of a model that determine how it can be sharded (`ModelConfig` has them)."""
 
     @property
     def num_attention_heads(self) -> int: ...
@@ -61,11 +61,11 @@ class ShardedSizes(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """How one parameter lies over the ranks of a tensor-parallel group.
+    """How one parameter is laid out over the ranks of a tensor-parallel group.
 
     Attributes:
-        dim: the dimension it is drawn and cut along, whether or not it is cut at this size.
-        sharded: whether each rank holds a part; otherwise every rank holds all of it.
+        dim: the dimension along which it is initialised and sharded, even if it is replicated at this size.
+        sharded: whether each rank holds a shard; otherwise every rank holds all of it.
     """
 
     dim: int
@@ -79,7 +79,7 @@ class Cut:
 
 
 def cut_of(name: str, sizes: ShardedSizes, tp: int, *, replicate_embeddings: bool = False) -> Cut:
-    """How the parameter `name` is cut over `tp` ranks.
+    """How the parameter `name` is sharded over `tp` ranks.
 
     Raises:
         KeyError: the table has no rule for the name.
@@ -93,12 +93,12 @@ def cut_of(name: str, sizes: ShardedSizes, tp: int, *, replicate_embeddings: boo
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether the rows of the parameter `name` are tokens."""
+    """Whether each row of the parameter `name` belongs to a token."""
     return SHARDING_TABLE.get(".".join(name.split(".")[-2:])) == VOCABULARY
 
 
 def piece_count(name: str, sizes: ShardedSizes, slices: int) -> int:
-    """Equal pieces of the parameter `name` that no tensor-parallel size which divides `slices` cuts further."""
+    """Number of equal pieces of the parameter `name` that no tensor-parallel size dividing `slices` cuts further."""
     rule = SHARDING_TABLE[".".join(name.split(".")[-2:])]
     if rule == KEY_VALUE:
         return min(slices, sizes.num_key_value_heads)
@@ -106,7 +106,7 @@ def piece_count(name: str, sizes: ShardedSizes, slices: int) -> int:
 
 
 def default_slices(sizes: ShardedSizes) -> int:
-    """V of a deterministic run that names none: 8, or the largest power of two below that the model can be cut into."""
+    """Default V of a deterministic run: 8, or the largest smaller power of two into which the model can be cut."""
     return max(slice_counts(sizes, (1, 2, 4, 8)))
 
 
@@ -116,14 +116,14 @@ def slice_counts(sizes: ShardedSizes, candidates: Iterable[int]) -> list[int]:
 
 
 def check_slices(sizes: ShardedSizes, tp: int, slices: int | None) -> None:
-    """Refuse a cut that the model's sizes do not allow, before anything is built.
+    """Reject a cut that the model's sizes do not allow, before anything is built.
 
     Args:
-        tp: ranks of a tensor-parallel group.
-        slices: V, where it was asked for; None for one slice a rank.
+        tp: size of a tensor-parallel group.
+        slices: V, if it was requested; None for one slice per rank.
 
     Raises:
-        UsageError: names both numbers and the sizes that would work.
+        UsageError: the model cannot be cut this way; the message names both numbers and the sizes that would work.
     """
     if slices is not None:
         if slices & (slices - 1):
@@ -145,7 +145,7 @@ def check_slices(sizes: ShardedSizes, tp: int, slices: int | None) -> None:
 
 
 def _obstacle(sizes: ShardedSizes, count: int) -> str | None:
-    """Why the model cannot be cut into `count` equal slices; None when it can."""
+    """Why the model cannot be cut into `count` equal slices; None if it can."""
     key_value_heads = sizes.num_key_value_heads
     if sizes.num_attention_heads % count:
         return f"{sizes.num_attention_heads} attention heads cannot be cut into {count}"

@@ -1,14 +1,15 @@
-"""Tensors exchanged through memory that the ranks of one machine share, instead of through sockets.
+"""Tensor exchange through memory shared by the ranks of one machine, instead of through sockets.
 
-gloo sends every byte through the network stack, also between two processes of one machine: 2.5 to 5 ms for the sum of
-2 to 4 MB on two ranks, of which copying and adding take 1. Here each rank writes its tensor where the others see it,
-one number goes through gloo to tell that it is there, and each rank reads the tensors of all. That number keeps what
-the process group promises: a rank that died or hangs ends the wait with an error, after the group's own time limit.
+gloo sends every byte through the network stack, even between two processes on one machine: summing 2 to 4 MB on two
+ranks takes 2.5 to 5 ms, of which copying and adding take 1 ms. Here each rank writes its tensor to memory that the
+others can read, one number goes through gloo to signal that it is there, and each rank reads the tensors of all. That
+number preserves what the process group guarantees: if a rank has died or hangs, the wait ends with an error, after the
+group's own timeout.
 
-Each exchange in flight has a buffer of its own. A buffer is reused once all ranks have read it, and each rank knows
-when without a message: all ranks start and finish exchanges in the same order (also that of autograd), so once a
-later exchange has completed, every rank had started it, and had finished whatever came before. The number that goes
-through gloo names the exchange and its buffer: ranks that have got out of step end with an error.
+Each exchange in flight has its own buffer. A buffer is reused once all ranks have read it, and each rank knows when
+without a message: all ranks start and finish exchanges in the same order (including those in autograd), so once a later
+exchange has completed, every rank had started it and had finished everything before it. The number that goes through
+gloo identifies the exchange and its buffer: ranks that are out of step end with an error.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from torch import Tensor
 from colonnade.parallel.pending import Pending
 
 SMALLEST = 1 << 15
-"""Bytes of a rank's tensor from which on sockets are slower; what is smaller is not exchanged here."""
+"""Size in bytes of a rank's tensor from which on sockets are slower; smaller tensors are not exchanged here."""
 LIMIT = 1 << 28
-"""Bytes of all buffers of a rank."""
+"""Maximum size in bytes of all buffers of a rank together."""
 
 
 @dataclass
 class _Buffer:
-    """A stretch of memory of each rank, by rank.
+    """One region of memory per rank; `views` are in rank order.
 
     Attributes:
-        finished: when this rank had last read it; None while an exchange is under way there.
+        finished: the clock value when this rank last finished reading it; None while an exchange in it is in flight.
     """
 
     number: int
@@ -49,10 +50,10 @@ class _Buffer:
 
 
 class SharedMemory:
-    """Buffers shared by the ranks of a group, allocated on demand. All ranks call the same methods alike.
+    """Buffers shared by the ranks of a group, allocated on demand. All ranks make the same calls in the same order.
 
     Args:
-        group: of gloo. Where its ranks are not on one machine, or there is no more memory, no buffer is made.
+        group: a gloo group. If its ranks are not on one machine, or there is no memory left, no buffer is created.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -65,21 +66,21 @@ class SharedMemory:
 
     @property
     def own_buffers(self) -> list[Tensor]:
-        """This rank's part of the buffers: bytes that no allocator of torch tells of."""
+        """This rank's part of the buffers: memory that no torch allocator reports."""
         return [buffer.views[self._rank] for buffer in self._buffers]
 
     def start(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Pending[Tensor] | None:
-        """Show `tensor` to all ranks; the value is `read` of every rank's tensor, in the order of ranks.
+        """Make `tensor` visible to all ranks; the value is `read` applied to all ranks' tensors, in rank order.
 
         Args:
             tensor: contiguous, on the CPU, of the same size on every rank. It has been copied when this returns.
-            read: called when the value is waited for; must not keep what it is given.
+            read: called when the value is waited for; must not keep the tensors it is given.
 
         Returns:
-            None where the tensor is too small, or has no buffer: the caller sends it in another way.
+            None if the tensor is too small, or no buffer is available: the caller has to send it in another way.
 
         Raises:
-            RuntimeError: when it is waited for: a rank is gone, or has come with another exchange.
+            RuntimeError: from `wait`, if a rank is gone or takes part in a different exchange.
         """
         buffer = self._free_buffer(tensor.nbytes)
         if buffer is None:
@@ -90,7 +91,7 @@ class SharedMemory:
         started = self._clock
         views[self._rank].copy_(tensor)
         place = started * len(self._buffers) + buffer.number
-        # The highest and, as its opposite, the lowest of all ranks.
+        # With MAX, the first is the highest of all ranks and the second the negated lowest.
         told = torch.tensor([place, -place])
         work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
@@ -124,7 +125,7 @@ class SharedMemory:
         return self._buffers[-1]
 
     def _mapped(self, size: int) -> list[Tensor] | None:
-        """So many bytes of each rank, seen by all; None, on all ranks, where one of them does not see them."""
+        """`size` bytes per rank, mapped by all ranks; None, on all ranks, if one of them cannot map them."""
         own = _Place.reserved(size)
         try:
             places: list[_Place | None] = [None] * self._size
@@ -136,18 +137,18 @@ class SharedMemory:
             return seen if int(told) == self._size else None
         finally:
             if own is not None:
-                os.close(own.handle)  # what is mapped stays
+                os.close(own.handle)  # the mapping stays valid
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the processes of a machine find the memory of one of them while it holds it open.
+    """Where the other processes of a machine find a process's memory while that process holds it open.
 
-    The memory has no name in a file system: nothing is left behind, whatever ends the run.
+    The memory has no name in a file system, so nothing is left behind however the run ends.
 
     Attributes:
-        label: of this memory alone. On another machine there may be a process of the same number.
-        network: processes that do not share a network do not share memory either.
+        label: unique to this memory; `process` is not, since another machine may have a process with that number.
+        network: the process's network namespace; processes in different ones are taken not to share memory.
     """
 
     label: str
@@ -157,11 +158,11 @@ class _Place:
 
     @classmethod
     def reserved(cls, size: int) -> _Place | None:
-        """Memory that is really there: one that is only promised would end the process when it is used."""
+        """Memory that is really allocated: if it were only overcommitted, using it could kill the process."""
         label = f"colonnade-{uuid.uuid4().hex}"
         try:
             handle = os.memfd_create(label)
-        except (AttributeError, OSError):  # not on this system
+        except (AttributeError, OSError):  # not available on this system
             return None
         try:
             os.posix_fallocate(handle, 0, size)
@@ -171,7 +172,7 @@ class _Place:
             return None
 
     def mapped(self, size: int) -> Tensor | None:
-        """The memory as bytes; None where this process does not see it."""
+        """The memory as bytes; None if this process cannot map it."""
         path = f"/proc/{self.process}/fd/{self.handle}"
         try:
             if self.network != _network() or self.label not in os.readlink(path):
@@ -188,5 +189,5 @@ class _Place:
 
 
 def _network() -> int:
-    """The network that this process lives in."""
+    """The network namespace of this process."""
     return os.stat("/proc/self/ns/net").st_ino

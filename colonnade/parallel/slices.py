@@ -1,4 +1,4 @@
-"""This rank's part of a parameter."""
+"""This rank's part of a parameter, and its pieces."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.distributed.tensor import DTensor
 
 
 def pieces(tensor: Tensor, count: int, dim: int = 0) -> Sequence[Tensor]:
-    """`tensor` cut into `count` equal pieces. One piece is the tensor itself: the backward pass of a cut copies."""
+    """`tensor` cut into `count` equal pieces; a single piece is `tensor` itself, since `chunk` copies in backward."""
     return [tensor] if count == 1 else tensor.chunk(count, dim)
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """This rank's part of a `DTensor` parameter, as a plain tensor that autograd follows."""
+    """This rank's part of a `DTensor` parameter, as a plain tensor that autograd tracks."""
     assert isinstance(parameter, DTensor)
     part: Tensor = _LocalPart.apply(parameter)
     return part
 
 
 class _LocalPart(torch.autograd.Function):
-    """`DTensor.to_local`, whose gradient takes over the parameter's specification.
+    """`DTensor.to_local`, with a gradient that reuses the parameter's `DTensor` specification.
 
-    `to_local` makes a new one for each gradient, which takes longer than all that is computed for a small one.
+    `to_local` creates a new specification for each gradient, which takes longer than computing a small gradient.
     """
 
     @staticmethod
@@ -39,5 +39,5 @@ class _LocalPart(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> DTensor | None:
         if gradient is None:
             return None
-        # The specification says how its memory is laid out, too: autograd goes by that when it keeps the gradient.
+        # Contiguous, as the specification says: autograd relies on its strides when it keeps the gradient.
         return DTensor(gradient.contiguous(), ctx.specification, requires_grad=False)

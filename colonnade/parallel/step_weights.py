@@ -1,12 +1,13 @@
-"""Parameters as matrix products take them: joined, cast and laid out once a step instead of once a micro-batch.
+"""Parameters in the form that matrix products use: joined, cast and laid out once per step, not once per micro-batch.
 
-A parameter is stored in float32 under its own name; a product takes it in the dtype of activations, q, k and v as one
-matrix, gate and up as another. Between the two lies a cheap function P of joins, cuts and casts. While weights are kept
-P runs once: the micro-batches read copies of its results and leave their gradients there, in the parameters' dtype,
-and at the end one backward pass through P hands the sums to the parameters.
+A parameter is stored in float32 under its own name; a product uses it in the activations' dtype, with q, k and v joined
+into one matrix, and gate and up into another. A cheap function P of joins, cuts and casts turns one form into the
+other. Inside `kept`, P runs once: the micro-batches read copies of its results and accumulate their gradients there, in
+the parameters' dtype, and at the end one backward pass through P hands the sums to the parameters.
 
-P must be linear and must not sum where an order is fixed: then the gradients of micro-batches can be added before it as
-well as after it, to the bit. Sums over slices that share a parameter are the exception (`is_summed`).
+P must be linear, and must not sum if the order of sums is fixed: adding the gradients of micro-batches before or after
+P then gives the same bits. Sums over slices that share a parameter are the exception (`is_summed`); in a fixed order
+they run in every micro-batch.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from colonnade.parallel.collectives import laid_out
 
 @dataclass
 class _Kept:
-    """A result of P, and the copy that micro-batches use."""
+    """A result of P, and the detached leaf tensor that micro-batches use."""
 
     source: Tensor
     leaf: Tensor
 
 
 class StepWeights:
-    """The weights of one model on this rank.
+    """The weights of one model on this rank, as its products use them.
 
     Args:
-        fixed_order: sums have an order that no rank count changes.
-        at_fixed_addresses: copies lie in the same memory in every step, as CUDA graphs need it.
+        fixed_order: the order of sums does not depend on the number of ranks.
+        at_fixed_addresses: keep the copies at the same memory addresses in every step, as CUDA graphs require.
     """
 
     def __init__(self, *, fixed_order: bool, at_fixed_addresses: bool = False) -> None:
@@ -54,9 +55,9 @@ class StepWeights:
         """The results of P for one group of parameters, in `dtype`.
 
         Args:
-            key: names the group.
-            make: P itself, as a differentiable function of the parameters, in their dtype.
-            is_summed: the backward pass of P sums over slices or ranks.
+            key: identifies the group.
+            make: P itself, a differentiable function of the parameters that returns their dtype.
+            is_summed: whether the backward pass of P sums over slices or ranks.
         """
         if self._kept is None or (is_summed and self._fixed_order):
             return [self._laid_out(source, dtype) for source in make()]
@@ -74,7 +75,7 @@ class StepWeights:
             leaf.requires_grad_(source.requires_grad) if self._buffers is None else self._in_buffer(place, source, leaf)
         )
         if leaf.requires_grad and dtype != source.dtype:
-            leaf.grad_dtype = source.dtype  # sums of micro-batches as precise as the parameter
+            leaf.grad_dtype = source.dtype  # sum micro-batches in the parameter's precision
         return _Kept(source, leaf)
 
     def _in_buffer(self, place: tuple[Any, int], source: Tensor, value: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class StepWeights:
             buffer = self._buffers[place] = torch.empty_like(value).requires_grad_(source.requires_grad)
             torch._dynamo.mark_static_address(buffer)
             if buffer.requires_grad:
-                buffer.register_hook(torch.clone)  # a graph's memory is written again by its next replay
+                buffer.register_hook(torch.clone)  # the graph's next replay overwrites its memory
         buffer = self._buffers[place]
         buffer.grad = None
         with torch.no_grad():
@@ -91,9 +92,9 @@ class StepWeights:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Run P once for the forward and backward passes in this block; parameters must not change meanwhile.
+        """Run P once for all forward and backward passes in this context; parameters must not change meanwhile.
 
-        Gradients reach the parameters when the block ends.
+        Gradients reach the parameters when the context exits.
         """
         self._kept = {}
         try:
@@ -103,12 +104,12 @@ class StepWeights:
             self._kept = None
 
     def leaves(self) -> list[Tensor]:
-        """What micro-batches have left gradients at so far, besides the parameters themselves."""
+        """The tensors, besides the parameters, that accumulate the gradients of micro-batches."""
         return [kept.leaf for group in (self._kept or {}).values() for kept in group if kept.leaf.requires_grad]
 
     def _deliver(self) -> None:
         assert self._kept is not None
-        # Group by group, so that never all gradients are there twice.
+        # Group by group, so that only one group's gradients exist twice at a time.
         for group in self._kept.values():
             reached = [kept for kept in group if kept.leaf.grad is not None]
             gradients = [kept.leaf.grad for kept in reached]
@@ -133,12 +134,12 @@ class _Join(torch.autograd.Function):
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of several tensors as one: without a copy where they lie next to each other in memory."""
+    """The rows of several tensors in one tensor, without a copy if they are adjacent in memory."""
     return parts[0] if len(parts) == 1 else _Join.apply(*parts)
 
 
 def are_neighbours(parts: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors follow each other in one storage."""
+    """Whether the tensors are contiguous and directly follow each other in one storage."""
     end = parts[0].data_ptr()
     storage = parts[0].untyped_storage().data_ptr()
     for part in parts:

@@ -1,4 +1,4 @@
-"""Deciding together: an error on one rank becomes an error on all of them, and nobody waits for a rank that gave up."""
+"""Collective decisions: an error on one rank becomes an error on all, so that no rank waits for one that gave up."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _Failure = tuple[bool, str]
 
 
 def one_line(error: BaseException) -> str:
-    """`error` on one line, with its type where the text alone would not tell what happened."""
+    """`error` on one line, prefixed with its type unless it is a `ColonnadeError`, whose text is enough."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager
 def vote(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the block on every rank of `group`, and leave it together. Collective: one all-gather of the outcomes.
+    """Run the block on every rank of `group`; an error on one is raised on all. Collective: one all-gather of outcomes.
 
     Raises:
         UsageError: the block raised one on some rank; raised on all.
-        RunError: the block raised it, or an OSError, on some rank; raised on all, naming the rank.
+        RunError: the block raised one, or an OSError, on some rank; raised on all, naming the rank.
     """
     failure: _Failure | None = None
     cause: BaseException | None = None
@@ -46,7 +46,7 @@ def vote(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Call `function` on the first rank of `group` and return its result, which must pickle, on all. Collective.
+    """Call `function` on the first rank of `group`; return its result, which must be picklable, on all. Collective.
 
     Raises:
         UsageError, RunError: as in `vote`.
@@ -60,7 +60,7 @@ def on_first_rank(function: Callable[[], T], group: dist.ProcessGroup | None = N
 
 
 def highest(value: int) -> int:
-    """The highest of the ranks' values. Collective: one all-reduce on the CPU, which waits for no device."""
+    """The highest of the ranks' values. Collective: one all-reduce on the CPU, without waiting for the device."""
     shared = torch.tensor(value)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)

@@ -1,11 +1,11 @@
-"""Threads beside the training thread, for what that one cannot notice while it stands in a collective.
+"""Threads beside the training thread, for what that thread cannot notice while it is blocked in a collective.
 
-- **Signals.** SIGTERM, SIGINT and SIGUSR1 ask a run to stop. Python runs signal handlers on the main thread alone, and
-  not before a collective returns; the wakeup descriptor tells this thread at once.
-- **A peer that failed.** A failing rank cannot vote: its peers stand in a collective that it will never reach, and a
-  vote of its own would pair with theirs. So it leaves a key in the store of the rendezvous.
-- **A phase without an end.** Each thing the main thread does has a limit. Beyond it all ranks write the stacks of their
-  threads, say how far they are, and leave; so does a rank that was asked to stop and whose peers never come.
+- **Signals.** SIGTERM, SIGINT and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main thread, and
+  only after a collective has returned; the signal wakeup descriptor notifies the watchdog thread at once.
+- **A failed peer.** A failing rank cannot vote: its peers are blocked in a collective that it will never reach, and its
+  vote would be matched with that collective. So it sets a key in the rendezvous store.
+- **A phase that does not end.** Each phase of the main thread has a time limit. Beyond it, all ranks write their
+  threads' stacks, report how far they are, and exit; so does a rank that was asked to stop and whose peers never come.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
-# A rank that was asked to stop needs the rest of its step, and torchrun kills it after 30 s unless told otherwise.
+# A rank that was asked to stop has to finish its step, and torchrun kills it after 30 s by default.
 STOP_GRACE_SECONDS = 20.0
-# How long a hung rank waits for the word of the others. Each looks once in POLL_SECONDS.
+# How long a hung rank waits for the reports of the others. Each checks the store once every POLL_SECONDS.
 GATHER_SECONDS = 5.0
-# NCCL's own watchdog writes its flight recorder when a collective exceeds the same limit; it needs a moment.
+# NCCL's own watchdog writes its flight recorder when a collective exceeds the same limit; this is its time to do so.
 NCCL_DUMP_SECONDS = 60.0
 
 _FAILED, _HUNG, _PLACE = "colonnade/peer_failed", "colonnade/peer_hung", "colonnade/place"
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether an error of a collective says that a peer is gone, rather than that something is wrong here."""
+    """Whether a collective's error means that a peer is gone, rather than that something is wrong on this rank."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What the main thread does.
+    """What the main thread is doing.
 
     Attributes:
-        what: in words that follow "rank 3 is".
-        order: how many phases came before; the ranks enter the same phases in the same order.
-        limit: seconds it may take; 0 for no limit.
-        is_step: part of an optimizer step, in which ranks wait for each other.
-        is_first: of the first one, which compiles: a stop may have to wait for it.
-        began: on the monotonic clock.
+        what: a description that can follow "rank 3 is in".
+        order: number of phases before this one; all ranks enter the same phases in the same order.
+        limit: seconds that it may take; 0 for no limit.
+        is_step: whether it is part of an optimizer step, in which ranks wait for each other.
+        is_first: whether that is the first step, which compiles: a stop may have to wait for it.
+        began: start time on the monotonic clock.
     """
 
     what: str
@@ -67,14 +67,14 @@ class Phase:
 
 
 class Watchdog:
-    """Watches over a training loop; a context manager, entered on the main thread.
+    """Monitors a training loop; a context manager, entered on the main thread.
 
     Args:
-        folder: where the stacks of a hung rank go, as `rank_N.txt`; created when needed.
-        on_cuda: leave NCCL the time to write what it recorded.
+        folder: where a hung rank writes its stacks, as `rank_N.txt`; created when needed.
+        on_cuda: give NCCL time to write its flight recorder.
 
     Attributes:
-        stop_signal: the name of the signal that asked for a stop; None where none did.
+        stop_signal: the name of the signal that asked for a stop; None if there was none.
     """
 
     def __init__(self, folder: Path, *, on_cuda: bool = False) -> None:
@@ -94,11 +94,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        # Only a main thread may; a run inside another program has that program's handlers.
+        # Only the main thread may set handlers; a run inside another program keeps that program's.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        if self._on_cuda:  # where NCCL writes, which makes no folder
+        if self._on_cuda:  # NCCL writes there too, and creates no folder
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
         self._thread.start()
@@ -119,18 +119,18 @@ class Watchdog:
         self._thread.join()
         self._wakeup.close()
         self._signalled.close()
-        with contextlib.suppress(OSError):  # not there, or not empty
+        with contextlib.suppress(OSError):  # does not exist, or is not empty
             self.folder.rmdir()
 
     def enter(self, what: str, limit: float, *, is_step: bool = False, is_first: bool = False) -> None:
-        """The main thread begins something else, which may take `limit` seconds (0: any time)."""
+        """Note that the main thread enters a new phase, which may take `limit` seconds (0: no limit)."""
         now, last = time.monotonic(), self._phase
         if last.is_step and not last.is_first:
             self._longest_step = max(self._longest_step, now - last.began)
         self._phase = Phase(what, last.order + 1, limit, is_step, is_first, now)
 
     def announce_failure(self) -> None:
-        """Tell all ranks that this one is leaving; call it before the exception that ends it."""
+        """Tell all ranks that this one is exiting; call it before raising the exception that ends it."""
         self._done.set()
         if self._store is not None:
             self._store.set(_FAILED, str(self._rank))
@@ -138,7 +138,7 @@ class Watchdog:
     # ----------------------------------------------------------------------------------------- on the threads
 
     def _watch(self) -> None:
-        """Signals and limits. Never asks the store, which may not answer where a network is gone."""
+        """Handle signals and limits. Never uses the store, which may not answer if the network is down."""
         while not self._done.is_set():
             if select.select([self._signalled], [], [], POLL_SECONDS)[0]:
                 self._take_signals(self._signalled.recv(64))
@@ -149,12 +149,12 @@ class Watchdog:
                 self._leave_hung(late)
 
     def _listen(self) -> None:
-        """What other ranks leave in the store."""
+        """Poll the store for what other ranks have reported."""
         assert self._store is not None
         try:
             while not self._done.wait(POLL_SECONDS):
                 if self._store.check([_FAILED]) and not self._done.is_set():
-                    # The main thread may stand in a collective for good; nothing here is worth an orderly exit.
+                    # The main thread may be blocked in a collective for good, so no orderly exit is possible.
                     _leave(1)
                 self._peer_hangs = self._store.check([_HUNG])
         except dist.DistError:  # the store is gone: the launcher is taking the run down
@@ -172,11 +172,11 @@ class Watchdog:
             self.stop_signal = signal.Signals(number).name
 
     def _too_late(self) -> str | None:
-        """What took too long, in words."""
+        """A description of what took too long; None if nothing did."""
         phase, now = self._phase, time.monotonic()
         if phase.limit and now - phase.began > phase.limit:
             return f"{phase.what} took longer than {phase.limit:g} s"
-        # Alone there is no peer that may never come: a stop waits for the step, however long it takes.
+        # A single rank has no peer that may never come: a stop waits for the step, however long it takes.
         if self.stop_signal is not None and phase.is_step and not phase.is_first and self._world > 1:
             grace = STOP_GRACE_SECONDS + 3 * self._longest_step
             if now - max(phase.began, self._stop_asked_at) > grace:
@@ -199,7 +199,7 @@ class Watchdog:
             exchange = threading.Thread(target=self._exchange, args=(late, places, told), daemon=True)
             exchange.start()
             exchange.join(GATHER_SECONDS + POLL_SECONDS)
-            places = dict(places)  # a store that is slow may still answer
+            places = dict(places)  # a copy, since a slow store may still answer
         if self._rank == min(places):
             where = f"{self.folder}/rank_*.txt"
             print(f"error: {told[-1]}: {describe_places(places, self._world)}; stacks: {where}", file=sys.stderr)
@@ -208,7 +208,7 @@ class Watchdog:
             time.sleep(NCCL_DUMP_SECONDS)
 
     def _exchange(self, late: str | None, places: dict[int, dict[str, Any]], told: list[str]) -> None:
-        """Tell the others where this rank is, and gather what they say in time, and what the first noticed."""
+        """Report this rank's phase; gather the phases that others report in time, and the first reported cause."""
         assert self._store is not None
         with contextlib.suppress(dist.DistError):
             self._store.set(f"{_PLACE}/{self._rank}", json.dumps(places[self._rank]))
@@ -236,7 +236,7 @@ class Watchdog:
 
 
 def describe_places(places: Mapping[int, Mapping[str, Any]], world: int) -> str:
-    """How far each rank of `world` is, the ones that the others wait for first; one line."""
+    """How far each of `world` ranks is, on one line, starting with those that the others are waiting for."""
     silent = [rank for rank in range(world) if rank not in places]
     parts = [f"rank {rank} gives no sign" for rank in silent]
     last = max(place["order"] for place in places.values())
@@ -248,7 +248,7 @@ def describe_places(places: Mapping[int, Mapping[str, Any]], world: int) -> str:
 
 
 def _noted(number: int, frame: object) -> None:
-    """A handler that does nothing: with one in place the wakeup descriptor is written, and the process lives on."""
+    """A no-op handler: if one is installed, Python writes to the wakeup descriptor and the signal does not kill."""
 
 
 def _leave(code: int) -> None:
