@@ -67,6 +67,21 @@ def matched_rate(learning_rate: float, shape: Sequence[int]) -> float:
     return learning_rate * 0.2 * math.sqrt(max(shape))
 
 
+def next_momentum(buffer: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+    """B of `Muon` after a step. Elementwise, like the two below: the same bits on any part of a matrix."""
+    return buffer.lerp(gradient, 1 - momentum)
+
+
+def nesterov_update(gradient: Tensor, moved: Tensor, momentum: float) -> Tensor:
+    """M of `Muon`, from the momentum that has moved already."""
+    return gradient.lerp(moved, momentum)
+
+
+def decayed_step(weight: Tensor, direction: Tensor, decay: float, rate: float) -> Tensor:
+    """W of `Muon` after a decay by the factor 1 - `decay` and a step of `rate` against `direction`."""
+    return (weight * (1 - decay)).add_(direction, alpha=-rate)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for hidden matrices and AdamW for the other parameters, as one optimizer.
 
@@ -145,15 +160,16 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
                 buffer = _local(state["momentum_buffer"])
-                moved = buffer.lerp(gradient, 1 - momentum)
+                moved = next_momentum(buffer, gradient, momentum)
                 if self._whole.is_ours(number):
-                    updates.append(gradient.lerp(moved, momentum))
+                    updates.append(nesterov_update(gradient, moved, momentum))
                 buffer.copy_(_chosen(skipped, buffer, moved))
             directions = self._whole.computed(batch, updates, orthogonalised, self._dtype)
             for parameter, direction in zip(batch, directions, strict=True):
                 weight = _local(parameter)
-                moved = weight * (1 - rate * group["weight_decay"])
-                moved.add_(direction, alpha=-matched_rate(rate, parameter.shape))
+                moved = decayed_step(
+                    weight, direction, rate * group["weight_decay"], matched_rate(rate, parameter.shape)
+                )
                 weight.copy_(_chosen(skipped, weight, moved))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import forked_commands
-from colonnade.optim.muon import newton_schulz
+from colonnade.optim.muon import decayed_step, nesterov_update, newton_schulz, next_momentum
 from colonnade.optim.optimizer import allocate_state
 from colonnade.optim.whole_matrices import WholeMatrices
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
@@ -238,6 +238,22 @@ def test_matrices_that_lie_otherwise_than_the_layout_are_refused(rank_pool: Rank
     expected = r"of a matrix of shape \(64, 96\) this rank holds \(32, 96\), and \(64, 96\) by the layout"
     for found in rank_pool.run(2, refusal_of_another_layout, CONFIG):
         assert re.fullmatch(expected, found)
+
+
+def test_what_is_done_to_each_element_does_not_depend_on_where_a_part_ends() -> None:
+    """The update's operations on parts that end in the middle of a vector register, and on the whole."""
+    generator = torch.Generator().manual_seed(0)
+    weight, buffer, gradient, direction = (torch.randn(4001, generator=generator) for _ in range(4))
+    for lower in (torch.float32, torch.bfloat16):
+
+        def updated(part: slice, dtype: torch.dtype = lower) -> Tensor:
+            moved = next_momentum(buffer[part], gradient[part], 0.95)
+            stepped = decayed_step(weight[part], direction[part].to(dtype), 3e-4, 6e-3)
+            return torch.stack([moved, nesterov_update(gradient[part], moved, 0.95), stepped])
+
+        for length in (1, 3, 7, 17, 50, 333, 1003):
+            parts = [updated(slice(start, min(start + length, 4001))) for start in range(0, 4001, length)]
+            assert torch.equal(torch.cat(parts, dim=1), updated(slice(None)))
 
 
 def test_saved_at_one_layout_and_restored_at_another(rank_pool: RankPool, tmp_path: Path) -> None:
