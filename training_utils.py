@@ -354,5 +354,6 @@ def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watc
             raise LocalRunError(str(problem)) from error
         raise LocalRunError(
             f"out of memory in step {run.step + 1} with micro-batch size {size}; {smaller} is recorded in "
-            f"{run.directory}: the same command goes on from the last checkpoint with it and the same global batch"
+            f"{run.directory}: the same command uses it, with the same global batch, and goes on from the last "
+            "checkpoint if there is one"
         ) from error

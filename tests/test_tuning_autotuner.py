@@ -270,6 +270,19 @@ def test_after_out_of_memory_the_same_command_uses_the_next_smaller_size(tmp_pat
         record_out_of_memory(tmp_path, settled.key_fields(DEPENDS_ON), failed, settled.candidates)
 
 
+def test_out_of_memory_before_the_first_checkpoint_keeps_the_global_batch_too(tmp_path: Path) -> None:
+    """No checkpoint tells the next start of the global batch: it asks as the first one did."""
+    plan, sizes = plan_search(None, gradient_accumulation_steps=2), []
+    tuned = tune(plan, SimulatedDevice(6), tmp_path)
+    for _ in range(4):
+        record_out_of_memory(tmp_path, tuned.plan.key_fields(DEPENDS_ON), tuned.micro_batch_size, tuned.plan.candidates)
+        tuned = tune(plan, SimulatedDevice(6), tmp_path)
+        assert tuned.micro_batch_size * tuned.gradient_accumulation_steps == 12
+        assert tuned.trials == ()
+        sizes.append(tuned.micro_batch_size)
+    assert sizes == [4, 3, 2, 1]
+
+
 def test_ranks_that_read_different_records_still_agree(tmp_path: Path) -> None:
     plan = plan_search(None, chunks_per_rank=8)
     folders = [tmp_path / "0", tmp_path / "1"]

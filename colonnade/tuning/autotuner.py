@@ -283,14 +283,9 @@ def tune_micro_batch(
     Raises:
         RunError: no size fits, or the record cannot be written.
     """
-    answer = stored_answer(directory, plan.key_fields(depends_on))
-    # A stored size that is not a candidate (an edited record) is replaced by the next candidate below it.
-    position = bisect_right(plan.candidates, answer) - 1 if answer is not None else -1
-    known = position >= 0
-    all_know, minus_size = agree(known, -float(plan.candidates[position]) if known else -math.inf)
-    if all_know:
-        result = SearchResult(int(-minus_size), ())
-    else:
+    known = _recorded_by_all(plan, agree, directory, depends_on)
+    result = SearchResult(known, ()) if known is not None else None
+    if result is None:
         result = find_micro_batch(
             plan.candidates,
             trials,
@@ -299,13 +294,23 @@ def tune_micro_batch(
             flat_doublings=trials.flat_doublings,
             limit_bytes=trials.limit_bytes,
         )
-    settled = plan.settled(result.size)
-    if is_writer and not all_know:
-        store_answer(directory, plan.key_fields(depends_on), result.size, result.trials)
+    size, settled = result.size, plan.settled(result.size)
+    if known is not None and settled is not plan:
+        # A run that ran out of memory before its first checkpoint has left a bound for the global batch it had.
+        size = min(size, _recorded_by_all(settled, agree, directory, depends_on) or size)
+    if is_writer and known is None:
+        store_answer(directory, plan.key_fields(depends_on), size, result.trials)
         if settled is not plan:  # a restart knows the run's global batch, so it looks under this key
-            store_answer(directory, settled.key_fields(depends_on), result.size, result.trials)
-    accumulation = plan.gradient_accumulation_steps
-    if plan.chunks_per_rank is not None:
-        accumulation = plan.chunks_per_rank // result.size
-    assert accumulation is not None  # a plan has one or the other
-    return TunedMicroBatch(result.size, accumulation, result.trials, settled)
+            store_answer(directory, settled.key_fields(depends_on), size, result.trials)
+    assert settled.chunks_per_rank is not None
+    return TunedMicroBatch(size, settled.chunks_per_rank // size, result.trials, settled)
+
+
+def _recorded_by_all(plan: SearchPlan, agree: Agree, directory: Path, depends_on: Mapping[str, Any]) -> int | None:
+    """The recorded size, the smallest if ranks read different ones; None if one of them reads none. Collective."""
+    answer = stored_answer(directory, plan.key_fields(depends_on))
+    # A stored size that is not a candidate (an edited record) is replaced by the next candidate below it.
+    position = bisect_right(plan.candidates, answer) - 1 if answer is not None else -1
+    known = position >= 0
+    all_know, minus_size = agree(known, -float(plan.candidates[position]) if known else -math.inf)
+    return int(-minus_size) if all_know else None
