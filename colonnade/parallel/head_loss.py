@@ -46,7 +46,7 @@ SOFTMAX_PART = 8
 ROW_BLOCK = 1024
 ROW_BLOCK_PART = 8
 
-SliceSoftmax = Callable[[Tensor, Tensor, int], Tensor]
+SliceSoftmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,22 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
         raise ValueError(f"label {int(strange[0])} is not in the vocabulary of {vocab_size}, nor {IGNORE_INDEX}")
 
 
-def softmax_of_slice_(logits: Tensor, labels: Tensor, start: int) -> Tensor:
+def softmax_of_slice_(logits: Tensor, present: Tensor, position: Tensor) -> Tensor:
     """Replace logits [m, v] of one slice by their softmax over the slice, in place, with the target's entry set to 0.
+
+    Where the slice starts is not an argument: a compiled version would be one graph for each start.
+
+    Args:
+        present, position: of the targets [m], from `position_of`.
 
     Returns:
         statistics [3, m] in float32 or wider: maximum, sum of exponentials relative to it, logit of the target (0 if
         the slice does not hold it).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    present, position = position_of(labels, start, logits.shape[1])
     # Index the flat logits: `scatter_` along rows would first copy all of them to float32.
     flat = logits.view(-1)
-    entry = position + torch.arange(len(labels), device=labels.device) * logits.shape[1]
+    entry = position + torch.arange(len(position), device=position.device) * logits.shape[1]
     target = flat[entry].to(dtype).masked_fill(~present, 0.0)
     maximum, total = _softmax_(logits, dtype)
     flat.index_copy_(0, entry, flat[entry].masked_fill(present, 0.0))
@@ -252,11 +256,14 @@ def _chunk_losses(
 ) -> Tensor:
     """The unscaled losses [m] of a chunk of tokens. Fills in the tokens' scaled gradients, and adds the weights'."""
     probabilities = [buffer[: len(view)] for buffer, view in zip(buffers, views, strict=True)]
+    targets = [
+        position_of(labels, start, len(weight)) for weight, start in zip(slices.weights, slices.starts, strict=True)
+    ]
     statistics = []
-    for view, weight, start, own in zip(views, slices.weights, slices.starts, probabilities, strict=True):
+    for view, weight, place, own in zip(views, slices.weights, targets, probabilities, strict=True):
         if len(weight):
             torch.mm(view, weight.T, out=own)
-            statistics.append(softmax(own, labels, start))
+            statistics.append(softmax(own, *place))
         else:  # a slice of only padding
             statistics.append(_nothing(view, len(labels)))
     pending = _gathered(torch.stack(statistics), slices.group)
@@ -284,7 +291,7 @@ def _chunk_losses(
                     gradients.weights[number].zero_()
                 continue
             factor = relative[first + number] / total * weight_of_softmax * options.scale
-            present, position = position_of(labels, slices.starts[number], len(weight))
+            present, position = targets[number]
             row = (logit - maximum).exp() / own_total * factor - counted.to(factor.dtype) * options.scale
             _finish(
                 view,
