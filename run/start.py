@@ -26,6 +26,7 @@ from colonnade.command_settings import ResumeSettings
 from colonnade.config import check_contradictions, override
 from colonnade.data.position import DataPosition
 from colonnade.errors import ColonnadeError, UsageError
+from colonnade.optim.shard_limits import fewest_replicas
 from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.stopping import launchers
@@ -283,7 +284,7 @@ def replay_run(
         moved = {"data_glob": data_glob, "tokenizer_path": tokenizer_path}
         settings = RunSettings(**record["settings"]).replace(
             tensor_parallel_size=layout.tp,
-            data_parallel_replicate_size=1,  # whatever the run had: on these ranks the least memory
+            data_parallel_replicate_size=1,  # settled below for these ranks, whatever the run had
             checkpoint_dir=str(directory),
             validation_glob=None,
             cuda_graphs=False,  # the same kernels, on a machine that may have no graphs, or parameters shared out
@@ -294,6 +295,7 @@ def replay_run(
     settings = resolve_device_settings(settings, layout, notes)
     settings = on_first_rank(lambda: resolve_data(settings, notes))
     config = on_first_rank(lambda: model_of_record(told_by.path, record))
+    settings = settings.replace(data_parallel_replicate_size=fewest_replicas(settings, config, layout))
     with vote():
         check_sizes(settings, config, layout)
     path = None if start is None else start.path

@@ -74,6 +74,20 @@ def check_shards(settings: RunSettings, config: ModelConfig, layout: ParallelLay
             )
 
 
+def fewest_replicas(settings: RunSettings, config: ModelConfig, layout: ParallelLayout | Ranks) -> int:
+    """The smallest --data-parallel-replicate-size these ranks can work with: the one that takes the least memory.
+
+    With as many replicas as data-parallel ranks nothing is sharded, which always works.
+    """
+    for replicas in divisors(layout.dp):
+        try:
+            check_shards(settings.replace(data_parallel_replicate_size=replicas), config, layout)
+        except UsageError:
+            continue
+        return replicas
+    return layout.dp
+
+
 def part_off_border(
     config: ModelConfig, tp: int, slices: int, shards: int, *, replicate_embeddings: bool = False
 ) -> str | None:

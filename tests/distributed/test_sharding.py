@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 import forked_commands
 from colonnade.errors import UsageError
+from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
-from colonnade.optim.shard_limits import Ranks, check_shards, part_off_border
+from colonnade.optim.shard_limits import Ranks, check_shards, fewest_replicas, part_off_border
 from colonnade.parallel.batch_tree import leaf_order, nodes_completed
 from colonnade.parallel.mesh import init_parallel
 from colonnade.run_settings import RunSettings
@@ -294,6 +295,23 @@ def test_parts_that_keep_bits_are_allowed() -> None:
     assert part_off_border(CONFIG, 1, 8, 8) == "model.norm.weight"
     # No slice of these ends on a register's border: the update is the unfused one.
     assert part_off_border(MODELS["odd sizes"], 1, 8, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "ranks", "replicas"),
+    [
+        (RunSettings(), CONFIG, ranks_of(4), 1),
+        (RunSettings(data_parallel_shard="zero2", deterministic=True, tensor_slices=8), CONFIG, ranks_of(4), 1),
+        # In 8 parts `model.norm.weight` would have other bits: two groups of 4.
+        (RunSettings(data_parallel_shard="zero2", deterministic=True, tensor_slices=8), CONFIG, ranks_of(8), 2),
+        # A vocabulary that tp 3 cuts unevenly cannot be cut again.
+        (RunSettings(data_parallel_shard="zero3"), dataclasses.replace(CONFIG, vocab_size=500), ranks_of(2, 3), 2),
+    ],
+)
+def test_an_audit_takes_the_fewest_replicas_that_work(
+    settings: RunSettings, config: ModelConfig, ranks: Any, replicas: int
+) -> None:
+    assert fewest_replicas(settings, config, ranks) == replicas
 
 
 def limits_of_groups(tp: int, replicas: int, seconds: float) -> list[float]:
