@@ -120,6 +120,11 @@ def predicted(traffic: list[Traffic]) -> dict[str, tuple[int, int]]:
         ({"dp": 2, "data_parallel_shard": "zero3", "precision": "bf16"}, {}),
         ({"dp": 4, "data_parallel_shard": "zero3", "replicas": 2}, {}),
         ({"dp": 2, "tp": 2, "data_parallel_shard": "zero3", "sequence_parallel": True}, {}),
+        (
+            # Replicated parameters are gathered in bf16, and their gradients summed over tp in float32.
+            {"dp": 2, "tp": 2, "data_parallel_shard": "zero3", "sequence_parallel": True, "precision": "bf16"},
+            {"num_key_value_heads": 1, "model_type": "qwen3"},
+        ),
         ({"dp": 2, "tp": 2, "optimizer": "muon"}, {}),
         ({"dp": 2, "tp": 2, "optimizer": "muon", "on_cpu": True}, {}),
         ({"tp": 4, "optimizer": "muon"}, {"num_key_value_heads": 1}),

@@ -29,8 +29,8 @@ from torch import Tensor
 from colonnade.parallel.pending import Pending
 from colonnade.parallel.shared_memory import SharedMemory
 
-ALIGNMENT = 64
-"""Alignment of torch's CPU allocations in bytes (512 on CUDA)."""
+ALIGNMENT = {"cpu": 64, "cuda": 512}
+"""Alignment of torch's allocations in bytes, by device type."""
 
 # The names from torch 2.13 on, where the earlier ones raise a warning.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -102,12 +102,13 @@ class TensorGroup:
             return Pending(part)
         if self._identity:
             return Pending(part.repeat(self.size, *[1] * (part.ndim - 1)))
-        shared = self._start_exchange(part.contiguous(), torch.cat)
+        part = part.contiguous()
+        shared = self._start_exchange(part, torch.cat)
         if shared is not None:
             return shared
         whole = part.new_empty(part.shape[0] * self.size, *part.shape[1:])
-        work = all_gather(whole, part.contiguous(), group=self.group, async_op=True)
-        return _under_way(whole, work)
+        work = all_gather(whole, part, group=self.group, async_op=True)
+        return _under_way((whole, part), work, whole)
 
     def start_sum_part(self, partial: Tensor) -> Pending[Tensor]:
         """Reduce-scatter: this rank's part [R, ...] of the sum of all ranks' [tp * R, ...]."""
@@ -336,14 +337,22 @@ def take_part(x: Tensor, start: int, length: int, group: TensorGroup) -> Tensor:
     return _TakePart.apply(x, start, length, group)
 
 
+def summed_in_float32(parameter: Tensor) -> Tensor:
+    """A replicated parameter, in float32 if data-parallel ranks have gathered it in half precision.
+
+    Whatever comes after it sums the parameter's gradient over tensor-parallel ranks in this dtype.
+    """
+    return parameter.float() if parameter.dtype.itemsize < torch.float32.itemsize else parameter
+
+
 def laid_out(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """`part` of a parameter in `dtype`, with the memory layout of a separate tensor: contiguous, aligned to 64 bytes.
+    """`part` of a parameter in `dtype`, laid out as a tensor of its own: contiguous, and aligned as torch allocates.
 
     A matrix library may choose its kernel by strides and alignment, and the kernel may then sum in another order (seen
     with MKL 2024.2 for [72, 64] x [64, 8] in float32). A slice that is a view into a rank's larger shard is therefore
     copied if its layout differs from that of a slice alone on its rank; a cast has already made a copy.
     """
     part = part.to(dtype)
-    if part.is_contiguous() and part.data_ptr() % ALIGNMENT == 0:
+    if part.is_contiguous() and part.data_ptr() % ALIGNMENT.get(part.device.type, 512) == 0:
         return part
     return part.clone(memory_format=torch.contiguous_format)

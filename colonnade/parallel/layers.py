@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.attention import DocumentMask, SliceWeights
-from colonnade.parallel.collectives import TensorGroup, fan_out, fan_out_locally, take_part
+from colonnade.parallel.collectives import TensorGroup, fan_out, fan_out_locally, summed_in_float32, take_part
 from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.pending import Pending
 from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
@@ -145,7 +145,8 @@ class Attention(Sublayer):
         # Replicated, but applied to each slice's own heads: f sums both gradients, in one collective.
         assert self.q_norm is not None
         assert self.k_norm is not None
-        return fan_out(torch.stack((local_part(self.q_norm.weight), local_part(self.k_norm.weight))), self.group)
+        both = torch.stack((local_part(self.q_norm.weight), local_part(self.k_norm.weight)))
+        return fan_out(summed_in_float32(both), self.group)
 
     def _joined(self) -> list[Tensor]:
         """Per local slice one matrix of queries, keys and values; then, if there are biases, one joined bias each."""
@@ -161,7 +162,7 @@ class Attention(Sublayer):
             # Fewer heads than ranks: the parameter is replicated, and each rank uses one head of it.
             head = group.rank * heads // group.size
             size = self.config.head_dim
-            local = [take_part(tensor, head * size, size, group) for tensor in local]
+            local = [take_part(summed_in_float32(tensor), head * size, size, group) for tensor in local]
         sharing = max(1, group.slices // heads)
         cuts = max(1, group.local_slices // sharing)
         sharing = group.local_slices // cuts

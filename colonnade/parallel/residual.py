@@ -30,6 +30,7 @@ from colonnade.parallel.collectives import (
     awaiting,
     fan_out,
     reduce_partials,
+    summed_in_float32,
     tree_sum,
 )
 from colonnade.parallel.pending import Pending
@@ -117,7 +118,10 @@ class ShardedResidual:
         With a fixed order of sums, the function is applied to each slice's share of the tokens separately.
         """
         views = self.weights.get(
-            parameter, lambda: fan_out(local_part(parameter), self.group), parameter.dtype, is_summed=True
+            parameter,
+            lambda: fan_out(summed_in_float32(local_part(parameter)), self.group),
+            parameter.dtype,
+            is_summed=True,
         )
         if len(views) == 1:
             return function(*tensors, views[0])
