@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colonnade.optim.overlapped_sum import local_gradient
+from colonnade.optim.overlapped_sum import is_summed_with_others, local_gradient, sum_together
 from colonnade.parallel.batch_tree import halves, leaf_order, nodes_completed
 from colonnade.parallel.collectives import TensorGroup, laid_out, tree_all_reduce
 from colonnade.parallel.data_parallel import DataParallelShards
@@ -97,7 +97,7 @@ def accumulate_over_shards(
 def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, *, fixed_order: bool = False) -> None:
     """Sum gradients, and other tensors such as the loss, over the data-parallel ranks in place.
 
-    Each rank has already normalised by the global batch.
+    Each rank has already normalised by the global batch. Small tensors share one collective, except in the fixed order.
     """
     size = dist.get_world_size(group)
     if size == 1:
@@ -107,7 +107,12 @@ def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, 
         for tensor in tensors:
             tensor.copy_(tree_all_reduce(tensor, group, ranks))
         return
-    pending = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]
+    tensors = list(tensors)
+    large = [tensor for tensor in tensors if not is_summed_with_others(tensor)]
+    small = [tensor for tensor in tensors if is_summed_with_others(tensor)]
+    pending = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in large]
+    if small:
+        sum_together(small, group)
     for work in pending:
         work.wait()
 

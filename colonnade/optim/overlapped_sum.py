@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class OverlappedSum:
     def _arrived(self, holder: Tensor) -> None:
         gradient = local_gradient(holder)
         assert gradient is not None
-        if gradient.numel() * gradient.element_size() < SMALLEST_ALONE or not gradient.is_contiguous():
+        if is_summed_with_others(gradient):
             self._small.append(gradient)
             return
         work = dist.all_reduce(gradient, group=self._group, async_op=True)
@@ -46,13 +47,23 @@ class OverlappedSum:
         """Sum the small gradients and the tensor `also`, and wait for all sums."""
         for hook in self._hooks:
             hook.remove()
-        small = [*self._small, also]
-        together = torch.cat([tensor.reshape(-1).to(also.dtype) for tensor in small])
-        dist.all_reduce(together, group=self._group)
-        for tensor, total in zip(small, together.split([tensor.numel() for tensor in small]), strict=True):
-            tensor.copy_(total.view(tensor.shape))
+        sum_together([*self._small, also], self._group)
         for work in self._under_way:
             work.wait()
+
+
+def is_summed_with_others(gradient: Tensor) -> bool:
+    """Whether a gradient is too small for a collective of its own, or not contiguous."""
+    return gradient.numel() * gradient.element_size() < SMALLEST_ALONE or not gradient.is_contiguous()
+
+
+def sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over the ranks of `group` in place, in one collective, in the widest of their dtypes."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    together = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+    dist.all_reduce(together, group=group)
+    for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view(tensor.shape))
 
 
 def local_gradient(holder: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ Letters as in `cost_model.py`; G is the number of ranks of a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from colonnade.model_config import ModelConfig, layer_shapes
 from colonnade.optim.overlapped_sum import SMALLEST_ALONE
@@ -153,12 +153,12 @@ def _head_norm_gradients(config: ModelConfig, parallel: ParallelConfig, accumula
 def _gradients(config: ModelConfig, parallel: ParallelConfig) -> Traffic:
     """With overlap: one all-reduce per large gradient during the last backward pass, one for all others and the loss.
 
-    Without overlap, after the backward pass: one all-reduce per parameter's gradient and one for the loss.
+    Without overlap the same after the backward pass.
     """
     sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, parallel)]
     if not parallel.overlaps_gradients:
-        calls, total = sum(count for *_, count in sizes), sum(size * count for _, size, count in sizes)
-        return Traffic("dp", "gradients and loss", ALL_REDUCE, parallel.dp, calls + 1, total + FLOAT32)
+        alone, total = _in_collectives_of_their_own(sizes), sum(size * count for _, size, count in sizes)
+        return Traffic("dp", "gradients and loss", ALL_REDUCE, parallel.dp, alone + 1, total + FLOAT32)
     of = {name: size for name, size, _ in sizes}
     layers = config.num_hidden_layers
     shared = config.num_key_value_heads % parallel.tp != 0
@@ -202,6 +202,17 @@ def _shared_out(config: ModelConfig, parallel: ParallelConfig, accumulation: int
     yield Traffic("dp", "norm of gradients", ALL_REDUCE, shards, 1, 3 * DOUBLE)
     yield Traffic("dp", "loss", ALL_REDUCE, parallel.dp, 1, FLOAT32)
     if parallel.replicas > 1:
-        parameters = sum(count for *_, count in local_shapes(config, parallel))
-        own = FLOAT32 * Elements.of(config, parallel).own
-        yield Traffic("replicas", "gradients", ALL_REDUCE, parallel.replicas, parameters, own)
+        # Of the first shard, which holds as many rows as any.
+        own = [
+            (name, FLOAT32 * -(-shape[0] // shards) * math.prod(shape[1:]), count)
+            for name, shape, count in local_shapes(config, parallel)
+        ]
+        alone = _in_collectives_of_their_own(own)
+        calls = alone + (alone < sum(count for *_, count in own))
+        size = FLOAT32 * Elements.of(config, parallel).own
+        yield Traffic("replicas", "gradients", ALL_REDUCE, parallel.replicas, calls, size)
+
+
+def _in_collectives_of_their_own(sizes: Sequence[tuple[str, int, int]]) -> int:
+    """How many of these gradients (name, bytes, count) are large enough for one each; the others share one."""
+    return sum(count for _, size, count in sizes if size >= SMALLEST_ALONE)
