@@ -1,17 +1,18 @@
-"""Train a stretch of a deterministic run again, on whatever ranks there are, and compare bits with what it recorded.
+"""Retrain a range of steps of a deterministic run, on any number of ranks, and compare the bits with those it recorded.
 
     python audit_run.py --run pretrained --from-step 700 --to-step 750
     torchrun --nproc_per_node=2 audit_run.py --checkpoint-dir pretrained --from-step 700 --to-step 750
 
-torchrun takes `--run` for a flag of its own, abbreviated, wherever it stands; `--checkpoint-dir` is the same here.
+torchrun takes `--run`, anywhere on its command line, as an abbreviation of a flag of its own; `--checkpoint-dir` is an
+alias of `--run` here.
 
-1. Restore the run at its newest checkpoint up to --from-step (or at its beginning), and compare the fingerprints of
-   what was restored with those recorded when it was saved.
-2. Take its steps again up to the first logged one from --to-step on; after each, compare the loss's and the norm's
-   bits, and the fingerprints, with the rows of `metrics.jsonl`.
-3. At the first difference go on to the next recorded fingerprint, and name the first tensor that differs.
+1. Restore the run's newest checkpoint at or before --from-step (or its initial state), and compare the fingerprints of
+   the restored tensors with those recorded when they were saved.
+2. Retrain up to the first logged step at or after --to-step. After each step, compare the bits of loss and gradient
+   norm, and the fingerprints, with the rows of `metrics.jsonl`.
+3. At the first difference, continue to the next recorded fingerprint, and report the first tensor that differs.
 
-The exit code is 0 when all that was asked for was compared and is the same, 1 when something differs, and 2 when it
+The exit code is 0 if everything requested was compared and is identical, 1 if something differs, and 2 if the steps
 cannot be compared. Nothing is written.
 """
 
@@ -27,11 +28,11 @@ from colonnade.parallel.launch import launch
 
 @dataclass(frozen=True)
 class Stretch:
-    """What is audited: the steps after `first` up to `last` (None: the last on record) of the run in `directory`.
+    """The steps to audit: after `first` up to `last` (None: the last logged one) of the run in `directory`.
 
     Attributes:
-        data_glob, tokenizer_path: where the run's data are now; None where they have not moved.
-        trust_remote_code: run code that comes with the tokenizer.
+        data_glob, tokenizer_path: current locations of the run's data and tokenizer; None if they have not moved.
+        trust_remote_code: run code shipped with the tokenizer.
     """
 
     directory: Path
@@ -44,21 +45,27 @@ class Stretch:
 
 
 def parse_audit(arguments: list[str] | None = None) -> Stretch:
-    """The stretch to audit, from the command line. Raises `UsageError`."""
+    """Parse the command line into the range of steps to audit. Raises `UsageError`."""
     parser = OneLineParser(
-        prog="audit_run.py", description="Train a stretch of a deterministic run again, and compare bits."
+        prog="audit_run.py",
+        description="Retrain a range of steps of a deterministic run and compare the bits with those it recorded.",
     )
-    # torchrun refuses --run, also behind the script's name: it reads it as the beginning of its --run-path.
+    # torchrun rejects --run even after the script's name: it reads it as an abbreviation of its own --run-path.
     parser.add_argument("--run", "--checkpoint-dir", metavar="DIR", help="the run's folder; required")
     for flag, default, unit, text in (
-        ("--from-step", "0", "STEP", "audit the steps after this one (default 0: from the beginning)"),
-        ("--to-step", None, "STEP", "and up to this one (default the last on record)"),
-        ("--tensor-parallel-size", None, "RANKS", "ranks the model is cut over (default all)"),
-        ("--data-glob", None, "GLOB", "where the run's training data are now, if they have moved"),
-        ("--tokenizer-path", None, "PATH", "where its tokenizer is now, if it has moved"),
+        ("--from-step", "0", "STEP", "audit the steps after this one (default 0, the beginning)"),
+        (
+            "--to-step",
+            None,
+            "STEP",
+            "audit up to this step, or the first logged one after it (default the last logged step)",
+        ),
+        ("--tensor-parallel-size", None, "RANKS", "ranks that the model is sharded over (default all)"),
+        ("--data-glob", None, "GLOB", "where the run's training data is now, if it has moved"),
+        ("--tokenizer-path", None, "PATH", "where the run's tokenizer is now, if it has moved"),
     ):
         parser.add_argument(flag, default=default, metavar=unit, help=text)
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code shipped with the tokenizer")
     given = parser.parse(arguments)
     if not given["run"]:
         raise UsageError("--run is missing: give the folder of a run that was trained with --deterministic")
@@ -82,7 +89,7 @@ def _whole_number(flag: str, text: str | None) -> int | None:
 
 def main(arguments: list[str] | None = None) -> None:
     stretch = parse_audit(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
     from run.audit import audit, check_start, last_step, read_recorded

@@ -2,8 +2,9 @@
 
     python check_bits.py --output runs/bits
 
-All must print the same, and the exit code is 1 when they do not. A change to the code that is meant to be neutral
-prints what the code before it printed, on the same machine with the same libraries (`docs/determinism.md`).
+All layouts must print the same values; otherwise the exit code is 1. To verify that a code change does not affect
+results, compare with what the code before it printed on the same machine with the same libraries
+(`docs/determinism.md`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ REFERENCE = (
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="check_bits.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--data", default="data/sample", metavar="DIR", help="sample corpus, made where it is missing (data/sample)"
+        "--data",
+        default="data/sample",
+        metavar="DIR",
+        help="folder of the sample corpus, created if missing (default data/sample)",
     )
-    text = "folder of the runs, one of its own for each number of ranks; these are replaced (runs/bits)"
+    text = "parent folder for the runs, one subfolder per layout; existing ones are replaced (default runs/bits)"
     parser.add_argument("--output", default="runs/bits", metavar="DIR", help=text)
     given = parser.parse(arguments)
 

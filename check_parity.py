@@ -1,15 +1,15 @@
-"""Compare the first steps of your own run at tp k with the same steps on one rank.
+"""Compare the first steps of your own run on all ranks (tp k) with the same steps on one rank.
 
     torchrun --nproc_per_node=2 check_parity.py --model-config config.json --tokenizer-path TOKENIZER \
       --data-glob 'data/*.parquet' --precision bf16
 
-1. Read the settings as `training.py` does, and the blocks of the first steps.
-2. Train these steps on all ranks, and beside it on the first rank alone, from the same weights on the same blocks: in
-   fp32, and in the run's own precision, with --float8 where that is given.
-3. Compare loss, gradient norm and every parameter's gradient of each step, and the parameters after the last.
+1. Resolve the settings as `training.py` does, and read the blocks of the first steps.
+2. Train these steps on all ranks, and also on the first rank alone, from the same weights on the same blocks:
+   in fp32, and in the run's own precision, with --float8 if it is given.
+3. Compare loss, gradient norm and every parameter's gradient in each step, and the parameters after the last step.
 
-The exit code is 0 when all is within the tolerance, 1 when something is not, and 2 when nothing could be compared.
-Nothing is written but --json (`docs/parity.md`).
+The exit code is 0 if everything is within the tolerance, 1 if something is not, and 2 if nothing could be compared.
+Only the --json file is written (`docs/parity.md`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from colonnade.run_settings import RunSettings
 if TYPE_CHECKING:
     from run.parity import Numerics, NumericsParity
 
-# Measured: `docs/parity.md`.
+# How these were measured: `docs/parity.md`.
 FP32_TOLERANCE = 1e-4
 LOW_PRECISION_TOLERANCE = 2.0
 
 
 def main(arguments: list[str] | None = None) -> None:
     parity, given = parse_parity(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import first_rank_alone, init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank
     from run.parity import EXACT, Numerics, compare_sides

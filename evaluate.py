@@ -1,11 +1,11 @@
-"""Loss, perplexity and bits a byte of a trained checkpoint on text, at any number of ranks.
+"""Loss, perplexity and bits per byte of a trained checkpoint on text, on any number of ranks.
 
     python evaluate.py --checkpoint-path pretrained --data-glob 'held_out/*.parquet'
     torchrun --nproc_per_node=2 evaluate.py --checkpoint-path pretrained \
       --data-glob 'web=web/*.parquet,code=code/*.jsonl' --json scores.json
     python evaluate.py --checkpoint-path pretrained --tasks arc_easy,hellaswag
 
-Every token is scored once; tasks are run by lm-eval on the model as `export_hf.py` exports it (`docs/evaluation.md`).
+Every token is scored once. lm-eval runs the tasks on the model as `export_hf.py` exports it (`docs/evaluation.md`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_evaluation(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import init_parallel, world_size_from_environment
     from colonnade.parallel.vote import on_first_rank, vote
     from run.evaluation import corpora_of, open_corpora, plan_of
@@ -62,7 +62,7 @@ def score_texts(
     plan: Plan,
     corpora: Sequence[tuple[CorpusPattern, Sequence[Shard]]],
 ) -> list[Score]:
-    """Each corpus's score, from its files, printed as it comes. Collective."""
+    """Score each corpus on its files, and print each score when it is done. Collective."""
     from run.evaluation import score
     from run.model import DTYPES
 
@@ -80,7 +80,7 @@ def score_texts(
 
 
 def prepare_tasks(settings: EvaluationSettings) -> Any:
-    """lm-eval's table of tasks. Raises UsageError before anything is loaded or exported."""
+    """Return lm-eval's task manager. Raises UsageError, before anything is loaded or exported."""
     from run.tasks import check_tasks, require_harness
 
     require_harness()
@@ -90,7 +90,7 @@ def prepare_tasks(settings: EvaluationSettings) -> Any:
 def score_tasks(
     settings: EvaluationSettings, trained: TrainedModel, layout: ParallelLayout, plan: Plan, manager: Any
 ) -> dict[str, Any]:
-    """Each task's metrics, printed. The model is exported into a folder that is gone afterwards."""
+    """Run the tasks on a temporary export of the model; print and return each task's metrics."""
     from run.export import export_checkpoint
     from run.tasks import run_tasks
 
@@ -131,7 +131,7 @@ def header(trained: TrainedModel, plan: Plan, settings: EvaluationSettings) -> s
 
 
 def line(score: Score) -> str:
-    """A row of the table, and what was left out."""
+    """A row of the table, followed by the counts of rows left out, if any."""
     row = (
         f"{score.name:<16} {score.loss:>9.5f} {score.perplexity:>11.3f} {score.bits_per_byte:>9.5f} "
         f"{score.tokens:>12,} {score.bytes:>13,} {score.documents:>9,} {score.seconds:>8.1f}"
@@ -144,7 +144,7 @@ def line(score: Score) -> str:
 def write_report(
     settings: EvaluationSettings, trained: TrainedModel, plan: Plan, scores: list[Score], results: dict[str, Any]
 ) -> None:
-    """Write --json, if it was asked for."""
+    """Write the --json file, if one was requested."""
     from dataclasses import asdict
 
     if settings.json is None:

@@ -1,9 +1,9 @@
-"""Export a checkpoint as a Hugging Face folder, or as one .pth file, after showing that it is the same model.
+"""Export a checkpoint as a Hugging Face folder or a single .pth file, and verify that it is the same model.
 
     python export_hf.py --checkpoint-path pretrained --output exported
     python export_hf.py --checkpoint-path pretrained --output weights.pth
 
-Any number of ranks may do it; `run/export.py` says how.
+It runs on any number of ranks; `run/export.py` describes the steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main(arguments: list[str] | None = None) -> None:
     checkpoint, options = _parse(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
     from run.export import export_checkpoint, export_single_file
@@ -60,11 +60,16 @@ def _read_text(path: Path) -> str:
 def _parse(arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:
     parser = TrainedModelParser(prog="export_hf.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--output", required=True, metavar="PATH", help="the folder to make, or a file whose name ends in .pth")
-    add("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32: exact)")
-    text = "largest file of weights (default 5GB); so much is held beside the model"
+    add("--output", required=True, metavar="PATH", help="folder to create, or file to create if the name ends in .pth")
+    add(
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="dtype of the exported weights (default float32, which is exact)",
+    )
+    text = "maximum size of a weights file (default 5GB); up to this much memory is needed in addition to the model"
     add("--max-shard-size", metavar="SIZE", help=text)
-    text = "text to compare logits on (default the first of the run's data)"
+    text = "text to compare logits on (default the first documents of the run's data)"
     add("--text-file", metavar="FILE", help=text)
     checkpoint, options = parser.parse_with_model(arguments)
     if options.output.endswith(".pth"):

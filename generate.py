@@ -1,9 +1,9 @@
-"""Continue prompts with a trained checkpoint, at any number of ranks.
+"""Continue prompts with a trained checkpoint, on any number of ranks.
 
     python generate.py --checkpoint-path pretrained --prompt 'def ' --max-new-tokens 80
     torchrun --nproc_per_node=2 generate.py --checkpoint-path pretrained --prompts-file prompts.txt --temperature 0
 
-The same seed gives the same tokens at every number of ranks that is a power of two and cuts the model evenly.
+The same seed gives the same tokens at every number of ranks that is a power of two and divides the model evenly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_BATCH = 4096
 
 def main(arguments: list[str] | None = None) -> None:
     checkpoint, options = _parse(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.determinism import fix_arithmetic
     from colonnade.parallel.mesh import init_parallel
     from colonnade.parallel.vote import on_first_rank
@@ -93,14 +93,14 @@ def decoded(trained: TrainedModel, tokens: list[int]) -> str:
 
 
 class _Terminal:
-    """Text that grows, printed as far as its characters are whole."""
+    """Prints a growing text, holding back characters that are still incomplete."""
 
     def __init__(self, text: str) -> None:
         self._shown = ""
         self.show(text)
 
     def show(self, text: str) -> None:
-        # A character may take several tokens; the last one is then a replacement character.
+        # A character may span several tokens; until its last one, the text ends in a replacement character.
         if not text.endswith("\ufffd"):
             self.end(text, newline="")
 
@@ -111,7 +111,7 @@ class _Terminal:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt, the text that was sampled after it, and how many tokens that is."""
+    """A prompt, the text sampled after it, and the number of tokens sampled."""
 
     prompt: str
     text: str
@@ -153,7 +153,7 @@ def _write(options: argparse.Namespace, continuations: Sequence[Continuation]) -
 
 
 def write_continuations(file: TextIO, continuations: Sequence[Continuation]) -> None:
-    """One JSON object a line: prompt, text, tokens."""
+    """Write one JSON object per line, with the keys prompt, text and tokens."""
     for item in continuations:
         file.write(json.dumps({"prompt": item.prompt, "text": item.text, "tokens": item.tokens}) + "\n")
 
@@ -162,7 +162,7 @@ def write_continuations(file: TextIO, continuations: Sequence[Continuation]) -> 
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of a file. Raises UsageError."""
+    """Read the prompts of --prompts-file. Raises UsageError."""
     from colonnade.data.prompts import prompts_in
 
     return prompts_in(Path(options.prompts_file), "--prompts-file")
@@ -171,20 +171,36 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 def _parse(arguments: list[str] | None) -> tuple[TrainedModelSettings, argparse.Namespace]:
     parser = TrainedModelParser(prog="generate.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="text to continue; it appears as it is sampled")
-    add("--prompts-file", metavar="FILE", help="prompts to continue: one a line, or in a .jsonl file one object a line")
-    add("--output", metavar="FILE", help="write prompts and continuations as JSON lines too")
-    add("--max-new-tokens", type=int, default=80, metavar="N", help="most tokens to add to a prompt (default 80)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 for the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 for all (default 0)")
-    text = "draw from the likeliest tokens that have this probability together; 1 for all (default 1)"
+    add("--prompt", metavar="TEXT", help="text to continue; the continuation is printed as it is sampled")
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        help="prompts to continue: one per line, or in a .jsonl file one object per line with the key prompt",
+    )
+    add("--output", metavar="FILE", help="also write prompts and continuations to this new file, as JSON lines")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=80,
+        metavar="N",
+        help="maximum number of tokens to generate per prompt (default 80)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="sampling temperature; 0 for greedy decoding (default 0.8)",
+    )
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 for all (default 0)")
+    text = "sample from the most likely tokens whose total probability reaches P; 1 for all (default 1)"
     add("--top-p", type=float, default=1.0, metavar="P", help=text)
-    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
-    text = "prompts of a file that are continued together (default 8)"
+    add("--seed", type=int, default=0, metavar="N", help="random seed for sampling (default 0)")
+    text = "prompts of --prompts-file to process at once (default 8)"
     add("--batch-size", type=int, metavar="ROWS", help=text)
-    text = "of matrix products (default auto: bf16 on accelerators, else fp32)"
+    text = "precision of matrix products (default auto: bf16 on accelerators that support it, otherwise fp32)"
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
-    text = "the same tokens at every number of ranks; one CPU thread a rank (default on)"
+    text = "generate the same tokens at every number of ranks; one CPU thread per rank (default on)"
     add("--deterministic", action=argparse.BooleanOptionalAction, default=True, help=text)
     checkpoint, options = parser.parse_with_model(arguments)
     if (options.prompt is None) == (options.prompts_file is None):

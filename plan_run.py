@@ -1,12 +1,12 @@
-"""Plan a run before it is started: parameters, tokens, steps, memory a rank, FLOPs and time.
+"""Plan a run before starting it: parameters, tokens, steps, memory per rank, FLOPs and time.
 
     python plan_run.py --preset argonne-2b --vocab-size 151669 --gpus 8 --gpu H200
     torchrun --nproc_per_node=8 training.py --config run.yaml
     python plan_run.py --preset argonne-2b --vocab-size 151669 --count-parameters
 
-1. Read what is asked, and the settings of the run.
-2. Plan: `colonnade.tuning.plan` splits the ranks and settles the sizes of a step.
-3. Print the plan, and write the settings as a file that `training.py --config` takes.
+1. Read the planning flags and the settings of the run.
+2. Plan: `colonnade.tuning.plan` chooses the layout of the ranks and the batch sizes of a step.
+3. Print the plan, and write the settings to a file for `training.py --config`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.count_parameters:
         print_parameters(config, as_json=asked.json)
         return
-    # Needs torch, which takes seconds to import: not before the flags have been found right.
+    # Needs torch; importing it takes seconds, so it waits until the flags have been validated.
     from colonnade.tuning.plan import plan_run
 
     plan = plan_run(asked, settings, config, given.keys())
@@ -82,7 +82,7 @@ def _model(asked: PlanSettings, settings: RunSettings) -> ModelConfig:
 
 
 def _settings_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything `training.py` has to be told, checked as it will check it."""
+    """All settings that `training.py` needs, validated as it will validate them."""
     kept = {name: value for name, value in given.items() if name not in PLANNED}
     values = override(kept, plan.settings())
     complete_settings(check_settings(values, "the plan"))
@@ -102,7 +102,7 @@ def _command(plan: Plan, path: Path, per_node: int) -> str:
     launcher = "python"
     if plan.gpus > 1:
         nodes = max(1, plan.gpus // per_node)
-        meeting = " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=RUN"  # on each node, as usage.md says
+        meeting = " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=RUN"  # on each node, see docs/usage.md
         launcher = f"torchrun --nproc_per_node={plan.gpus // nodes}"
         launcher += f" --nnodes={nodes}{meeting}" if nodes > 1 else ""
     return f"{launcher} training.py --config {path}"

@@ -1,10 +1,11 @@
-"""Go on with a pretraining run from a checkpoint, at any number of ranks.
+"""Resume a pretraining run from a checkpoint with changed settings, on any number of ranks.
 
     torchrun --nproc_per_node=8 resume_pretrain_tensor.py --checkpoint-path pretrained --rewarmup-steps 100
     torchrun --nproc_per_node=2 resume_pretrain_tensor.py --checkpoint-path pretrained --keep-optimizer
 
-1. Read the settings that were given; the others are the run's own, from the checkpoint.
-2. Restore the run: weights and data position; the optimizer afresh with its learning rate warmed up again, or exactly.
+1. Read the given settings; all others are the run's own, from the checkpoint.
+2. Restore weights and data position. Reset the optimizer and warm up the learning rate again, or, with
+   --keep-optimizer, restore the optimizer state too.
 3. Train: `training_utils.train` is the loop.
 """
 
@@ -16,7 +17,7 @@ from colonnade.parallel.launch import launch
 
 def main(arguments: list[str] | None = None) -> None:
     resume, given = parse_resume(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from run.start import resume_run
     from training_utils import train
 

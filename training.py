@@ -1,10 +1,10 @@
-"""Start a pretraining run, or go on with one where it stopped.
+"""Start a pretraining run, or resume one where it stopped.
 
     torchrun --nproc_per_node=8 training.py --tokenizer-path TOKENIZER --data-glob 'data/*.parquet'
     python training.py --preset tiny
 
 1. Read the settings: defaults, preset, --config, flags.
-2. Prepare the run: ranks, data, model, micro-batch; a fresh state, or the newest checkpoint of the same run.
+2. Prepare the run: ranks, data, model, micro-batch; fresh state, or that of the run's newest checkpoint.
 3. Train: `training_utils.train` is the loop.
 """
 
@@ -16,7 +16,7 @@ from colonnade.parallel.launch import launch
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse_training(arguments)
-    # torch takes seconds to import: not before the flags have been found right.
+    # Importing torch takes seconds, so it waits until the flags have been validated.
     from run.start import start_run
     from training_utils import train
 

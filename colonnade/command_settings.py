@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, setting, step_setting
 
-_CHECKPOINT = "a run's folder, one of its checkpoints, a .pth file, or wandb:entity/project/name:version; required"
+_CHECKPOINT = (
+    "a run's folder (its newest checkpoint), one checkpoint, a .pth file, or wandb:entity/project/name:version; "
+    "required"
+)
 
 
 @dataclass(frozen=True)
@@ -19,27 +22,28 @@ class ParitySettings:
     checkpoint_path: str | None = setting(
         None,
         "parity",
-        "a run's folder or one of its checkpoints: its settings and its weights (default weights of the seed)",
+        "a run's folder or one of its checkpoints, to take settings and weights from (default the initial weights "
+        "of --seed)",
         unit="PATH",
     )
-    steps: int = setting(5, "parity", "optimizer steps to compare", minimum=1, maximum=1000, unit="STEPS")
+    steps: int = setting(5, "parity", "number of optimizer steps to compare", minimum=1, maximum=1000, unit="STEPS")
     tolerance: float | None = setting(
         None,
         "parity",
-        "relative difference allowed in fp32 (default 1e-4; with --deterministic 0)",
+        "largest relative difference allowed in fp32 (default 1e-4; 0 with --deterministic)",
         minimum=0.0,
         maximum=1.0,
     )
     low_precision_tolerance: float | None = setting(
         None,
         "parity",
-        "difference allowed in the run's --precision where that is another, as a multiple of what it differs from fp32 "
-        "by on one rank in the same step (default 2; with --deterministic 0)",
+        "largest difference allowed in a --precision other than fp32, as a multiple of the difference between that "
+        "precision and fp32 on one rank in the same step (default 2; 0 with --deterministic)",
         minimum=0.0,
         maximum=100.0,
         unit="FACTOR",
     )
-    json: str | None = setting(None, "parity", "write the comparison to this file as well", unit="FILE")
+    json: str | None = setting(None, "parity", "also write the comparison to this file, as JSON", unit="FILE")
 
 
 @dataclass(frozen=True)
@@ -47,70 +51,80 @@ class TrainedModelSettings:
     """Which trained model to read, with its sizes and tokenizer: shared by every command that reads one."""
 
     checkpoint_path: str = setting("", "model", _CHECKPOINT)
-    preset: str | None = setting(None, "model", "sizes of a .pth file, by name", unit="NAME")
+    preset: str | None = setting(None, "model", "model sizes for a .pth file: the name of a preset", unit="NAME")
     model_config: str | None = setting(
-        None, "model", "sizes of a .pth file, as a Hugging Face config.json", unit="PATH"
+        None, "model", "model sizes for a .pth file: a Hugging Face config.json", unit="PATH"
     )
     tokenizer_path: str | None = setting(
-        None, "model", "where the run's tokenizer is now, if it was moved; a .pth file needs it"
+        None, "model", "tokenizer, if it is no longer where the run recorded it; required for a .pth file"
     )
-    trust_remote_code: bool = setting(False, "model", "run code that comes with the tokenizer")
+    trust_remote_code: bool = setting(False, "model", "run Python code shipped with the tokenizer")
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(TrainedModelSettings):
     """Settings of `evaluate.py`."""
 
-    precision: str = setting("fp32", "model", "of matrix products", choices=("fp32", "bf16", "fp16"))
+    precision: str = setting("fp32", "model", "precision of matrix products", choices=("fp32", "bf16", "fp16"))
     tensor_parallel_size: int | None = setting(
         None,
         "model",
-        "ranks one model is cut over, the others share out windows (default all)",
+        "ranks that each copy of the model is sharded over; the copies split the windows between them (default all "
+        "ranks)",
         minimum=1,
         unit="RANKS",
     )
     data_glob: str | None = setting(
-        None, "text", "files to score: patterns separated by commas, or name=glob,... for a line each"
+        None, "text", "files to score: comma-separated patterns, or name=glob,... to score each corpus separately"
     )
     text_column: str | None = setting(
-        None, "text", "column (JSON lines: key) that holds the text (default the run's)", unit="NAME"
+        None, "text", "column (key, for JSON lines) that holds the text (default the run's)", unit="NAME"
     )
     concatenate: bool = setting(
-        False, "text", "the rows of a file are the lines of one document, as in WikiText (default each is a document)"
+        False,
+        "text",
+        "treat the rows of a file as the lines of one document, as in WikiText (default each row is a document)",
     )
     document_prefix: str = setting(
         "trained",
         "text",
-        "what a document's first token is predicted from: a BOS or EOS token, none (then it is not scored, and its "
-        "bytes do not count), or what the run was trained with",
+        "what a document's first token is predicted from: token (BOS, or EOS), none (it is not scored and its bytes "
+        "do not count), or trained (whichever the run was trained with)",
         choices=("trained", "token", "none"),
     )
     block_size: int | None = setting(
-        None, "text", "tokens the model is given at once (default the run's block)", minimum=1, unit="TOKENS"
+        None, "text", "tokens per window, the model's input (default the run's --block-size)", minimum=1, unit="TOKENS"
     )
     stride: int | None = setting(
-        None, "text", "tokens between the beginnings of two windows (default half a block)", minimum=1, unit="TOKENS"
+        None,
+        "text",
+        "tokens between the starts of consecutive windows (default half of --block-size)",
+        minimum=1,
+        unit="TOKENS",
     )
-    batch_size: int = setting(8, "text", "windows computed at once", minimum=1, maximum=4096, unit="WINDOWS")
+    batch_size: int = setting(8, "text", "windows per forward pass", minimum=1, maximum=4096, unit="WINDOWS")
     max_documents: int | None = setting(
-        None, "text", "stop after so many documents of a corpus", minimum=1, unit="COUNT"
+        None, "text", "stop after this many documents of each corpus", minimum=1, unit="COUNT"
     )
     max_tokens: int | None = setting(
         None,
         "text",
-        "stop after the document (with --concatenate: the 64 KiB of text) that brings a corpus to so many tokens",
+        "stop after the document (with --concatenate, the 64 KiB piece of text) with which a corpus reaches this "
+        "many tokens",
         minimum=1,
         unit="TOKENS",
     )
     tasks: str | None = setting(
-        None, "tasks", "tasks of lm-eval by name, separated by commas; on one rank, with pip install 'colonnade[eval]'"
+        None, "tasks", "comma-separated names of lm-eval tasks; needs one rank and pip install 'colonnade[eval]'"
     )
-    tasks_path: str | None = setting(None, "tasks", "folder with the YAML files of tasks of your own", unit="DIR")
+    tasks_path: str | None = setting(None, "tasks", "folder with YAML files that define your own tasks", unit="DIR")
     few_shot: int | None = setting(
-        None, "tasks", "examples before each question (default as the task says)", minimum=0, unit="COUNT"
+        None, "tasks", "few-shot examples per question (default the task's own number)", minimum=0, unit="COUNT"
     )
-    task_limit: int | None = setting(None, "tasks", "questions of each task (default all)", minimum=1, unit="COUNT")
-    json: str | None = setting(None, "results", "write the results to this file as well", unit="FILE")
+    task_limit: int | None = setting(
+        None, "tasks", "number of questions to use from each task (default all)", minimum=1, unit="COUNT"
+    )
+    json: str | None = setting(None, "results", "also write the results to this file, as JSON", unit="FILE")
 
 
 @dataclass(frozen=True)
@@ -119,11 +133,15 @@ class ResumeSettings:
 
     checkpoint_path: str = setting("", "resuming", _CHECKPOINT)
     rewarmup_steps: int = step_setting(
-        100, "resuming", "steps of linear warm-up from here, after the optimizer is reset; 0 for none", minimum=0
+        100, "resuming", "steps of linear warm-up after the optimizer is reset; 0 for none", minimum=0
     )
-    keep_optimizer: bool = setting(False, "resuming", "go on exactly: optimizer state kept, no warm-up again")
+    keep_optimizer: bool = setting(
+        False, "resuming", "keep the optimizer state and do not warm up again: resume exactly"
+    )
     allow_data_change: bool = setting(
-        False, "resuming", "go on where data, tokenizer or block size are others than the checkpoint's, and record it"
+        False,
+        "resuming",
+        "resume even if data, tokenizer or block size differ from the checkpoint's, and record the change",
     )
 
 
@@ -131,34 +149,46 @@ class ResumeSettings:
 class PlanSettings:
     """Settings of `plan_run.py`, in addition to those of the run it plans."""
 
-    gpus: int = setting(1, "planning", "devices, one rank each", minimum=1, maximum=2**20, unit="COUNT")
+    gpus: int = setting(
+        1, "planning", "number of devices, with one rank on each", minimum=1, maximum=2**20, unit="COUNT"
+    )
     gpu: str | None = setting(
         None,
         "planning",
-        "device, as H100 or A100 80GB: its memory and peak are known (default neither is)",
+        "device type, such as H100 or 'A100 80GB', which determines memory and peak FLOP/s (default both unknown)",
         unit="NAME",
     )
     gpu_memory_gib: float | None = setting(
-        None, "planning", "memory of a device named by --gpu (default as known)", above=0.0, maximum=2**20, unit="GIB"
+        None,
+        "planning",
+        "memory of the --gpu device in GiB (default its known value)",
+        above=0.0,
+        maximum=2**20,
+        unit="GIB",
     )
     gpu_tflops: float | None = setting(
         None,
         "planning",
-        "peak of a device named by --gpu, dense, in the run's precision (default as known)",
+        "dense peak of the --gpu device in TFLOP/s, in the run's precision (default its known value)",
         above=0.0,
         maximum=2**30,
         unit="TFLOPS",
     )
     tokens: int | None = setting(
-        None, "planning", "tokens to train on", minimum=1, maximum=MAX_STEPS * MAX_TOKENS_PER_STEP, unit="TOKENS"
+        None,
+        "planning",
+        "tokens to train on (default --tokens-per-parameter times the parameters)",
+        minimum=1,
+        maximum=MAX_STEPS * MAX_TOKENS_PER_STEP,
+        unit="TOKENS",
     )
     tokens_per_parameter: float = setting(
-        22.0, "planning", "tokens for each parameter, embeddings included, where --tokens is not given", above=0.0
+        22.0, "planning", "training tokens per parameter, embeddings included, if --tokens is not given", above=0.0
     )
     micro_batch_size: int | None = setting(
         None,
         "planning",
-        "sequences a rank computes at once (default the most that fit, where the memory is known)",
+        "sequences per micro-batch on each rank (default the most that fit, if the memory is known)",
         minimum=1,
         maximum=2**16,
         unit="COUNT",
@@ -166,33 +196,34 @@ class PlanSettings:
     utilisation: float = setting(
         0.4,
         "planning",
-        "part of the devices' peak that computation is assumed to reach, communication left out",
+        "fraction of the devices' peak that computation is assumed to reach, not counting communication",
         above=0.0,
         maximum=1.0,
     )
     interconnect: str | None = setting(
         None,
         "planning",
-        "link between the devices of a node, as nvlink4 or pcie5, or GB/s in one direction (default the device's)",
+        "link between the devices of a node, such as nvlink4 or pcie5, or its GB/s in one direction (default that "
+        "of --gpu)",
         unit="LINK",
     )
     network: str = setting(
         "infiniband-ndr",
         "planning",
-        "link between nodes, as infiniband-ndr or ethernet-100g, or GB/s a device in one direction",
+        "link between nodes, such as infiniband-ndr or ethernet-100g, or its GB/s per device in one direction",
         unit="LINK",
     )
-    gpus_per_node: int = setting(8, "planning", "devices of a node", minimum=1, maximum=2**20, unit="COUNT")
+    gpus_per_node: int = setting(8, "planning", "devices per node", minimum=1, maximum=2**20, unit="COUNT")
     vocab_size: int | None = setting(
         None,
         "planning",
-        "entries of the vocabulary, where neither the model's config nor a tokenizer tells",
+        "vocabulary size, if neither the model's config nor a tokenizer gives it",
         minimum=1,
         maximum=2**31 - 1,
         unit="ENTRIES",
     )
-    count_parameters: bool = setting(False, "planning", "print the table of parameters by module, and nothing else")
-    json: bool = setting(False, "planning", "print one JSON object")
-    output: str = setting("run.yaml", "planning", "file for training.py --config", unit="YAML")
-    write: bool = setting(True, "planning", "write that file")
-    force: bool = setting(False, "planning", "replace the file if it is there")
+    count_parameters: bool = setting(False, "planning", "only print the table of parameters by module")
+    json: bool = setting(False, "planning", "print the results as one JSON object")
+    output: str = setting("run.yaml", "planning", "settings file to write, for training.py --config", unit="YAML")
+    write: bool = setting(True, "planning", "write the --output file")
+    force: bool = setting(False, "planning", "overwrite the --output file if it exists")

@@ -26,29 +26,32 @@ from colonnade.run_settings import RunSettings
 from colonnade.setting_values import check_field, flag_of, useless_alone
 
 _TRAINING = (
-    "Pretrain a decoder-only language model with tensor parallelism. Start it under torchrun for several ranks. "
-    "Started again on its folder, a run goes on where it stopped. Defaults stand in parentheses; a preset has its own."
+    "Pretrain a decoder-only language model with tensor parallelism. Use torchrun to start several ranks. If "
+    "the folder already holds the run, it resumes where it stopped. Defaults are in parentheses; a preset may "
+    "set others."
 )
 _RESUME = (
-    "Go on with a pretraining run from its newest complete checkpoint, at any number of ranks. What is not given is "
-    "the run's own, not the default in parentheses. The optimizer starts afresh and the learning rate is warmed up "
-    "again, unless --keep-optimizer."
+    "Resume a pretraining run from a checkpoint with changed settings, on any number of ranks. Settings that "
+    "are not given keep the run's values, not the defaults in parentheses. Unless --keep-optimizer is given, "
+    "the optimizer is reset and the learning rate warmed up again."
 )
 _PLAN = (
-    "Plan a run before it is started: parameters, tokens, steps, memory a rank, FLOPs and time, and a file of settings "
-    "for training.py --config. What a run can be told goes into that file. No device is needed."
+    "Plan a run before starting it: print parameters, tokens, steps, memory per rank, FLOPs and time, and write "
+    "a settings file for training.py --config. Run settings given here are copied into that file. No GPU is "
+    "needed."
 )
 # The settings that a plan determines; values for them in a given --config file are overridden.
 PLANNED = ("total_steps", "initial_batch_size", "gradient_accumulation_steps")
 
 _EVALUATION = (
-    "Loss, perplexity and bits a byte of a trained model on text, at any number of ranks, every token scored "
-    "once; and benchmark tasks through lm-eval. Defaults stand in parentheses."
+    "Compute loss, perplexity and bits per byte of a trained model on text, on any number of ranks, scoring "
+    "every token once; and run benchmark tasks through lm-eval. Defaults are in parentheses."
 )
 _PARITY = (
-    "Train some steps of a run twice, cut over all ranks and whole on the first one, from one seed on the same blocks, "
-    "and compare. Start it under torchrun. Takes every flag of training.py, so that a run's own command line or file "
-    "can be given; those of checkpoints, validation, logs and stopping have no part in what is compared."
+    "Train the first steps of a run twice, sharded over all ranks and unsharded on the first rank, from the "
+    "same weights on the same blocks, and compare. Start it under torchrun. Accepts every flag of training.py, "
+    "so a run's own command line or settings file can be reused; flags for checkpoints, validation, logs and "
+    "stopping do not affect the comparison."
 )
 
 
@@ -76,9 +79,7 @@ def parse_resume(arguments: Sequence[str] | None = None) -> tuple[ResumeSettings
     parser = _SettingsParser(prog="resume_pretrain_tensor.py", description=_RESUME)
     parser.add_table(ResumeSettings)
     parser.add_table(RunSettings, leave_out=("seed",))
-    parser.add_argument(
-        "--batch-size", metavar="SIZE", default=argparse.SUPPRESS, help="the same as --initial-batch-size"
-    )
+    parser.add_argument("--batch-size", metavar="SIZE", default=argparse.SUPPRESS, help="same as --initial-batch-size")
     values = parser.parse(arguments)
     if "batch_size" in values:
         if "initial_batch_size" in values:
@@ -243,7 +244,7 @@ class _SettingsParser(OneLineParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        text = "file of settings by name; flags override them"
+        text = "YAML file of settings by name; flags override it"
         self.add_argument("--config", metavar="YAML", default=argparse.SUPPRESS, help=text)
 
 

@@ -45,16 +45,16 @@ class RunSettings:
 
     # Model
     preset: str | None = setting(
-        None, "model", "model size, a file name in presets/ (default argonne-2b; on the CPU tiny)", unit="NAME"
+        None, "model", "model size: the name of a file in presets/ (default argonne-2b; tiny on the CPU)", unit="NAME"
     )
     model_config: str | None = setting(
-        None, "model", "Hugging Face config.json (or its folder) instead of a preset", unit="PATH"
+        None, "model", "Hugging Face config.json, or its folder, to use instead of a preset", unit="PATH"
     )
     init_from: str | None = identity_setting(
         None,
         "model",
-        "Hugging Face folder whose weights a fresh run begins with, instead of random ones; architecture and tokenizer "
-        "are its own unless given",
+        "Hugging Face folder whose weights a new run starts from, instead of random ones; also supplies "
+        "architecture and tokenizer unless those are given",
         unit="PATH",
     )
 
@@ -62,28 +62,32 @@ class RunSettings:
     data_glob: str | None = setting(
         None,
         "data",
-        "shards to train on: paths, patterns or URLs, separated by commas, or name=glob:weight,... for a mixture "
-        "(default those in data/)",
+        "shards to train on: comma-separated paths, patterns or URLs, or name=glob:weight,... for a mixture "
+        "(default: the shards in data/)",
     )
-    text_column: str = identity_setting("text", "data", "column (JSON lines: key) that holds the text", unit="NAME")
-    tokenizer_path: str | None = setting(None, "data", "tokenizer: a folder or a hub name")
+    text_column: str = identity_setting("text", "data", "column (key, for JSON lines) that holds the text", unit="NAME")
+    tokenizer_path: str | None = setting(None, "data", "tokenizer: a folder or a Hugging Face hub name")
     tokenizer_backend: str = setting(
         "auto",
         "data",
-        "library that encodes: hf (tokenizers) or fastokens, which is faster; auto is fastokens where it is installed "
-        "and has given the same ids",
+        "library that tokenizes: hf (tokenizers) or fastokens, which is faster; auto uses fastokens if it is "
+        "installed and was verified to produce the same ids",
         choices=TOKENIZER_BACKENDS,
     )
-    trust_remote_code: bool = setting(False, "data", "run code that comes with the tokenizer")
-    add_document_boundary_tokens: bool = identity_setting(False, "data", "put BOS and EOS around each document")
+    trust_remote_code: bool = setting(False, "data", "run Python code shipped with the tokenizer")
+    add_document_boundary_tokens: bool = identity_setting(
+        False, "data", "surround each document with BOS and EOS tokens"
+    )
     shuffle: bool = identity_setting(
-        True, "data", "read row groups, and the rows of each, in an order of the seed, another one every epoch"
+        True,
+        "data",
+        "read the row groups, and the rows within each, in an order derived from --seed that differs in every epoch",
     )
     data_lanes: int | None = setting(
         None,
         "data",
-        "lanes V the data is read in, fixed when the run begins; a dp that divides V shares them out (default from the "
-        "number and size of row groups, up to 48)",
+        "number of lanes V the data is read in, fixed when the run begins; if dp divides V, each data-parallel rank "
+        "reads only its own lanes (default from the number and size of row groups, up to 48)",
         minimum=1,
         maximum=4096,
         unit="LANES",
@@ -91,34 +95,45 @@ class RunSettings:
     packing: str = identity_setting(
         "concat",
         "data",
-        "how documents fill blocks: laid end to end and cut, or whole ones that fit best",
+        "how documents fill blocks: concat joins them end to end and cuts at block boundaries; best-fit packs whole "
+        "documents where they fit best",
         choices=("concat", "best-fit"),
     )
     document_mask: bool = identity_setting(
-        False, "data", "attention stays within a document, positions restart with each, and no target crosses over"
+        False,
+        "data",
+        "restrict attention to each document, restart positions at each, and predict no token across a document "
+        "boundary",
     )
     strict_data: bool = setting(
-        False, "data", "stop at a damaged file or row group instead of skipping and recording it"
+        False, "data", "stop at a damaged file or row group, instead of recording and skipping it"
     )
-    validation_glob: str | None = setting(None, "data", "shards to validate on; without it there is no validation")
+    validation_glob: str | None = setting(None, "data", "shards to validate on (default no validation)")
     validation_interval: int = step_setting(
         250, "data", "steps between validations; 0 for only one at the end", minimum=0
     )
     validation_chunks: int = setting(
-        64, "data", "blocks of the validation shards that are evaluated; 0 for all of them", minimum=0, unit="BLOCKS"
+        64,
+        "data",
+        "validation blocks to evaluate, the first ones of the shards; 0 for all of them",
+        minimum=0,
+        unit="BLOCKS",
     )
 
     # Batch
     block_size: int | None = identity_setting(
-        None, "batch", "tokens a sequence (default the model's context)", minimum=1, unit="TOKENS"
+        None, "batch", "tokens per sequence (default the model's context length)", minimum=1, unit="TOKENS"
     )
     initial_batch_size: str = setting(
-        "auto", "batch", "sequences a micro-batch: a number, lowered where it does not fit, or auto for the largest"
+        "auto",
+        "batch",
+        "sequences per micro-batch on each rank: a number, lowered if it does not fit into memory, or auto for the "
+        "largest that fits",
     )
     gradient_accumulation_steps: int = setting(
         1,
         "batch",
-        "micro-batches an optimizer step, on each rank",
+        "micro-batches per optimizer step, on each rank",
         minimum=1,
         maximum=MAX_TOKENS_PER_STEP,
         unit="COUNT",
@@ -126,7 +141,8 @@ class RunSettings:
     tokens_per_step: int | None = setting(
         None,
         "batch",
-        "tokens an optimizer step over all ranks; accumulation then follows (default: it follows from accumulation)",
+        "tokens per optimizer step over all ranks, which then determines the accumulation (default: the "
+        "accumulation determines it)",
         minimum=1,
         maximum=MAX_TOKENS_PER_STEP,
         unit="TOKENS",
@@ -134,33 +150,35 @@ class RunSettings:
     memory_limit_gib: float | None = setting(
         None,
         "batch",
-        "GiB a rank may use when the micro-batch is tuned (default free memory / ranks; 0.95 of a GPU's)",
+        "memory in GiB that each rank may use while the micro-batch is tuned (default free memory / ranks; on a "
+        "GPU, 0.95 of its memory)",
         above=0.0,
         maximum=2.0**20,
     )
 
     # Optimization
     total_steps: int = identity_setting(
-        1000, "optimization", "optimizer steps of the run", minimum=1, maximum=MAX_STEPS, unit="STEPS"
+        1000, "optimization", "total number of optimizer steps of the run", minimum=1, maximum=MAX_STEPS, unit="STEPS"
     )
     learning_rate: float = identity_setting(3e-4, "optimization", "peak learning rate", above=0.0, maximum=10.0)
     min_learning_rate: float | None = identity_setting(
         None,
         "optimization",
-        "learning rate at the end of the schedule (default a tenth of the peak)",
+        "learning rate at the end of the schedule (default a tenth of --learning-rate)",
         minimum=0.0,
         only_with=("schedule", ("cosine", "wsd")),
     )
     schedule: str = identity_setting(
         "cosine",
         "optimization",
-        "after the warm-up: a cosine down to the horizon, wsd (stable, then a decay before the horizon), or constant",
+        "learning rate after the warm-up: cosine decay until the horizon (--schedule-steps), wsd (stable, then a "
+        "decay that ends at the horizon), or constant",
         choices=SCHEDULES,
     )
     schedule_steps: int | None = identity_setting(
         None,
         "optimization",
-        "horizon of the schedule: where the learning rate has come down (default --total-steps)",
+        "horizon of the schedule: step at which the minimum learning rate is reached (default --total-steps)",
         minimum=1,
         maximum=MAX_STEPS,
         unit="STEPS",
@@ -169,7 +187,7 @@ class RunSettings:
     decay_steps: int | None = identity_setting(
         None,
         "optimization",
-        "steps of the decay of wsd, the last ones before the horizon (default a tenth of them)",
+        "length in steps of the wsd decay, which ends at the horizon (default a tenth of the horizon)",
         minimum=1,
         maximum=MAX_STEPS,
         unit="STEPS",
@@ -178,7 +196,7 @@ class RunSettings:
     decay_shape: str = identity_setting(
         "1-sqrt",
         "optimization",
-        "how wsd decays over its last steps",
+        "shape of the wsd decay",
         choices=DECAY_SHAPES,
         only_with=("schedule", ("wsd",)),
     )
@@ -188,37 +206,41 @@ class RunSettings:
     optimizer: str = identity_setting(
         "adamw",
         "optimization",
-        "adamw for all parameters, or muon for the matrices between embedding and head, and adamw for the others",
+        "adamw for all parameters, or muon for the matrices between embedding and head and AdamW for the rest",
         choices=OPTIMIZERS,
     )
     weight_decay: float = identity_setting(
-        0.1, "optimization", "decoupled weight decay, not on norms and biases; 0 for none", minimum=0.0
+        0.1, "optimization", "decoupled weight decay, not applied to norms and biases; 0 for none", minimum=0.0
     )
     muon_momentum: float = identity_setting(
         0.95,
         "optimization",
-        "decay of Muon's momentum; 0 for none",
+        "decay rate of Muon's momentum; 0 for none",
         minimum=0.0,
         below=1.0,
         only_with=("optimizer", ("muon",)),
     )
-    adam_beta1: float = identity_setting(0.9, "optimization", "decay of AdamW's first moment", minimum=0.0, below=1.0)
-    adam_beta2: float = identity_setting(0.95, "optimization", "decay of AdamW's second moment", minimum=0.0, below=1.0)
+    adam_beta1: float = identity_setting(
+        0.9, "optimization", "decay rate of AdamW's first moment", minimum=0.0, below=1.0
+    )
+    adam_beta2: float = identity_setting(
+        0.95, "optimization", "decay rate of AdamW's second moment", minimum=0.0, below=1.0
+    )
     max_grad_norm: float = identity_setting(
-        1.0, "optimization", "global gradient norm that gradients are clipped to; 0 for no clipping", minimum=0.0
+        1.0, "optimization", "global norm to clip gradients to; 0 for no clipping", minimum=0.0
     )
     z_loss: float = identity_setting(
         0.0,
         "optimization",
-        "coefficient of the squared logarithm of the softmax's denominator, added to each token's loss (1e-4 in PaLM); "
-        "0 for none",
+        "coefficient of the z-loss, the squared log of the softmax denominator, added to each token's loss (1e-4 in "
+        "PaLM); 0 for none",
         minimum=0.0,
         maximum=1.0,
     )
     max_skipped_steps: int = setting(
         10,
         "optimization",
-        "steps in a row that may be skipped (loss or gradient norm not finite, or a spike) before the run stops",
+        "stop the run after this many consecutive skipped steps (loss or gradient norm not finite, or a spike)",
         minimum=1,
         maximum=MAX_STEPS,
         unit="STEPS",
@@ -226,14 +248,16 @@ class RunSettings:
     spike_sigma: float = setting(
         0.0,
         "optimization",
-        "a loss this many standard deviations above the mean of the last ones is a spike; 0 for no spikes",
+        "a loss more than this many standard deviations above the mean of recent losses is a spike; 0 for no spike "
+        "detection",
         minimum=0.0,
         unit="S",
     )
     spike_window: int = setting(
         100,
         "optimization",
-        "losses that a spike is measured against: the last ones that were not skipped; at least half of them",
+        "number of recent losses, from steps that were not skipped, to compare with; detection starts once half of "
+        "them are there",
         minimum=10,
         maximum=10_000,
         unit="STEPS",
@@ -241,38 +265,41 @@ class RunSettings:
     spike_action: str = setting(
         "warn",
         "optimization",
-        "what a spike causes: a line, or that the step is skipped; then these three are fixed for a run",
+        "what a spike causes: warn logs a line, skip skips the step; with skip, the three spike settings are fixed "
+        "for a run",
         choices=("warn", "skip"),
     )
     seed: int = identity_setting(
-        1337, "optimization", "seed of the initial weights and of the order of the data", minimum=0, maximum=2**63 - 1
+        1337, "optimization", "seed of the initial weights and of the data order", minimum=0, maximum=2**63 - 1
     )
 
     # Execution
     precision: str = identity_setting(
         "auto",
         "execution",
-        "of matrix products; auto is bf16 on accelerators that have it, else fp32",
+        "precision of matrix products; auto is bf16 on accelerators that support it, otherwise fp32",
         choices=PRECISIONS,
     )
     tensor_parallel_size: int | None = setting(
         None,
         "execution",
-        "ranks one model is cut over, the others are data-parallel (default all)",
+        "ranks that each copy of the model is sharded over; the remaining factor of the world size is data "
+        "parallelism (default all ranks)",
         minimum=1,
         unit="RANKS",
     )
     data_parallel_shard: str = setting(
         "none",
         "execution",
-        "what data-parallel ranks share out instead of holding it each: zero2 gradients, moments and, between steps, "
-        "parameters; zero3 parameters within a step too",
+        "what is sharded over data-parallel ranks: none; zero2 gradients, moments and, between steps, parameters; "
+        "zero3 parameters within a step as well",
         choices=DATA_PARALLEL_SHARDS,
     )
     data_parallel_replicate_size: int = setting(
         1,
         "execution",
-        "groups of data-parallel ranks, each of which shares out the model by itself; it divides them",
+        "number of groups that the data-parallel ranks are divided into, each of which shards the whole model; must "
+        "divide dp",
         minimum=1,
         unit="GROUPS",
         only_with=("data_parallel_shard", ("zero2", "zero3")),
@@ -280,83 +307,90 @@ class RunSettings:
     tensor_slices: int | None = identity_setting(
         None,
         "execution",
-        "slices V summed in a fixed order: a step has the same bits at any tp that divides V (default one a rank, any "
-        "order; with --deterministic 8, or the largest power of two below that the sizes allow)",
+        "number V of slices to compute in and sum in a fixed order: a step is bit-identical at any tp that divides "
+        "V (default one per rank, no fixed order; with --deterministic 8, or the largest smaller power of two that "
+        "the model's sizes allow)",
         minimum=1,
     )
     deterministic: bool = identity_setting(
         False,
         "execution",
-        "the same bits at any tp that divides the slices and any dp that halves the batch; one CPU thread a rank",
+        "bit-identical results at any tp that divides the number of slices and any dp that halves the batch evenly; "
+        "one CPU thread per rank",
     )
-    replicate_embeddings: bool = setting(False, "execution", "keep embedding and head whole on every rank")
+    replicate_embeddings: bool = setting(False, "execution", "keep a full copy of embedding and head on every rank")
     activation_checkpointing: str | None = setting(
         None,
         "execution",
-        "activations that the backward pass computes again instead of keeping them: none, selective (feed-forward) or "
+        "activations that the backward pass recomputes instead of storing: none, selective (the feed-forward's) or "
         "full (all but each block's input; the default)",
         choices=CHECKPOINTING,
     )
-    disable_gradient_checkpointing: bool = setting(False, "execution", "the same as --activation-checkpointing none")
+    disable_gradient_checkpointing: bool = setting(False, "execution", "same as --activation-checkpointing none")
     sequence_parallel: bool = setting(
         False,
         "execution",
-        "cut norms and residuals over the tokens of a tensor-parallel group: less memory, the same bytes sent",
+        "shard norms and residuals over the tokens within each tensor-parallel group: less memory, the same "
+        "communication volume",
     )
     overlap_collectives: bool = setting(
-        False, "execution", "compute half of a micro-batch while the other half waits for a tensor-parallel collective"
+        False,
+        "execution",
+        "compute one half of each micro-batch while a tensor-parallel collective of the other half is in flight",
     )
     float8: bool = identity_setting(
         False,
         "execution",
-        "projections multiply in float8, with a scale for each row (torchao; from Hopper on, emulated on the CPU)",
+        "compute projections in float8 with rowwise scaling (torchao; needs Hopper or later, emulated on the CPU)",
     )
-    compile: bool = setting(False, "execution", "compile the segments on the CPU too (default on accelerators)")
-    disable_compile: bool = setting(False, "execution", "run eagerly on accelerators too")
-    cuda_graphs: bool = setting(False, "execution", "replay compiled segments as CUDA graphs")
+    compile: bool = setting(False, "execution", "use torch.compile on the CPU too (default only on accelerators)")
+    disable_compile: bool = setting(False, "execution", "do not use torch.compile on accelerators either")
+    cuda_graphs: bool = setting(False, "execution", "replay the compiled segments as CUDA graphs")
     plain_step: bool = setting(
         False,
         "execution",
-        "switch off what only makes a step faster: compilation, weights cast once a step, gradients summed during the "
-        "backward pass or computed while others are summed, on the CPU ranks that exchange tensors through shared "
-        "memory",
+        "disable what only makes steps faster: compilation, casting weights once per step, summing gradients during "
+        "the backward pass, computing weight gradients while other sums are in flight, and exchange through shared "
+        "memory on the CPU",
     )
 
     # Checkpoints and logs
-    checkpoint_dir: str = setting("pretrained", "checkpoints and logs", "folder of the run")
+    checkpoint_dir: str = setting(
+        "pretrained", "checkpoints and logs", "folder of the run: checkpoints, settings and logs"
+    )
     checkpoint_interval: int = step_setting(
         350, "checkpoints and logs", "steps between checkpoints; 0 for only one at the end", minimum=0
     )
     keep_checkpoints: int = setting(
-        50, "checkpoints and logs", "newest checkpoints kept; 0 for all", minimum=0, unit="COUNT"
+        50, "checkpoints and logs", "number of newest checkpoints to keep; 0 for all", minimum=0, unit="COUNT"
     )
     keep_every: int = step_setting(
         0,
         "checkpoints and logs",
-        "checkpoints at multiples of so many steps stay for good, and are not among the newest kept; 0 for none",
+        "keep checkpoints at multiples of this many steps forever, in addition to --keep-checkpoints; 0 for none",
         minimum=0,
     )
     checkpoint_mode: str = setting(
         "async",
         "checkpoints and logs",
-        "async writes a copy while training goes on, sync waits until it is written",
+        "async writes a copy while training continues; sync waits until the checkpoint is written",
         choices=CHECKPOINT_MODES,
     )
     checkpoint_hash: bool = setting(
-        True, "checkpoints and logs", "record the SHA-256 of checkpoint files, and compare it before going on from them"
+        True, "checkpoints and logs", "record the SHA-256 of checkpoint files, and verify it before resuming from them"
     )
     log_interval: int = step_setting(10, "checkpoints and logs", "steps between log lines", minimum=1)
     fingerprint_interval: int | None = step_setting(
         None,
         "checkpoints and logs",
-        "steps between fingerprints of parameters and moments; 0 for none; with --deterministic (default 100, else "
-        "none) also one at each checkpoint",
+        "steps between fingerprints of parameters and moments; 0 for none (default 100 with --deterministic, "
+        "otherwise none); with --deterministic also one at each checkpoint",
         minimum=0,
     )
     drift_check_interval: int = step_setting(
         0,
         "checkpoints and logs",
-        "steps between comparisons of parameters that several ranks hold; 0 for only those before each checkpoint",
+        "steps between checks that parameters held by several ranks are equal; 0 for only those before each checkpoint",
         minimum=0,
     )
 
@@ -364,59 +398,59 @@ class RunSettings:
     sample_interval: int = step_setting(
         0,
         "samples",
-        "step of the first samples of the model's text; the next come after twice as many, and so on, and at the end; "
-        "0 for none",
+        "step after which the model's text is first sampled; again after 2, 4, 8, ... times as many steps and at "
+        "the end; 0 for none",
         minimum=0,
     )
     sample_prompts: str | None = setting(
-        None, "samples", "prompts that are continued: one a line, or in a .jsonl file one object a line", unit="FILE"
+        None,
+        "samples",
+        "prompts to continue: one per line, or in a .jsonl file one object per line with the key prompt",
+        unit="FILE",
     )
     sample_tokens: int = setting(
-        64, "samples", "most tokens that are added to a prompt", minimum=1, maximum=2**20, unit="TOKENS"
+        64, "samples", "maximum number of tokens to generate per prompt", minimum=1, maximum=2**20, unit="TOKENS"
     )
-    sample_temperature: float = setting(
-        0.8, "samples", "temperature they are drawn at; 0 for the likeliest token each time", minimum=0.0
-    )
+    sample_temperature: float = setting(0.8, "samples", "sampling temperature; 0 for greedy decoding", minimum=0.0)
 
     # Tracking
-    progress_bar: bool = setting(True, "tracking", "show a progress bar beside the lines")
-    jsonl: bool = setting(
-        True, "tracking", "write metrics.jsonl, which loss.png, report.html and an audit are made from"
-    )
-    csv: bool = setting(False, "tracking", "write metrics.csv, a row a logged step, for a spreadsheet")
-    tensorboard: bool = setting(False, "tracking", "write TensorBoard events into tensorboard/")
+    progress_bar: bool = setting(True, "tracking", "show a progress bar in addition to the log lines")
+    jsonl: bool = setting(True, "tracking", "write metrics.jsonl, which loss.png, report.html and audits need")
+    csv: bool = setting(False, "tracking", "write metrics.csv for spreadsheets, one row per logged step")
+    tensorboard: bool = setting(False, "tracking", "write TensorBoard events into tensorboard/ in the run's folder")
     wandb_project: str | None = setting(
-        None, "tracking", "log to this project of Weights & Biases; its WANDB_MODE is respected", unit="NAME"
+        None, "tracking", "log to this Weights & Biases project; WANDB_MODE is respected", unit="NAME"
     )
     wandb_entity: str | None = setting(
-        None, "tracking", "user or team the project belongs to (default that of the login)", unit="NAME"
+        None, "tracking", "Weights & Biases user or team that owns the project (default that of the login)", unit="NAME"
     )
     wandb_run_name: str | None = setting(
-        None, "tracking", "name shown there (default that of the run's folder)", unit="NAME"
+        None, "tracking", "name of the run on Weights & Biases (default the name of the run's folder)", unit="NAME"
     )
-    wandb_checkpoints: bool = setting(False, "tracking", "upload each checkpoint there, in the background")
+    wandb_checkpoints: bool = setting(False, "tracking", "upload each checkpoint to Weights & Biases in the background")
     drop_uploaded_checkpoints: bool = setting(
-        False, "tracking", "remove local checkpoints whose upload is confirmed, but for the newest"
+        False, "tracking", "delete local checkpoints once their upload is confirmed, except the newest"
     )
 
     # Stopping and hangs
     wall_time: str | None = setting(
         None,
         "stopping and hangs",
-        "time since the launch, as [DAYS-]HH:MM:SS, by which the run has saved and stopped (default no limit)",
+        "time limit since the launch, as [DAYS-]HH:MM:SS: the run saves and stops before it is over (default no limit)",
         unit="TIME",
     )
     startup_timeout: float = setting(
         1800.0,
         "stopping and hangs",
-        "seconds that ranks wait for each other until the first step is done, and in validations and saves; 0 for ever",
+        "seconds that ranks wait for each other up to the end of the first step, and in validations, samples and "
+        "saves; 0 for no limit",
         minimum=0.0,
         unit="SECONDS",
     )
     step_timeout: float = setting(
         600.0,
         "stopping and hangs",
-        "seconds that a later step, or waiting for its data, may take before the run is taken for hung; 0 for ever",
+        "seconds that a later step, or the wait for its data, may take before the run counts as hung; 0 for no limit",
         minimum=0.0,
         unit="SECONDS",
     )

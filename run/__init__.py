@@ -1,1 +1,1 @@
-"""A run from its start to its end, and what is made of it: the parts that the commands in the root folder share."""
+"""A run from start to end, and the use of its results: what the commands in the root folder share."""

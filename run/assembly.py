@@ -1,6 +1,6 @@
-"""Putting a run together: the stream opened, the model and its optimizer built, the batch settled, the origin restored.
+"""Assembling a run: open the stream, build model and optimizer, restore the checkpoint, determine the micro-batch.
 
-What the three ways in (`run/start.py`) have in common.
+This is what the three entry points in `run/start.py` have in common.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SETTINGS_NAME = "run.yaml"
 
 
-# --------------------------------------------------------------------------------------------------- putting together
+# --------------------------------------------------------------------------------------------------------- assembling
 
 
 def assemble(
@@ -59,20 +59,20 @@ def assemble(
     origin: Origin,
     lock: RunLock | None,
 ) -> Run:
-    """Open the data, build model and optimizer, settle the batch, restore the origin.
+    """Open the data, build model and optimizer, restore them from the origin, and determine the batch. Collective.
 
     Args:
-        lock: of the run's folder, which is made and locked here where it does not exist; None for a replay, which
-            writes nothing.
+        lock: lock of the run's folder; a folder that does not exist is created and locked here. None for a replay,
+            which writes nothing.
     """
     record = origin.record or {}
     global_batch, micro_batch = _asked_batch(settings, layout, origin)
-    # Before the model, whose building and tuning take minutes where it is large.
+    # Before the model, because building and tuning a large one takes minutes.
     data = _open_data(settings, config, layout, notes, origin, with_samples=lock is not None)
     state = build_state(settings, config, layout, origin, compares=lock is not None)
     with vote():
         require_steps_left(origin.path or Path(settings.checkpoint_dir), state.step, settings)
-    # Before the tuner looks at how much memory there is.
+    # Before the tuner measures how much memory is available.
     saver = None if lock is None else _reserved_saver(settings, lock, origin, state)
     batch, depends_on = tune_batch(state.model, settings, layout, global_batch, micro_batch)
     size = batch.micro_batch_size
@@ -125,7 +125,7 @@ def assemble(
 
 
 def _asked_batch(settings: RunSettings, layout: ParallelLayout, origin: Origin) -> tuple[int | None, int | None]:
-    """Sequences of a step and of a micro-batch, where they are settled before anything is tuned."""
+    """Sequences per step and per micro-batch, each None if only the tuner can determine it."""
     with vote():
         global_batch = origin.global_batch or requested_global_batch(settings, layout.dp)
         check_shares(global_batch, layout.dp)
@@ -139,7 +139,7 @@ def _asked_batch(settings: RunSettings, layout: ParallelLayout, origin: Origin) 
 
 @dataclass(frozen=True)
 class _Data:
-    """What a run reads, opened. Stream, chunks and tokenizer are None on ranks that do not read."""
+    """A run's opened inputs. Stream, chunks and tokenizer are None on ranks that do not read."""
 
     backend: Backend
     stream: TokenStream | None
@@ -149,7 +149,7 @@ class _Data:
     tokenizer: PreTrainedTokenizerBase | None
 
     def feed(self, layout: ParallelLayout, global_batch: int, block_size: int) -> BatchFeed:
-        """The stream's blocks, a step's share for each rank."""
+        """The feed that gives each rank its share of a step's blocks."""
         first, apart = (0, 1) if self.stream is None else (self.stream.start.chunk, self.stream.apart)
         return BatchFeed(self.chunks, layout, global_batch, block_size, first=first, apart=apart)
 
@@ -164,7 +164,7 @@ def _open_data(
     with_samples: bool,
 ) -> _Data:
     record = origin.record or {}
-    tokenizer = cache(lambda: run_tokenizer(settings))  # on ranks that read only, and there once
+    tokenizer = cache(lambda: run_tokenizer(settings))  # loaded only on ranks that read, and only once there
     backend = on_first_rank(lambda: settle_backend(settings, tokenizer(), record, notes))
     stream, chunks = None, None
     with vote():
@@ -184,7 +184,7 @@ def _open_data(
 
 
 def _reserved_saver(settings: RunSettings, lock: RunLock, origin: Origin, state: State) -> CheckpointSaver:
-    """What writes checkpoints, into the run's folder, which is made; with the memory that it needs."""
+    """Create the run's folder, and the saver that writes checkpoints into it, with its memory reserved."""
     on_first_rank(lambda: _make_folder(lock, is_fresh=origin.path is None))
     saver = CheckpointSaver(
         lock.directory,
@@ -198,7 +198,7 @@ def _reserved_saver(settings: RunSettings, lock: RunLock, origin: Origin, state:
 
 
 def _warnings(settings: RunSettings, layout: ParallelLayout, micro_batch: int) -> list[str]:
-    """What is allowed, and perhaps not meant."""
+    """Warnings about settings that are valid but perhaps unintended."""
     found = idle_switches(settings, layout.tp, layout.dp, micro_batch)
     if settings.warmup_steps >= settings.total_steps:
         found.append(
@@ -221,7 +221,7 @@ def _warnings_of_rewarmup(settings: RunSettings, origin: Origin, step: int) -> l
 
 
 def _make_folder(lock: RunLock, *, is_fresh: bool) -> None:
-    """Make the run's folder and lock it, where it was not there when the run was started."""
+    """Create and lock the run's folder, if it did not exist when the run was started."""
     try:
         lock.take(create=True)
     except OSError as error:
@@ -231,7 +231,7 @@ def _make_folder(lock: RunLock, *, is_fresh: bool) -> None:
 
 
 def _record_start(run: Run, launched_by: list[str]) -> None:
-    """Write what this start is into the run's folder."""
+    """Record the settings and the launcher of this start in the run's folder."""
     try:
         write_settings(run.settings, run.directory / SETTINGS_NAME)
         record_launch(run.directory, launched_by, run.step)
@@ -240,7 +240,7 @@ def _record_start(run: Run, launched_by: list[str]) -> None:
 
 
 def _schedule(settings: RunSettings, origin: Origin, step: int) -> Schedule:
-    """The run's schedule. A second warm-up under way in the checkpoint goes on where the optimizer is kept."""
+    """The run's schedule. If the optimizer is kept, a second warm-up in progress in the checkpoint continues."""
     if origin.keep_optimizer and origin.record:
         stored = origin.record["schedule"]
         return schedule_of(settings, stored["rewarmup_start"], stored["rewarmup_steps"])

@@ -1,4 +1,4 @@
-"""Steps of a deterministic run taken again and compared with the bits that the run recorded (`audit_run.py`)."""
+"""Retraining steps of a deterministic run and comparing them with the bits it recorded (`audit_run.py`)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ COMPARED = ("loss_bits", "grad_norm_bits", "fingerprint", "moments_fingerprint")
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run recorded of a stretch.
+    """What a run recorded about a range of steps.
 
     Attributes:
-        rows: of `metrics.jsonl`, by step.
-        tensors: the fingerprint of each parameter and moment, by name, by step; that of the start as well.
+        rows: the rows of `metrics.jsonl`, by step.
+        tensors: by step, the fingerprint of each parameter and moment by name; includes the step before the range.
     """
 
     rows: dict[int, dict[str, Any]]
     tensors: dict[int, dict[str, str]]
 
 
-# ------------------------------------------------------------------------------------------------ what is on record
+# ------------------------------------------------------------------------------------------------ recorded values
 
 
 def _logged_rows(directory: Path) -> dict[int, dict[str, Any]]:
@@ -46,15 +46,15 @@ def _logged_rows(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def last_step(directory: Path, first: int, last: int | None) -> int:
-    """The step to audit up to: the first logged one from `last` (--to-step) on; only logged steps can be compared.
+    """The step to audit up to: the first logged one at or after `last`, since only logged steps can be compared.
 
     Args:
         directory: the run's folder.
-        first: the step that the audit begins after (--from-step).
-        last: None for the last step on record.
+        first: the step after which the audit begins (--from-step).
+        last: --to-step; None for the last logged step.
 
     Raises:
-        UsageError: the log does not reach as far as was asked.
+        UsageError: there is no log with recorded bits, or it does not reach the requested steps.
     """
     rows = _logged_rows(directory)
     known = f"the last step on record in {directory} is {max(rows)}"
@@ -68,10 +68,10 @@ def last_step(directory: Path, first: int, last: int | None) -> int:
 
 
 def read_recorded(directory: Path, begin: int, end: int) -> Recorded:
-    """What the run recorded of the steps after `begin` up to `end`.
+    """Read what the run recorded about the steps after `begin` up to `end`.
 
     Raises:
-        UsageError: something that the run has logged of them is missing.
+        UsageError: a row that the run logged is missing or damaged, or the two logs contradict each other.
     """
     rows = {step: row for step, row in sorted(_logged_rows(directory).items()) if begin < step <= end}
     previous = begin
@@ -105,10 +105,11 @@ def read_recorded(directory: Path, begin: int, end: int) -> Recorded:
 
 
 def check_start(run: Run, recorded: Recorded) -> None:
-    """Compare what was restored with the fingerprints of its manifest, else of the log. Collective.
+    """Compare the restored tensors with the fingerprints in their manifest, otherwise in the log. Collective.
 
     Raises:
-        RunError: they differ, or ranks hold different copies: names the first tensor where the log can tell.
+        RunError: they differ (the message names the first such tensor if the log has its fingerprint), or ranks hold
+            different copies of a tensor.
     """
     checkpoint = run.resumed_from
     if checkpoint is None:
@@ -128,14 +129,14 @@ def check_start(run: Run, recorded: Recorded) -> None:
 
 
 def audit(run: Run, recorded: Recorded, end: int) -> str:
-    """Take the run's steps again up to `end` and compare. Collective.
+    """Retrain the run's steps up to `end`, and compare them with the record. Collective.
 
     Returns:
         One line that says how much was compared.
 
     Raises:
-        RunError: something differs: names the first step, and the first tensor where fingerprints can tell; or ranks
-            hold different copies of a tensor.
+        RunError: something differs (the message names the first step, and the first tensor if there are fingerprints),
+            or ranks hold different copies of a tensor.
     """
     begin, rows = run.step, recorded.rows
     with_fingerprint = [step for step, row in rows.items() if any(key in row for key in FINGERPRINT_KEYS)]
@@ -159,7 +160,7 @@ def audit(run: Run, recorded: Recorded, end: int) -> str:
 
 
 def _take_step(run: Run) -> dict[str, str]:
-    """One step again; the bits of its loss and norm."""
+    """Take one step; return the bits of its loss and gradient norm."""
     batch = run.feed.take()
     outcome = train_step(run, batch, run.schedule(run.step))
     run.step += 1
@@ -168,7 +169,7 @@ def _take_step(run: Run) -> dict[str, str]:
 
 
 def _difference(step: int, recorded: Mapping[str, Any], found: Mapping[str, str]) -> str | None:
-    """One line on the first thing that is not as recorded; None where all is."""
+    """A line about the first value that differs from the record; None if all are equal."""
     for key in COMPARED:
         if key in recorded and key in found and recorded[key] != found[key]:
             return f"step {step} differs: {key} was {recorded[key]} and is {found[key]} here"

@@ -1,4 +1,4 @@
-"""The micro-batch of a run on these ranks: as its settings fix it, as it was found before, or as trials find it."""
+"""The micro-batch size of a run on these ranks: fixed by its settings, recorded earlier, or found by trials."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tune_batch(
     global_batch: int | None,
     micro_batch: int | None,
 ) -> tuple[TunedMicroBatch, dict[str, Any]]:
-    """The micro-batch for these ranks, and what it depends on. `global_batch` None: it follows from the answer."""
+    """The micro-batch for these ranks, and what it depends on. With `global_batch` None, the result determines it."""
     if micro_batch is not None and global_batch is not None:
         plan = plan_search(micro_batch, chunks_per_rank=global_batch // layout.dp)
         return TunedMicroBatch(micro_batch, global_batch // layout.dp // micro_batch, (), plan), {}
@@ -49,7 +49,7 @@ def tune_batch(
         "tensor_slices": settings.tensor_slices,
         "torch": torch.__version__,
     }
-    # Answers on record from before there was a choice stay valid.
+    # These keys are added only for non-default values, so that records from before the settings existed stay valid.
     if settings.optimizer != "adamw":
         depends_on["optimizer"] = settings.optimizer
     if settings.checkpointing == "selective":
@@ -80,9 +80,9 @@ def tune_batch(
 def _probe_seconds(
     model: TensorParallelModel, size: int, block: int, *, warm: bool, document_mask: bool, plain: bool = False
 ) -> float:
-    """Time of a forward and backward pass of this rank's share alone, at a micro-batch of `size`.
+    """Seconds of a forward and backward pass of this rank's share alone, at a micro-batch of `size`.
 
-    With `document_mask` each block is one document: there is no larger one, and none costs more.
+    With `document_mask`, each block is a single document, which is the largest and most expensive case.
     """
     device = model.layout.device
     tokens = torch.zeros((size, block), dtype=torch.int64, device=device)
@@ -90,8 +90,8 @@ def _probe_seconds(
     begin, passes = 0.0, 2 if warm else 1
     try:
         with model.group.collectives_as_identity(), nullcontext() if plain else model.weights_kept():
-            # Accumulated gradients are in memory during every micro-batch but the first, so they are in the second
-            # pass.
+            # In a step, accumulated gradients are in memory during all micro-batches but the first; here, during the
+            # second pass.
             for number in range(passes):
                 if model.shards is not None:
                     model.shards.begin_micro_batch(is_last=number + 1 == passes)
@@ -99,7 +99,7 @@ def _probe_seconds(
                 model(tokens, tokens, starts).backward()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-    except (RuntimeError, MemoryError):  # memory ran out, perhaps; the trial goes on if it did
+    except (RuntimeError, MemoryError):  # possibly out of memory, in which case the tuner continues
         if model.shards is not None:
             model.shards.forget_failure()
         raise

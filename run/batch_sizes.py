@@ -1,6 +1,6 @@
-"""Sequences of a step and of a micro-batch, from what was asked for and what a run's record says.
+"""Sequences per step and per micro-batch, from the settings and from a run's record.
 
-Everything here returns sizes or raises a `UsageError` that names the value and those that work.
+All functions here return sizes, or raise a `UsageError` that names the bad value and, where possible, valid ones.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from colonnade.tuning.batch_record import micro_batch_candidates
 
 
 def requested_global_batch(settings: RunSettings, dp: int) -> int | None:
-    """Sequences an optimizer step that the settings ask for; None where the tuner is to find out.
+    """Sequences per optimizer step that the settings ask for; None if the tuner determines it.
 
     Raises:
-        UsageError: --tokens-per-step is no whole number of sequences, or the step is too large.
+        UsageError: --tokens-per-step is not a multiple of the sequence length, or the step is too large.
     """
     block = settings.block_size
     assert block is not None
@@ -34,7 +34,7 @@ def requested_global_batch(settings: RunSettings, dp: int) -> int | None:
 
 
 def check_step_size(micro_batch: int, settings: RunSettings, dp: int) -> None:
-    """Refuse a product of sizes that no step can be: one of them has a digit too many."""
+    """Raise UsageError if a step would be too large, most likely because of a typo in one of its sizes."""
     tokens = micro_batch * settings.gradient_accumulation_steps * dp * (settings.block_size or 0)
     if tokens > MAX_TOKENS_PER_STEP:
         raise UsageError(
@@ -47,9 +47,9 @@ def check_step_size(micro_batch: int, settings: RunSettings, dp: int) -> None:
 def batch_of_resumed(
     record: Mapping[str, Any], settings: RunSettings, given: Mapping[str, Any], layout: ParallelLayout
 ) -> int | None:
-    """Sequences an optimizer step of a resumed run: its own, unless another accumulation or number of tokens is given.
+    """Sequences per optimizer step of a resumed run: its own, unless a new accumulation or token count is given.
 
-    A micro-batch alone does not change it, nor does a file that gives the run's own settings back.
+    A new micro-batch alone does not change it, nor does a settings file that repeats the run's own settings.
     """
     names = ("initial_batch_size", "gradient_accumulation_steps", "tokens_per_step")
     if record:
@@ -61,12 +61,12 @@ def batch_of_resumed(
 
 
 def fixed_micro_batch(settings: RunSettings, record: Mapping[str, Any]) -> int | None:
-    """The micro-batch of a deterministic run, which nothing may lower: as given, else the checkpoint's.
+    """The micro-batch of a deterministic run, which must not be lowered: the given one, otherwise the checkpoint's.
 
-    None where the mode is off.
+    None if the deterministic mode is off.
 
     Raises:
-        UsageError: neither says: the tuner's answer would depend on the ranks and on timing, and the bits on that.
+        UsageError: neither exists. The bits depend on the micro-batch, and a tuned one depends on ranks and timing.
     """
     if not settings.deterministic:
         return None
@@ -82,7 +82,7 @@ def fixed_micro_batch(settings: RunSettings, record: Mapping[str, Any]) -> int |
 
 
 def check_shares(global_batch: int | None, dp: int) -> None:
-    """Refuse a number of data-parallel ranks that cannot share out a step."""
+    """Raise UsageError if the step's sequences cannot be divided evenly over the data-parallel ranks."""
     if global_batch is not None and global_batch % dp:
         sizes = [size for size in micro_batch_candidates(global_batch) if size <= 2 * dp]
         raise UsageError(

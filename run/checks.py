@@ -1,4 +1,4 @@
-"""What is watched while a run trains: skipped steps and spikes, the loss after a restart, parameters before a save."""
+"""Health checks during training: skipped steps, spikes, the loss after a restart, parameters before a save."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from run.state import Run, merged_position
 
 
 def check_before_save(run: Run) -> None:
-    """Refuse to save parameters that are not finite, or of which ranks hold different copies. Collective.
+    """Check that parameters are finite, and equal where several ranks hold copies. Collective.
 
     Raises:
-        RunError: on all ranks; names the parameter and the ranks. The last checkpoint stands.
+        RunError: on all ranks, if they are not; names the parameter and, for unequal copies, the ranks. Nothing is
+            saved, and the last checkpoint is kept.
     """
     require_finite_parameters(run.model, run.step)
-    if not run.settings.deterministic:  # else the fingerprint has compared them, and the moments as well
+    if not run.settings.deterministic:  # in that mode, the fingerprint has compared parameters and moments
         require_equal_parameters(run.model, run.step)
 
 
 @torch.no_grad()
 def require_finite_parameters(model: torch.nn.Module, step: int) -> None:
-    """Raises RunError, on all ranks, where a rank holds a parameter with a NaN or an infinity. Collective."""
+    """Raise RunError on all ranks if any rank holds a parameter with a NaN or an infinity. Collective."""
     with vote():
         held: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
             if parameter.to_local().numel():
                 held[name] = parameter.to_local()
-        # The largest magnitude, which a NaN takes over: four times as fast as asking each element (torch 2.13, CPU).
+        # The infinity norm propagates NaN, and is four times as fast as testing each element (torch 2.13, CPU).
         largest = torch.stack(torch._foreach_norm([*held.values()], float("inf")))
         bad = [name for name, is_finite in zip(held, torch.isfinite(largest).tolist(), strict=True) if not is_finite]
         if bad:
@@ -52,7 +53,7 @@ def require_finite_parameters(model: torch.nn.Module, step: int) -> None:
 
 @dataclass
 class _Noted:
-    """A step whose outcome is on its way to the host."""
+    """A step whose outcome is being copied to the host."""
 
     step: int
     before: DataPosition | None
@@ -61,26 +62,28 @@ class _Noted:
 
 
 class StepGuard:
-    """Looks at each step's outcome without making the host wait for the device: there a step later.
+    """Examines each step's outcome without a host sync: on an accelerator, one step later.
 
-    All ranks hold the same outcomes and look at them at the same steps, so they stop at the same one.
+    All ranks have the same outcomes and examine them at the same steps, so they stop at the same step.
 
     Args:
-        say: prints a line, on the rank that prints.
+        say: prints a line on the main rank.
     """
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._run, self._say = run, say
         self._noted: deque[_Noted] = deque()
-        # What the first losses after a restart are compared with; None once they have been, and for a fresh run.
+        # Reference for the first losses after a restart; None after that comparison, and for a fresh run.
         self._window = run.losses.values() if run.resumed_from is not None else None
         self._first: list[float] = []
 
     def note(self, outcome: StepOutcome, before: DataPosition | None) -> None:
-        """Take in the step that has just become `run.step`; look at the one before it. Collective in `settle`'s way.
+        """Record the outcome of step `run.step`, and examine the outcomes that are due. Collective as `settle` is.
+
+        On an accelerator the previous step is due, on the CPU this one.
 
         Args:
-            before: the data position its batch began at, as far as this rank's reader knows it.
+            before: the data position at which the step's batch began, as far as this rank's reader knows it.
         """
         numbers = [outcome.loss, outcome.grad_norm, outcome.skipped, *(outcome.losses_before or ())]
         facts = torch.stack([number.double() for number in numbers])
@@ -93,10 +96,10 @@ class StepGuard:
         self._look(keep=0 if arrived is None else 1)
 
     def settle(self) -> None:
-        """Look at all steps noted so far. Collective where one was skipped or is a spike.
+        """Examine all steps noted so far. Collective if one of them was skipped or is a spike.
 
         Raises:
-            RunError: on all ranks: too many steps in a row were skipped.
+            RunError: on all ranks, if too many steps in a row were skipped.
         """
         self._look(keep=0)
 
@@ -133,7 +136,7 @@ class StepGuard:
             )
 
     def _batch(self, noted: _Noted) -> str:
-        """Where the step's batch comes from, on the ranks that read. Collective over those."""
+        """Describe where the step's batch comes from, on ranks that read. Collective over those."""
         run, whole = self._run, merged_position(self._run, noted.before)
         if run.stream is None or whole is None:
             return "its batch: read by another rank"

@@ -1,4 +1,4 @@
-"""What a run reads: its corpora and its tokenizer settled, the training stream opened, the held-out blocks read."""
+"""What a run reads: locating its corpora and tokenizer, opening the training stream, reading held-out blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE_FOLDER = Path("data/sample")
-# The first rows of this many usable shards decide on the tokenizer backend: opening all twice would take long.
+# The tokenizer backend is verified on the first rows of this many usable shards; opening all of them twice takes long.
 _SAMPLED_SHARDS = 4
 _SAMPLED_TEXTS = 64
 
@@ -46,11 +46,11 @@ _SAMPLED_TEXTS = 64
 
 
 def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
-    """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
+    """Locate text and tokenizer: as given, in the default folders, or else the sample corpus. Raises UsageError."""
     if settings.init_from is not None and not Path(settings.init_from, "config.json").is_file():
         raise UsageError(f"--init-from {settings.init_from} holds no config.json; give a Hugging Face folder")
     for flag, source in (("--model-config", settings.model_config), ("--init-from", settings.init_from)):
-        if source is not None:  # a model that is refused is refused before a corpus is made
+        if source is not None:  # reject a bad model before creating the sample corpus
             ModelConfig.from_json(source, vocab_size=VOCAB_MULTIPLE, flag=flag)
     if settings.data_glob is not None:
         _require_shards("--data-glob", settings.data_glob)
@@ -93,7 +93,7 @@ def _require_shards(flag: str, pattern: str) -> None:
 
 
 def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str]:
-    """The corpora's weights, where they are not the checkpoint's. Other corpora are the data position's business."""
+    """Changes of the corpora's weights since the checkpoint. Changed corpora are left to the data position's checks."""
     corpora = parse_data_glob(settings.data_glob or "")
     position = DataPosition.from_dict(record["data_position"])
     weights = normalized([corpus.weight for corpus in corpora])
@@ -104,7 +104,7 @@ def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str
 
 
 def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig) -> None:
-    """Refuse a tokenizer whose ids, those below `entries`, the model does not have."""
+    """Raise UsageError if the tokenizer has more ids (`entries`) than the model's vocabulary."""
     if entries > config.vocab_size:
         raise UsageError(
             f"the tokenizer {settings.tokenizer_path} has ids up to {entries - 1}, the model's vocabulary "
@@ -116,7 +116,7 @@ def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig)
 
 
 def run_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run. Takes up to seconds: load it once a rank and hand it on. Raises UsageError."""
+    """Load a run's tokenizer. This can take seconds: load it once per rank and pass it on. Raises UsageError."""
     assert settings.tokenizer_path is not None
     return load_tokenizer(settings.tokenizer_path, trust_remote_code=settings.trust_remote_code)
 
@@ -124,7 +124,7 @@ def run_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
 def settle_backend(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], notes: list[str]
 ) -> Backend:
-    """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
+    """Choose the tokenizer backend for all ranks; verified to give the same ids on the first rows of the data."""
     rows = read_first_rows(Units(_first_usable_shards(settings)), settings.text_column)
     _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
     before = record.get("tokenizer_backend", backend.label)
@@ -133,7 +133,7 @@ def settle_backend(
 
 
 def first_texts(settings: RunSettings) -> list[str]:
-    """The first documents of the run's data; none where they cannot be read any more."""
+    """The first documents of the run's data; empty if it can no longer be read."""
     if settings.data_glob is None:
         return []
     try:
@@ -145,11 +145,11 @@ def first_texts(settings: RunSettings) -> list[str]:
 
 
 def _first_usable_shards(settings: RunSettings) -> list[Shard]:
-    """The first `_SAMPLED_SHARDS` that can be used, each corpus's files in order. The stream tells of the others.
+    """The first `_SAMPLED_SHARDS` usable shards, corpus by corpus, in file order. The stream reports the bad ones.
 
     Raises:
-        UsageError: a file that comes before them is missing or cannot be reached.
-        BadShardError: none can be used; it is the first one's.
+        UsageError: a file before them is missing or cannot be reached.
+        BadShardError: no shard is usable; this is the error of the first.
     """
     assert settings.data_glob is not None
     usable: list[Shard] = []
@@ -176,7 +176,7 @@ def open_stream(
     *,
     allow_change: bool,
 ) -> tuple[TokenStream, Iterator[TokenChunk]]:
-    """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
+    """The endless training stream of a reading rank, and its chunks. Reads one ahead, to check that there are any."""
     assert settings.data_glob is not None
     require_vocabulary(settings, vocabulary_size(tokenizer), config)
     stream = _stream_of(
@@ -198,7 +198,7 @@ def open_stream(
 def _stream_of(
     settings: RunSettings, pattern: str, tokenizer: PreTrainedTokenizerBase, backend: Backend, **more: Any
 ) -> TokenStream:
-    """The files of `pattern` made into blocks as the run's settings say; `more` for `streaming_token_generator`."""
+    """A stream of blocks from the files of `pattern`, with the run's settings and `more` arguments."""
     return streaming_token_generator(
         pattern,
         tokenizer,
@@ -214,7 +214,7 @@ def _stream_of(
 
 
 def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
-    """What the start of a run says of its data, which goes on from `position`."""
+    """The lines that a start prints about its data; `position` is where a resumed run continues."""
     start = stream.start
     corpora = ", ".join(
         f"{corpus.name} {corpus.files} files{f' ({weight:.1%})' if len(start.weights) > 1 else ''}"
@@ -228,7 +228,7 @@ def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str
 
 
 def read_validation(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Validation | None:
-    """The first held-out blocks, all in memory: 16 kB each at a block of 4096."""
+    """Read the first held-out blocks into memory: 16 kB each at a block size of 4096."""
     if settings.validation_glob is None:
         return None
     import numpy as np

@@ -1,8 +1,8 @@
-"""How a run ends, and how it began: what is printed, and what its folder says afterwards.
+"""The end of a run, and the record of its start: the printed summary, and the files left in its folder.
 
-COMPLETE.json    the last step was taken
-STOPPED.json     it was asked to stop, and goes on from where it is
-.launch.json     which launch works in the folder, so that a second attempt of it is told from a first
+COMPLETE.json    the run took its last step
+STOPPED.json     the run was asked to stop, and can be resumed
+.launch.json     which launch started the run, to distinguish a restarted attempt of a launch from its first attempt
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from colonnade.telemetry.sinks import Tracker
 from run.state import LEDGER_NAME, Run, prune, whole_position
 
 LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMPLETE.json"
-# How long the end of a run waits for its sinks, and for checkpoints that are being uploaded; where it was asked to
-# stop, whoever asked is about to kill it.
+# Seconds that the end of a run waits for its sinks and for checkpoint uploads. Less for uploads if the run was asked to
+# stop, because it will soon be killed.
 CLOSE_SECONDS, UPLOAD_SECONDS, UPLOAD_SECONDS_STOPPED = 30.0, 300.0, 20.0
 
 
 def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:
-    """Close what is open, draw the pictures, and say and write down how the run ended. Collective."""
+    """Close feed, stream, uploads and sinks (which draw the pictures); report and record the end. Collective."""
     position = whole_position(run)
     run.feed.close()
     if run.stream is not None:
@@ -61,13 +61,13 @@ def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None)
 
 
 def _close_tracking(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:
-    """Let uploads and sinks end, within a time; the other ranks wait in the last collective meanwhile."""
+    """Close uploads and sinks within a time limit, since the other ranks are waiting in the last collective."""
     patience = run.settings.step_timeout / 2 or float("inf")
     if run.uploads is not None:
         seconds = UPLOAD_SECONDS if stop_reason is None else UPLOAD_SECONDS_STOPPED
         run.uploads.close(min(seconds, patience / 2), tell=tracker.tell)
         if saved_step >= 0:
-            # What was kept for its upload alone may go.
+            # Checkpoints that were kept only until their upload can now be deleted.
             prune(run, run.directory / checkpoint_name(saved_step))
     tracker.close(min(CLOSE_SECONDS, patience / 2))
 
@@ -77,9 +77,9 @@ def _with_perplexity(loss: float) -> str:
 
 
 def record_end(run: Run, reason: str | None, saved_step: int) -> None:
-    """Write how the run ended into its folder: COMPLETE.json, or STOPPED.json with the reason. On one rank.
+    """Record how the run ended in its folder: COMPLETE.json, or STOPPED.json with the reason. Call it on one rank.
 
-    A run that failed, or is under way, has neither.
+    A run that failed or is still running has neither file. Raises LocalRunError.
     """
     content = {
         "step": run.step,
@@ -100,26 +100,26 @@ def record_end(run: Run, reason: str | None, saved_step: int) -> None:
 
 
 def record_launch(directory: Path, launched_by: list[str], step: int) -> None:
-    """Note who started these ranks, and from which step. A later attempt of the same launch finds it. Raises OSError.
+    """Record who launched these ranks, and from which step. Raises OSError.
 
-    A later attempt leaves the step of the first.
+    A later attempt of the same launch keeps the record of the first attempt, and its step.
     """
     if step_of_launch(directory, launched_by) is None:
         replace_file(directory / LAUNCH_NAME, json.dumps({"launched_by": launched_by, "step": step}) + "\n")
 
 
 def step_of_launch(directory: Path, launched_by: list[str]) -> int | None:
-    """The step at which the first attempt of this launch began in the folder; None where this is the first."""
+    """The step at which the first attempt of this launch began in the folder; None if this is the first."""
     try:
         record = json.loads((directory / LAUNCH_NAME).read_text(encoding="utf-8"))
         is_same = not set(record["launched_by"]).isdisjoint(launched_by)
         return int(record["step"]) if is_same else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that tells nothing: a first attempt
+    except (OSError, ValueError, KeyError, TypeError):  # no readable record: this is the first attempt
         return None
 
 
 def forget_end(directory: Path) -> None:
-    """The run has gone on: it is neither complete nor stopped. Raises LocalRunError."""
+    """Delete COMPLETE.json and STOPPED.json, since the run has been resumed. Raises LocalRunError."""
     try:
         for name in (STOPPED_NAME, COMPLETE_NAME):
             (directory / name).unlink(missing_ok=True)

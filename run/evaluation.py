@@ -1,4 +1,4 @@
-"""A model's loss on text it has not been trained on: windows shared out over ranks, sums in one order."""
+"""A model's loss on held-out text: windows are distributed over ranks, and losses summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from colonnade.telemetry.metrics import perplexity_of
 from model import TensorParallelModel
 from run.trained_model import TrainedModel
 
-# A name and a pattern without a weight: what follows its last colon is no number.
+# A name and a pattern without a weight, that is, without a number after the last colon.
 _NAME_ONLY = re.compile(r"[A-Za-z0-9_.-]+=(?!.+:[0-9.eE+-]+$).+")
 
 _Batches = list[tuple[npt.NDArray[Any], list[int]]]
@@ -35,10 +35,10 @@ _Batches = list[tuple[npt.NDArray[Any], list[int]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How text is scored, settled: see `EvaluationSettings`.
+    """How text is scored, with all defaults resolved. See `EvaluationSettings`.
 
     Attributes:
-        prefix: the token that documents are given to begin with; None for none.
+        prefix: the token put before each document; None for none.
     """
 
     text_column: str
@@ -53,13 +53,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Score:
-    """What a corpus came to.
+    """The result for a corpus.
 
     Attributes:
-        loss: nats a token.
-        bits_per_byte: of the text scored, in UTF-8.
-        tokens: scored; prefixes and first tokens that nothing precedes are not.
-        left_out: rows by reason.
+        loss: nats per token.
+        bits_per_byte: loss in bits per UTF-8 byte of the scored text.
+        tokens: scored tokens; prefixes, and first tokens without a prefix before them, are not scored.
+        left_out: number of rows left out, by reason.
     """
 
     name: str
@@ -83,10 +83,10 @@ class Score:
 
 
 def plan_of(settings: EvaluationSettings, trained: TrainedModel) -> Plan:
-    """How the text is scored: as given, else as the run was trained.
+    """Resolve how text is scored: as given, otherwise as the run was trained.
 
     Raises:
-        UsageError: a block or stride that cannot be, or a prefix that the tokenizer does not have.
+        UsageError: the block size or stride is invalid, or the tokenizer has no token for the prefix.
     """
     context = trained.config.max_position_embeddings
     block = settings.block_size or trained.settings.block_size or context
@@ -114,17 +114,17 @@ def plan_of(settings: EvaluationSettings, trained: TrainedModel) -> Plan:
 
 
 def corpora_of(data_glob: str) -> tuple[CorpusPattern, ...]:
-    """The corpora of a --data-glob: as for training, where a weight may be left out, since it says nothing here."""
+    """Parse a --data-glob as for training, except that weights, which have no effect here, may be omitted."""
     parts = [part.strip() for part in data_glob.split(",")]
     return parse_data_glob(",".join(f"{part}:1" if _NAME_ONLY.fullmatch(part) else part for part in parts))
 
 
 def open_corpora(corpora: Sequence[CorpusPattern], plan: Plan) -> list[list[Shard]]:
-    """The files of each corpus, found and their footers read, before a model is.
+    """Find the files of each corpus and read their footers; done before the model is loaded.
 
     Raises:
-        UsageError: no file is there, one has no such column, or holds token ids.
-        RunError: one is damaged.
+        UsageError: there is no such file, or one lacks the text column or holds token ids.
+        RunError: a file is damaged.
     """
     found = []
     for corpus in corpora:
@@ -138,10 +138,10 @@ def open_corpora(corpora: Sequence[CorpusPattern], plan: Plan) -> list[list[Shar
 def score(
     model: TensorParallelModel, trained: TrainedModel, corpus: CorpusPattern, shards: Sequence[Shard], plan: Plan
 ) -> Score:
-    """Loss of a model on a corpus, whose files are `shards`. Collective; the same bits at every data-parallel size.
+    """Score a model on a corpus, whose files are `shards`. Collective; bit-identical at every data-parallel size.
 
     Raises:
-        UsageError: there is no such text, or nothing in it can be scored.
+        UsageError: the corpus has no token that can be scored.
         RunError: a file is damaged or cannot be reached, or the loss is not finite.
     """
     begin = time.perf_counter()
@@ -165,7 +165,7 @@ def score(
 
 
 def _rounds(trained: TrainedModel, shards: Sequence[Shard], plan: Plan, tally: Tally) -> Iterator[_Batches]:
-    """Read on the first rank: tokens are a small part of the work, and every rank is given the same batches."""
+    """Rounds of batches. Only the first rank reads, since reading is a small part of the work, and broadcasts them."""
     texts = texts_of(shards, plan.text_column, concatenate=plan.concatenate, tally=tally)
     pieces = encoded(texts, Encoder(trained.tokenizer), plan.prefix, tally)
     windows = cut_windows(limited(pieces, plan.max_documents, plan.max_tokens, tally), plan.block_size, plan.stride)
@@ -177,7 +177,7 @@ def score_batches(model: TensorParallelModel, batches: _Batches) -> float:
     """Sum of the losses, in nats, of the tokens that the windows score. Collective.
 
     Args:
-        batches: as `colonnade.data.held_out.batches_of` makes them.
+        batches: from `colonnade.data.held_out.batches_of`.
     """
     layout = model.layout
     totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
@@ -188,6 +188,6 @@ def score_batches(model: TensorParallelModel, batches: _Batches) -> float:
         scored_before = columns < torch.tensor(first, device=layout.device)[:, None]
         labels = blocks.labels.masked_fill(scored_before, IGNORE_INDEX)
         totals[index] = model(blocks.input_ids, labels).double()
-    # One rank tells a batch's loss and the others add zeros, which is exact in any order.
+    # Each batch's loss comes from one rank and the others add zeros, so the sum is exact in any order.
     dist.all_reduce(totals, group=layout.dp_group)
     return float(totals.sum())

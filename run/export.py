@@ -1,10 +1,10 @@
-"""Exporting a checkpoint: a Hugging Face folder or one `.pth` file, shown to be the same model before it has its name.
+"""Exporting a checkpoint to a Hugging Face folder or one `.pth` file, verified before it gets its final name.
 
-1. The model is read, at any number of ranks, and its logits on real text are kept.
-2. Weights, `config.json`, `generation_config.json`, tokenizer and model card are written beside the place they are to
-   have.
-3. The model is let go; `transformers` reads what was written and computes the same logits. Where they differ nothing is
-   left. A .pth file is read back and compared to the bit.
+1. Load the model, on any number of ranks, and compute its logits on real text.
+2. Write weights, `config.json`, `generation_config.json`, tokenizer and model card to a temporary folder beside the
+   output.
+3. Free the model, let `transformers` load the folder and compare its logits. If they differ, delete the folder;
+   otherwise rename it. A .pth file is instead read back and must be bit-identical.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from run.trained_model import TrainedModel
 
 TOLERANCE = 1e-4
-"""Of logits in float32, relative to the norm of those expected: what other kernels round otherwise, and no more."""
+"""Largest difference of float32 logits, relative to the norm of the expected ones: allows only for the rounding of
+other kernels."""
 
-# Tokens of the comparison: rows of real text, each this long at most.
+# Tokens compared: at most this many rows of real text, each at most this long.
 _ROWS, _LENGTH = 4, 256
 
 # ------------------------------------------------------------------------------------------------ a Hugging Face folder
@@ -56,16 +57,16 @@ def export_checkpoint(
     """Write a checkpoint as the Hugging Face folder `output`, which does not exist yet. Collective.
 
     Args:
-        dtype: of the weights, float32, bfloat16 or float16.
-        max_shard_size: of a file of weights, such as `5GB`.
-        text: what logits are compared on; None: the run's own data, where they are still there.
+        dtype: dtype of the written weights: float32, bfloat16 or float16.
+        max_shard_size: maximum size of a weights file, such as `5GB`.
+        text: text to compare logits on; None for the run's own data, if it is still there.
 
     Returns:
-        One line that says what was written and how near the logits were.
+        One line that says what was written and how closely the logits agree.
 
     Raises:
         UsageError: the model cannot be exported.
-        RunError: something cannot be written, or what `transformers` reads is another model; nothing is left.
+        RunError: something cannot be written, or `transformers` computes other logits; nothing is left behind.
     """
     with vote():
         ids = trained.special_token_ids()
@@ -74,7 +75,7 @@ def export_checkpoint(
     stored = getattr(torch, dtype)
     model = trained.load(layout)
     with torch.no_grad():
-        for parameter in model.parameters():  # so that both sides compute with the weights that are written
+        for parameter in model.parameters():  # so that the expected logits come from the weights as written
             parameter.copy_(parameter.to(stored).to(parameter.dtype))
     expected = model.logits(tokens.to(layout.device)).float().cpu()
     aside = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
@@ -99,7 +100,7 @@ def export_checkpoint(
 
 
 def comparison_tokens(trained: TrainedModel, text: str | None) -> tuple[torch.Tensor, str]:
-    """Rows of real text [rows, length] to compare logits on, and where they are from."""
+    """Token ids [rows, length] of real text to compare logits on, and a description of their source."""
     source = "the text given"
     texts = [text] if text is not None else first_texts(trained.settings)
     if text is None:
@@ -140,10 +141,10 @@ def _write_rest(folder: Path, trained: TrainedModel, config: Any, ids: dict[str,
 
 
 def compare(folder: Path, trained: TrainedModel, tokens: torch.Tensor, expected: torch.Tensor) -> float:
-    """The relative difference of `transformers`' logits for the folder from those expected, at most `TOLERANCE`.
+    """Return the relative difference between `transformers`' logits for the folder and the expected ones.
 
     Raises:
-        RunError: it is more, or tokenizer or special tokens are not read back as they were.
+        RunError: the difference is above `TOLERANCE`, or the written tokenizer encodes differently.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -180,7 +181,7 @@ def export_single_file(trained: TrainedModel, layout: ParallelLayout, output: Pa
     """Write a checkpoint's weights as the `model_state_dict` of one `.pth` file. Collective.
 
     Raises:
-        RunError: the file cannot be written, or reads back otherwise; nothing is left.
+        RunError: the file cannot be written, or does not read back identically; nothing is left behind.
     """
     model = trained.load(layout)
     aside = output.with_name(f".{output.name}-{secrets.token_hex(4)}")

@@ -1,6 +1,6 @@
-"""The folder of a run before it starts: what lies there, and whether it may be used.
+"""The folder of a run before it starts: what it contains, and whether the run may use it.
 
-Everything here returns what it found or raises a `UsageError` that names the folder and what to do.
+All functions here return what they found, or raise a `UsageError` that names the folder and says what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from run.end import step_of_launch
 
 
 def newest_checkpoint(directory: Path, settings: RunSettings) -> tuple[CheckpointInfo | None, tuple[Path, ...]]:
-    """The checkpoint that a run goes on from exactly, and the damaged ones that were passed over. Collective."""
+    """The checkpoint to resume exactly (None for a fresh run), and the damaged ones that were skipped. Collective."""
     found, damaged = newest_verified(directory, compare_hashes=settings.checkpoint_hash)
     if found is not None and found.manifest is None:
         raise UsageError(
@@ -35,9 +35,9 @@ def newest_checkpoint(directory: Path, settings: RunSettings) -> tuple[Checkpoin
 
 
 def clear_leftovers(lock: RunLock) -> bool:
-    """Clear away what dead runs left in the lock's folder; whether a checkpoint came to light by it.
+    """Clean up what dead runs left in the lock's folder; return whether that changed the list of checkpoints.
 
-    Where the lock is not held a leftover may be a save that is under way, and stays.
+    If the lock is not held, a leftover may be a save in progress, so nothing is touched.
     """
     if not lock.is_held:
         return False
@@ -47,22 +47,22 @@ def clear_leftovers(lock: RunLock) -> bool:
 
 
 def folder_of_resumed(resume: ResumeSettings, checkpoint_dir: str | None) -> Path:
-    """The run's folder, as a start says it: its --checkpoint-dir, or the folder that the checkpoint lies in."""
+    """The folder of a resumed run: --checkpoint-dir if given, otherwise the folder that contains the checkpoint."""
     path = Path(resume.checkpoint_path)
     is_checkpoint = os.path.isfile(path) or step_of_name(path.name) is not None
     return Path(checkpoint_dir or (path.parent if is_checkpoint else path))
 
 
 def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
-    """`resume`, or what a second attempt of the same launch has to do: go on exactly with what the first one saved.
+    """`resume`, but on a restarted attempt of the same launch: resume exactly from what an earlier attempt saved.
 
-    torchrun's `--max-restarts` repeats the command, and with it the reset of the optimizer and the warm-up.
+    torchrun's `--max-restarts` repeats the whole command; without this, it would reset the optimizer and warm up again.
     """
     directory = folder_of_resumed(resume, checkpoint_dir)
     try:
         began = step_of_launch(directory, launched_by)
         saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
-    except OSError:  # the search for the checkpoint will say what is wrong with the path
+    except OSError:  # the search for the checkpoint will report what is wrong with the path
         return resume
     if began is None or not saved or (saved[0] or 0) <= began:
         return resume
@@ -70,7 +70,7 @@ def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launch
 
 
 def require_writable(directory: Path) -> None:
-    """Refuse a folder that could not take the first checkpoint, hours from now. Creates nothing."""
+    """Raise UsageError now if the folder is not writable, rather than fail at the first save. Creates nothing."""
     existing = directory.absolute()
     try:
         while not _is_there(existing):
@@ -84,7 +84,7 @@ def require_writable(directory: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether `path` names something, be it a link to nothing. Raises OSError where it cannot be a name."""
+    """Whether `path` exists, even as a dangling link. Raises OSError if it is not a valid or reachable path."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -93,7 +93,7 @@ def _is_there(path: Path) -> bool:
 
 
 def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """A checkpoint has its architecture and its weights: refuse to be told others, rather than ignore it."""
+    """Raise UsageError if a model or seed other than the checkpoint's is given, which would otherwise be ignored."""
     for name in ("preset", "model_config", "init_from", "seed"):
         value = given.get(name)
         if value is not None and value != own.get(name):
@@ -102,7 +102,7 @@ def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, An
 
 
 def require_no_other_run(found: CheckpointInfo, directory: Path, damaged: Collection[Path]) -> None:
-    """Refuse a folder whose newest checkpoint would not be this run's: the next start there would take that one."""
+    """Raise UsageError if the folder's newest checkpoint is another run's, which the next start would resume."""
     complete, incomplete = survey(directory)
     there = next((info for info in complete if info.path not in damaged), None)
     if there is None:

@@ -1,6 +1,6 @@
-"""What a run is started with, settled and checked before anything is built: device, model, sizes, the run it is.
+"""A run's inputs, resolved and checked before anything is built: device, model, sizes, identity with a stored run.
 
-Everything here either returns what it settled or raises a `UsageError` that names the value, the limit and what to do.
+All functions here return what they resolved, or raise a `UsageError` that names the value, the limit and what to do.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FINGERPRINT_INTERVAL = 100
 
 
 def with_preset(given: Mapping[str, Any], layout: ParallelLayout, notes: list[str]) -> RunSettings:
-    """The settings given, with a model that suits the device for those who named none."""
+    """Complete the given settings; if they name no model, use a preset that suits the device."""
     if all(given.get(name) is None for name in ("preset", "model_config", "init_from")):
         preset = "tiny" if layout.device.type == "cpu" else "argonne-2b"
         notes.append(f"no --preset or --model-config: using preset {preset}")
@@ -47,7 +47,7 @@ def with_preset(given: Mapping[str, Any], layout: ParallelLayout, notes: list[st
 
 
 def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes: list[str]) -> RunSettings:
-    """Settle what depends on the device: precision and compilation."""
+    """Resolve what depends on the device: precision, compilation, CUDA graphs, float8. Raises UsageError."""
     on_cpu = layout.device.type == "cpu"
     settings = settings.replace(precision=resolve_precision(settings.precision, layout.device))
     if on_cpu and not settings.compile and not settings.disable_compile:
@@ -67,26 +67,26 @@ def resolve_device_settings(settings: RunSettings, layout: ParallelLayout, notes
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What `--precision` means on this device: auto is bf16 on accelerators that have it, else fp32."""
+    """Resolve `--precision` on this device: auto is bf16 on accelerators that support it, otherwise fp32."""
     if precision != "auto":
         return precision
     return "bf16" if device.type != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def arithmetic_of_run(settings: RunSettings, layout: ParallelLayout, micro_batch_size: Any) -> dict[str, Any]:
-    """What a deterministic run's bits depend on besides the settings that are fixed for it."""
+    """What a deterministic run's bits depend on, apart from the settings that are fixed for a run."""
     return arithmetic_of(
         layout.device,
         compiled=settings.compiles_on(layout.device.type),
         micro_batch_size=micro_batch_size,
-        # Halves of a micro-batch, and shares of its tokens, are summed by themselves.
+        # These sum halves of a micro-batch, or shards of its tokens, separately.
         overlap_collectives=settings.overlap_collectives,
         sequence_parallel=settings.sequence_parallel,
     )
 
 
 def resolve_model(settings: RunSettings) -> ModelConfig:
-    """The architecture, its vocabulary from the tokenizer where it names none. Loads the tokenizer: call it once."""
+    """The architecture, with the vocabulary size from the tokenizer if it has none. Loads the tokenizer: call once."""
     entries = vocabulary_size(run_tokenizer(settings))
     config = named_model(settings, entries)
     require_vocabulary(settings, entries, config)
@@ -96,7 +96,7 @@ def resolve_model(settings: RunSettings) -> ModelConfig:
 def named_model(settings: RunSettings, vocab_size: int | None) -> ModelConfig:
     """The architecture that --model-config, --init-from or --preset names.
 
-    `vocab_size` is used where it names none itself.
+    `vocab_size` is used if it does not specify one itself. Raises UsageError.
     """
     source = settings.model_config or settings.init_from
     if source is not None:
@@ -113,7 +113,7 @@ def named_model(settings: RunSettings, vocab_size: int | None) -> ModelConfig:
 
 
 def model_of_record(path: Path, record: Mapping[str, Any]) -> ModelConfig:
-    """The architecture a checkpoint was written with."""
+    """The architecture that a checkpoint was written with. Raises UsageError."""
     try:
         return ModelConfig.from_dict(record["model_config"])
     except UsageError as error:
@@ -137,7 +137,7 @@ def resolve_model_settings(settings: RunSettings, config: ModelConfig) -> RunSet
 
 
 def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
-    """Refuse what cannot be cut or does not fit the model, before anything is built."""
+    """Raise UsageError for sizes that cannot be sharded or do not fit model or memory, before anything is built."""
     assert settings.block_size is not None
     if settings.block_size > config.max_position_embeddings:
         raise UsageError(
@@ -153,7 +153,7 @@ def check_sizes(settings: RunSettings, config: ModelConfig, layout: ParallelLayo
 
 
 def memory_here(device: torch.device) -> tuple[int, int]:
-    """The ranks that share this rank's memory, and all the bytes of it: a GPU's own, or the machine's."""
+    """The number of ranks that share this rank's memory, and its total bytes: of the GPU, or of the machine."""
     if device.type == "cuda":
         return 1, torch.cuda.mem_get_info(device)[1]
     import psutil
@@ -162,14 +162,14 @@ def memory_here(device: torch.device) -> tuple[int, int]:
 
 
 def _require_memory(settings: RunSettings, config: ModelConfig, layout: ParallelLayout) -> None:
-    """Refuse a model whose parameters, gradients and optimizer state exceed all the memory there is."""
+    """Raise UsageError if parameters, gradients and optimizer state exceed the total memory."""
     ranks, memory = memory_here(layout.device)
     parallel = ParallelConfig(
         tp=layout.tp, optimizer=settings.optimizer, replicate_embeddings=settings.replicate_embeddings
     )
     state = state_memory(config, parallel)  # parameters first
     shards = shard_count(settings, layout.dp)
-    # Before they are shared out a rank holds the parameters of its tensor-parallel part.
+    # Before data-parallel sharding, a rank holds all parameters of its tensor-parallel shard.
     needed = max(sum(state) // shards, state[0]) * ranks
     if needed > memory:
         shared = f", {shards} shards" if shards > 1 else ""
@@ -181,13 +181,13 @@ def _require_memory(settings: RunSettings, config: ModelConfig, layout: Parallel
         )
 
 
-# --------------------------------------------------------------------------------------------- is it the same run
+# --------------------------------------------------------------------------------------- identity with a stored run
 
 
 def require_same_run(
     found: CheckpointInfo, settings: RunSettings, config: ModelConfig, layout: ParallelLayout
 ) -> Mapping[str, Any]:
-    """The record of the run in the folder. Refuse to go on with it under other settings, naming each that differs."""
+    """Return the record of the folder's run; raise UsageError, naming each difference, if the settings differ."""
     record = run_record(found)
     stored = RunSettings(**record["settings"])
     old, new = stored.identity(), settings.identity()
@@ -214,7 +214,7 @@ def require_same_run(
 
 
 def arithmetic_changes(record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout) -> list[str]:
-    """What a deterministic run's bits depend on besides its settings, where it is not as its checkpoint says."""
+    """Changes, since the checkpoint, in what a deterministic run's bits depend on besides its settings."""
     if not settings.deterministic or not record["arithmetic"]:
         return []
     asked = settings.initial_batch_size

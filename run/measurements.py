@@ -1,4 +1,4 @@
-"""What is measured of a run: the metrics of a step, the held-out loss, memory and the device's peak."""
+"""Measurements of a run: the metrics of a step, the held-out loss, memory use and the device's peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from run.state import Run, Validation, whole_position
 
 
 def start_row(run: Run) -> dict[str, Any]:
-    """The metrics row of a start: what runs from here on, and on what."""
+    """The metrics row written at a start: what is trained from here on, and on which device and ranks."""
     settings, layout = run.settings, run.layout
     on_cuda = layout.device.type == "cuda"
     return {
@@ -42,7 +42,7 @@ def start_row(run: Run) -> dict[str, Any]:
 
 
 class Meter:
-    """What happened since the last log step."""
+    """Measures the interval since the last logged step."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -56,17 +56,17 @@ class Meter:
             config.vocab_size,
             config.hidden_size,
         )
-        if run.layout.device.type == "cuda":  # what was tried before took more, or less
+        if run.layout.device.type == "cuda":  # discard the peak of the autotuner's trials
             torch.cuda.reset_peak_memory_stats(run.layout.device)
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval: time spent on validation and saving is nobody's training speed."""
+        """Begin a new interval, so that time spent on validation and saving does not count as training time."""
         self._begin, self._tokens = time.perf_counter(), self._run.tokens_seen
         self.data_wait = 0.0
 
     def row(self, outcome: StepOutcome, learning_rate: float, epoch: int) -> dict[str, Any]:
-        """The metrics row of this step, and the start of the next interval. Collective; waits for the device."""
+        """Return the metrics row of this step, and begin the next interval. Collective; syncs with the device."""
         run = self._run
         loss, grad_norm = torch.stack([outcome.loss, outcome.grad_norm.to(outcome.loss.dtype)]).tolist()
         seconds = time.perf_counter() - self._begin
@@ -92,14 +92,15 @@ class Meter:
             row |= data_metrics(position)
         if run.settings.deterministic:
             row |= {"loss_bits": float32_bits(loss), "grad_norm_bits": float32_bits(grad_norm)}
-            # A row that is lost shows, whatever the intervals were: a checkpoint's step is logged, so the chain holds.
+            # Links each row to the previous one, so that an audit detects a lost row at any log interval. The step of a
+            # checkpoint is always logged, so the chain also holds across restarts.
             row["logged_after"], self._logged = self._logged, run.step
         self.restart()
         return row
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the allocator's peak on an accelerator, this process's resident memory on the CPU."""
+    """Bytes in use: the allocator's peak on an accelerator, this process's resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil
@@ -108,7 +109,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense FLOP/s of the device in this precision, where it is known."""
+    """Dense peak FLOP/s of the device in this precision; None if unknown."""
     if device.type != "cuda":
         return None
     if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32:
@@ -118,7 +119,7 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
 
 @torch.no_grad()
 def validate(run: Run, validation: Validation) -> dict[str, float]:
-    """Mean loss and perplexity over the held-out blocks. Collective; the same bits at every data-parallel size."""
+    """Mean loss and perplexity over the held-out blocks. Collective; bit-identical at every data-parallel size."""
     size, layout, document_mask = run.batch.micro_batch_size, run.layout, run.settings.document_mask
     batches = validation.tokens.split(size)
     totals = torch.zeros(len(batches), dtype=torch.float64, device=layout.device)
@@ -127,15 +128,15 @@ def validate(run: Run, validation: Validation) -> dict[str, float]:
         if index >= len(batches):
             if run.model.shards is None:
                 break
-            index = first  # whose loss another rank tells: all are needed to bring the parameters together
+            index = first  # another rank's batch, its loss dropped: all ranks must join the parameter all-gathers
         tokens = batches[index].to(layout.device)
-        # Compiled segments have one shape: the last batch is filled up with rows that do not count.
+        # Compiled segments have a fixed shape, so the last batch is padded with rows that do not count.
         tokens = F.pad(tokens, (0, 0, 0, size - tokens.shape[0]), value=PADDING)
         blocks = unpack_blocks(tokens, document_mask=document_mask)
         loss = run.model(blocks.input_ids, blocks.labels, blocks.document_starts).double()
         if index == first + layout.dp_rank:
             totals[index] = loss
-    # One rank tells a batch's loss and the others add zeros, which is exact in any order.
+    # Each batch's loss comes from one rank and the others add zeros, so the sum is exact in any order.
     dist.all_reduce(totals, group=layout.dp_group)
     mean = float(totals.sum()) / max(counted_targets(validation.tokens, document_mask), 1)
     return {"validation_loss": mean, "validation_perplexity": perplexity_of(mean)}

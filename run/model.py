@@ -1,4 +1,4 @@
-"""What a run trains: model and optimizer, built from its settings, fresh or as a checkpoint has them."""
+"""What a run trains: model and optimizer, built from its settings, fresh or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run goes on from; everything empty for a fresh one.
+    """What a run resumes from; all fields have their defaults for a fresh run.
 
     Attributes:
-        global_batch: None: from the settings.
-        began_at: the step at which the run was last changed; None: as the record says.
-        libraries: versions that the checkpoint was written with.
+        path: the checkpoint; None for a fresh run.
+        record: what its manifest says about the run; empty for a single file.
+        global_batch: sequences per step; None to derive it from the settings.
+        began_at: the step at which the run was last changed; None to take it from the record.
+        libraries: library versions that the checkpoint was written with.
         actions: what this start changes, for its report.
-        damaged: newer checkpoints that were passed over.
+        damaged: newer checkpoints that were skipped.
     """
 
     path: Path | None = None
@@ -53,7 +55,7 @@ class Origin:
 def build_model(
     settings: RunSettings, config: ModelConfig, layout: ParallelLayout, precision: str
 ) -> TensorParallelModel:
-    """The model of a run, with the initial weights of its seed, cut as its settings say. Collective."""
+    """Build a run's model, sharded as its settings say, with the initial weights of its seed. Collective."""
     mode = settings.data_parallel_shard
     if mode != "none":
         layout = layout.sharded(settings.data_parallel_replicate_size)
@@ -75,7 +77,8 @@ def build_model(
         overlap_weight_gradients=not settings.plain_step,
     )
     if layout.shard_mesh is not None:
-        lower = precision != "fp32" and not settings.deterministic  # which sums a gradient in the parameters' dtype
+        # The deterministic mode gathers parameters and sums gradients in the parameters' dtype.
+        lower = precision != "fp32" and not settings.deterministic
         model.share_out(
             mode=mode, fixed_order=settings.deterministic, gather_dtype=DTYPES[precision] if lower else None
         )
@@ -83,7 +86,7 @@ def build_model(
 
 
 def build_optimizer(model: TensorParallelModel, settings: RunSettings) -> torch.optim.Optimizer:
-    """The optimizer of a run, with its state in memory."""
+    """Build a run's optimizer and allocate its state."""
     keeps_bits = fused_keeps_bits(model.parameters(), [count for _, count in model.pieces])
     optimizer = create_optimizer(model, settings, fused=not settings.deterministic or keeps_bits)
     allocate_state(optimizer)
@@ -92,7 +95,7 @@ def build_optimizer(model: TensorParallelModel, settings: RunSettings) -> torch.
 
 @dataclass(frozen=True)
 class State:
-    """What a run trains, as it was restored, and the optimizer steps that this took."""
+    """What a run trains, as built or restored, and the number of optimizer steps taken so far."""
 
     model: TensorParallelModel
     optimizer: torch.optim.Optimizer
@@ -103,13 +106,13 @@ class State:
 def build_state(
     settings: RunSettings, config: ModelConfig, layout: ParallelLayout, origin: Origin, *, compares: bool
 ) -> State:
-    """Model, optimizer and loss scale, restored. `compares`: refuse tensors that the manifest does not tell of."""
+    """Build and restore model, optimizer and loss scale. `compares`: check the tensors' recorded fingerprint."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, config, layout, settings.precision)
     optimizer = build_optimizer(model, settings)
     scaler = GradScaler(layout.device.type, enabled=settings.precision == "fp16")
     step = _restore(origin, model, optimizer, scaler, settings.init_from)
-    if compares:  # an audit compares by itself, and names the tensor
+    if compares:  # an audit does its own comparison, which names the tensor
         _require_fingerprint(origin, model, optimizer)
     return State(model, optimizer, scaler, step)
 
@@ -121,7 +124,7 @@ def _restore(
     scaler: GradScaler,
     init_from: str | None,
 ) -> int:
-    """Load what the origin holds, or a fresh run's first weights; returns the optimizer steps taken so far."""
+    """Load the origin's checkpoint, or --init-from for a fresh run; return the number of optimizer steps taken."""
     if origin.path is None:
         if init_from is not None:
             with vote():
@@ -149,7 +152,7 @@ def _restore(
 
 
 def _require_fingerprint(origin: Origin, model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a checkpoint whose tensors, as they were restored, are not those its manifest tells of."""
+    """Raise UsageError if the restored tensors do not have the fingerprint recorded in the manifest."""
     record = origin.record or {}
     if record.get("fingerprint") is None:
         return

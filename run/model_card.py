@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, what it was trained on, how good it is, how to use it."""
+"""The model card of an exported model: usage, sizes, training data, results and training settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def model_card(trained: TrainedModel, parameters: int, dtype: str, name: str) -> str:
-    """A README.md with the metadata that the Hugging Face hub reads."""
+    """The text of a README.md, with the metadata that the Hugging Face hub reads."""
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["colonnade"])
@@ -47,7 +47,7 @@ def _data(trained: TrainedModel) -> str:
 
 
 def _results(trained: TrainedModel) -> dict[str, Any]:
-    """The last losses up to the checkpoint, in nats a token, where the run's log is beside it."""
+    """The last losses up to the checkpoint, in nats per token, from the run's log if it lies beside the checkpoint."""
     results = {"training loss": trained.record["loss"]}
     try:
         rows = read_metrics(trained.path.parent / METRICS_NAME)

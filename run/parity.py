@@ -1,8 +1,8 @@
-"""The first steps of a run taken twice, cut over all ranks and whole on the first one, and what differs.
+"""The first steps of a run taken twice, sharded over all ranks and unsharded on the first, and their differences.
 
-Both sides have the same settings, the same initial weights (of one seed, or one checkpoint) and the same batches. Each
-takes the steps of `colonnade.optim.step`, with optimizer, clipping and learning rate as the run has them. The side on
-the first rank is a mesh of one: its forward pass, gradients, norm and update have no other rank in them.
+Both sides have the same settings, the same initial weights (from one seed or one checkpoint) and the same batches. Each
+takes the steps of `colonnade.optim.step`, with the run's optimizer, clipping and learning rate. The unsharded ("whole")
+side is a mesh of one rank: its forward pass, gradients, norm and update involve no other rank.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from run.model import build_model, build_optimizer
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared: a run as its settings say, and the blocks of its first steps.
+    """What is compared: a run with these settings, and the blocks of its first steps.
 
     Attributes:
-        checkpoint: where the weights come from; None for those of the seed.
-        has_record: whether that is a checkpoint's folder, not a single file.
-        micro_batch: sequences; both sides accumulate as many as make up a step.
+        checkpoint: where the weights come from; None for the initial weights of the seed.
+        has_record: whether `checkpoint` is a checkpoint folder rather than a single file.
+        micro_batch: sequences per micro-batch; both sides accumulate as many micro-batches as make up a step.
         blocks: int32 [steps, sequences, T + 1] in the wire format of `colonnade/data/blocks.py`.
     """
 
@@ -56,7 +56,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Numerics:
-    """What activations and products are computed in: a precision, and whether projections are in float8 besides."""
+    """The precision of activations and matrix products, and whether projections use float8."""
 
     precision: str
     float8: bool = False
@@ -74,14 +74,15 @@ EXACT = Numerics("fp32")
 
 @dataclass(frozen=True)
 class StepParity:
-    """One step on both sides; the whole one stands first in pairs.
+    """One step on both sides; in each pair, the whole side comes first.
 
     Attributes:
-        losses, norms: of each side; the norm before clipping.
-        skipped: of each side, whether the step was left out because something in it was not finite.
-        gradient: the worst parameter's (`colonnade/telemetry/differences.py`), of the gradients that the optimizer
-            is given: summed and clipped. None where neither side took the step.
-        rounding: in lower numerics the same between them and fp32, both whole: what they change by themselves.
+        losses, norms: loss and gradient norm (before clipping) of each side.
+        skipped: whether each side skipped the step because something in it was not finite.
+        gradient: difference of the gradients that the optimizer is given (summed and clipped), for the worst parameter
+            (`colonnade/telemetry/differences.py`). None if neither side took the step.
+        rounding: in numerics lower than fp32, the same difference between them and fp32, both on the whole side: the
+            effect of the numerics alone.
     """
 
     step: int
@@ -102,7 +103,7 @@ class StepParity:
 
 @dataclass
 class WholeSide:
-    """What the whole side came to, on the CPU: the gradients of each step, the parameters after the last."""
+    """Results of the whole side, on the CPU: the gradients of each step, and the parameters after the last step."""
 
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
@@ -110,13 +111,13 @@ class WholeSide:
 
 @dataclass
 class NumericsParity:
-    """All steps in the same numerics.
+    """The comparison of all steps in the same numerics.
 
     Attributes:
-        tolerance: largest relative difference; in lower numerics than fp32 as a multiple of `StepParity.rounding`.
-        parameters: the worst parameter after the last step.
-        parameters_rounding: in lower numerics the same between them and fp32, both whole.
-        whole: kept of fp32, where lower numerics are to be held against it.
+        tolerance: largest relative difference allowed; below fp32, as a multiple of `StepParity.rounding`.
+        parameters: difference of the worst parameter after the last step.
+        parameters_rounding: in numerics lower than fp32, the same between them and fp32, both on the whole side.
+        whole: results of the fp32 whole side, kept if lower numerics are compared with it later.
     """
 
     numerics: Numerics
@@ -127,11 +128,11 @@ class NumericsParity:
     whole: WholeSide | None = None
 
     def limit(self, rounding: Difference | None) -> float:
-        """The largest difference allowed where the numerics by themselves change as much as `rounding`."""
+        """The largest difference allowed if the numerics alone cause a difference of `rounding` (None for fp32)."""
         return self.tolerance * (1.0 if rounding is None else rounding.value)
 
     def problem(self) -> str | None:
-        """The first thing above the tolerance, in words; None where all is within it."""
+        """A description of the first difference above the tolerance; None if all are within it."""
         for each in self.steps:
             if each.skipped[0] != each.skipped[1]:
                 return f"step {each.step} is skipped {'whole' if each.skipped[0] else 'cut'} alone"
@@ -154,7 +155,7 @@ class NumericsParity:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found, as plain values; differences with the parameter's name."""
+        """The results as plain values; each difference includes its parameter's name."""
         steps = [
             {**asdict(step), "loss_difference": step.loss_difference, "norm_difference": step.norm_difference}
             for step in self.steps
@@ -172,7 +173,7 @@ class NumericsParity:
 
 
 class Side:
-    """A model with its optimizer, as a run has them, on the ranks of `layout`."""
+    """A run's model and optimizer on the ranks of `layout`."""
 
     def __init__(self, subject: Subject, layout: ParallelLayout, numerics: Numerics) -> None:
         settings = subject.settings.replace(float8=numerics.float8)
@@ -183,7 +184,7 @@ class Side:
         self._schedule = schedule_of(settings, 0, 0)
 
     def load(self, group: dist.ProcessGroup | None) -> None:
-        """The weights of the checkpoint, or of --init-from. Collective over `group`, the side's ranks."""
+        """Load the weights of the checkpoint or of --init-from, if any. Collective over `group`, the side's ranks."""
         path, init_from = self.subject.checkpoint, self.subject.settings.init_from
         if path is None:
             if init_from is not None:
@@ -197,7 +198,7 @@ class Side:
                 load_single_file(path, model=self.model, vocabulary_size=self.subject.config.vocab_size)
 
     def take_step(self, index: int, look: Callable[[], None]) -> StepOutcome:
-        """Step `index` (from 0). `look` is called when the gradients are as the optimizer gets them, if it is asked."""
+        """Take step `index` (from 0). `look` is called just before the optimizer updates, unless it is skipped."""
         subject, settings = self.subject, self.subject.settings
         blocks = subject.blocks[index]
         share = blocks[self.layout.dp_rank :: self.layout.dp]
@@ -220,7 +221,7 @@ class Side:
             hook.remove()
 
     def tensors(self, *, gradients: bool) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole value of each parameter, or of its gradient, one at a time. Collective."""
+        """Yield the name and full value of each parameter, or of its gradient, one at a time. Collective."""
         for name, parameter in self.model.named_parameters():
             tensor = parameter.grad if gradients else parameter.detach()
             assert isinstance(tensor, DTensor)
@@ -240,16 +241,16 @@ def compare_sides(
     against: NumericsParity | None = None,
     keep: bool = False,
 ) -> NumericsParity:
-    """Take the subject's steps on both sides. Collective; what differs is known to the first rank.
+    """Take the subject's steps on both sides and compare. Collective; only the first rank has the differences.
 
     Args:
-        alone: the mesh of the first rank (`first_rank_alone`).
-        against: the comparison in fp32, which kept its whole side; None where this is it.
-        keep: keep the whole side.
+        alone: the mesh of the first rank alone (`first_rank_alone`).
+        against: the comparison in fp32, which kept its whole side; None if this is that comparison.
+        keep: whether to keep the results of the whole side.
 
     Raises:
-        UsageError: the sizes cannot be cut over these ranks, or the checkpoint does not fit them.
-        RunError: the first rank has not the memory for both sides.
+        UsageError: the model cannot be sharded over these ranks, or the checkpoint does not fit it.
+        RunError: the first rank does not have enough memory for both sides.
     """
     parity, kept = NumericsParity(numerics, tolerance), WholeSide()
     with vote():
@@ -270,7 +271,7 @@ def compare_sides(
             if keep:
                 kept.gradients.append({name: value.cpu().clone() for name, value in expected.items()})
             if against is not None and against.whole is not None and expected:
-                # Without those gradients fp32 was skipped there: nothing to measure these numerics by.
+                # If fp32 skipped this step, there are no gradients to measure the effect of these numerics by.
                 fp32 = against.whole.gradients[index]
                 rounding = worst_of(differences(expected.items(), fp32)) if fp32 else None
         second, found = _cut_step(cut, index, expected)
@@ -284,7 +285,7 @@ def compare_sides(
 
 
 def _compare_parameters(parity: NumericsParity, cut: Side, whole: Side | None, against: NumericsParity | None) -> None:
-    """Compare what the steps have made of the parameters. Collective."""
+    """Compare the parameters after the last step. Collective."""
     expected = dict(whole.tensors(gradients=False)) if whole is not None else None
     found = differences(cut.tensors(gradients=False), expected)
     if expected is None or all(all(step.skipped) for step in parity.steps):
@@ -297,15 +298,15 @@ def _compare_parameters(parity: NumericsParity, cut: Side, whole: Side | None, a
 
 
 def _whole_step(whole: Side, index: int) -> tuple[StepOutcome, dict[str, Tensor]]:
-    """A step and its gradients, as the optimizer got them; none where it was not asked to take it."""
+    """Take a step; return its outcome and the gradients as the optimizer got them, empty if it was skipped."""
     gradients: dict[str, Tensor] = {}
-    # The tensors themselves, which the step lets go of: on a mesh of one nothing is gathered or copied.
+    # The gradient tensors themselves: a mesh of one gathers and copies nothing, and the step drops its references.
     outcome = whole.take_step(index, lambda: gradients.update(whole.tensors(gradients=True)))
     return outcome, gradients
 
 
 def _cut_step(cut: Side, index: int, expected: Mapping[str, Tensor] | None) -> tuple[StepOutcome, dict[str, Norms]]:
-    """A step, and what its gradients differ by from those expected. Collective."""
+    """Take a step; return its outcome and the differences of its gradients from `expected`. Collective."""
     found: dict[str, Norms] = {}
     outcome = cut.take_step(index, lambda: found.update(differences(cut.tensors(gradients=True), expected)))
     return outcome, found

@@ -27,9 +27,9 @@ def describe(subject: Subject, layout: ParallelLayout) -> str:
 
 
 def table(parity: NumericsParity, layout: ParallelLayout) -> str:
-    """The comparison in the same numerics, for people."""
+    """The comparison in one kind of numerics, as a text table."""
     ranks, numerics = f"tp {layout.tp}", parity.numerics
-    # A multiple of what the numerics by themselves change, except where there is no other to measure that by.
+    # Below fp32 the tolerance is a multiple of the numerics' own effect, unless that could not be measured.
     is_low = parity.parameters_rounding is not None
     unit = f" times what {numerics} differs from fp32 by on one rank" if is_low else ""
     lines = [
@@ -57,7 +57,7 @@ def _shown(difference: Difference) -> str:
 def conclude(
     parity: ParitySettings, subject: Subject, layout: ParallelLayout, done: list[NumericsParity]
 ) -> str | None:
-    """Write --json, say that all is well, or return what is not. On the first rank."""
+    """Write --json; print that the sides agree, or return the problems. Call it on the first rank."""
     problems = [f"{each.numerics}: {problem}" for each in done if (problem := each.problem()) is not None]
     if parity.json is not None:
         report = {

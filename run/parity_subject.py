@@ -1,4 +1,4 @@
-"""What `check_parity.py` compares: a run's settings, settled as `training.py` settles them, and its first blocks."""
+"""What `check_parity.py` compares: a run's settings, resolved as `training.py` resolves them, and its first blocks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from run.parity import EXACT, Numerics, Subject
 
 
 def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLayout, alone: ParallelLayout) -> Subject:
-    """The run that is meant, settled as `training.py` settles it, and the blocks of its first steps. Collective."""
+    """Resolve the run as `training.py` does, and read the blocks of its first steps. Collective."""
     notes: list[str] = []
     found, record = None, {}
     if parity.checkpoint_path is not None:
@@ -72,7 +72,7 @@ def settle(parity: ParitySettings, given: Mapping[str, Any], layout: ParallelLay
 
 
 def batch_of(settings: RunSettings, layout: ParallelLayout) -> tuple[int, int]:
-    """Sequences of a micro-batch and of a step. Where the tuner would choose the micro-batch it is 1."""
+    """Sequences per micro-batch and per step. The micro-batch is 1 if the tuner would choose it."""
     fixed_micro_batch(settings, {})
     if settings.initial_batch_size == "auto":
         settings = settings.replace(initial_batch_size="1")
@@ -81,19 +81,19 @@ def batch_of(settings: RunSettings, layout: ParallelLayout) -> tuple[int, int]:
     check_shares(global_batch, layout.dp)
     if settings.deterministic:
         check_micro_batches(global_batch, micro_batch, layout.dp)
-    # As the tuner does: the largest number up to the one given that shares out a rank's part of the step.
+    # As in the tuner: the largest divisor of a rank's share of the step that is at most the given number.
     share = global_batch // layout.dp
     return next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0), global_batch
 
 
 def require_memory_for_both(config: ModelConfig, optimizer: str, layout: ParallelLayout, kept: int) -> None:
-    """Refuse a model that the first rank cannot hold whole beside its share of it.
+    """Check that the first rank can hold the whole model in addition to its shard.
 
     Args:
-        kept: copies of the whole model's size, 4 bytes a parameter, that stay in host memory for a second precision.
+        kept: number of model-sized float32 copies that stay in host memory for the comparison with a second precision.
 
     Raises:
-        UsageError: parameters, gradients and moments alone exceed the memory there is.
+        UsageError: parameters, gradients and moments alone exceed the available memory.
     """
     ranks, memory = memory_here(layout.device)
     whole, share = (sum(state_memory(config, ParallelConfig(tp=tp, optimizer=optimizer))) for tp in (1, layout.tp))
@@ -116,7 +116,7 @@ def read_blocks(
     global_batch: int,
     notes: list[str],
 ) -> Any:
-    """The blocks of the run's first steps, int32 [steps, sequences, T + 1]; on the first rank."""
+    """Read the blocks of the run's first steps, int32 [steps, sequences, T + 1]. Call it on the first rank."""
     tokenizer = run_tokenizer(settings)
     backend = settle_backend(settings, tokenizer, {}, notes)
     stream, chunks = open_stream(settings, tokenizer, backend, config, alone, None, allow_change=False)

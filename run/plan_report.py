@@ -13,7 +13,7 @@ from colonnade.tuning.memory import GIB
 if TYPE_CHECKING:
     from colonnade.tuning.plan import Plan
 
-SHOWN = 6  # candidates in the table
+SHOWN = 6  # rows in the table of candidates
 
 
 def counts(config: ModelConfig) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def print_plan(config: ModelConfig, plan: Plan) -> None:
 
 
 def _traffic(plan: Plan) -> str:
-    """Of each group and collective the bytes and calls of a step."""
+    """The bytes and calls per step of each collective in each group."""
     sums: dict[str, tuple[int, int]] = {}
     for one in plan.traffic:
         calls, size = sums.get(f"{one.group} {one.collective}", (0, 0))
@@ -107,7 +107,7 @@ def _duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Module:
-    """A row of the table of parameters: one parameter, or those of all layers that are alike."""
+    """A row of the parameter table: one parameter, or the same parameter of all layers."""
 
     name: str
     shape: tuple[int, ...]
@@ -119,7 +119,7 @@ class Module:
 
 
 def modules_of(config: ModelConfig) -> list[Module]:
-    """The rows in the order of the forward pass."""
+    """The rows of the parameter table, in the order of the forward pass."""
     outer = [Module(name, shape, 1) for name, shape in outer_shapes(config).items()]
     layers = [
         Module(f"model.layers.*.{name}", shape, config.num_hidden_layers)

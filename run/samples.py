@@ -1,4 +1,4 @@
-"""Samples of a model's text that a run takes of itself on its way."""
+"""Samples of the model's text, taken during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_PROMPTS = 16
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """The prompts of a run, as text and as token ids, and the token that ends a continuation (None for none)."""
+    """A run's sample prompts, as text and as token ids, and the token that ends a continuation (None for none)."""
 
     texts: list[str]
     tokens: list[list[int]]
@@ -29,10 +29,10 @@ class SamplePrompts:
 
 
 def read_sample_prompts(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, context: int) -> SamplePrompts:
-    """The prompts that `--sample-prompts` names, at most `MAX_PROMPTS`.
+    """Read the prompts of `--sample-prompts`, at most `MAX_PROMPTS`.
 
     Raises:
-        UsageError: there are none or too many, or one leaves no room in the model's context for --sample-tokens.
+        UsageError: there are none or too many, or one is too long for the model's context with --sample-tokens added.
     """
     texts = prompts_in(Path(settings.sample_prompts or ""), "--sample-prompts")
     if len(texts) > MAX_PROMPTS:
@@ -46,7 +46,7 @@ def read_sample_prompts(settings: RunSettings, tokenizer: PreTrainedTokenizerBas
 
 
 def samples_are_due(step: int, interval: int) -> bool:
-    """Whether samples are taken after this step: at `interval`, 2 `interval`, 4 `interval` and so on."""
+    """Whether samples are taken after this step: after `interval`, 2 `interval`, 4 `interval`, ... steps."""
     times, rest = divmod(step, interval) if interval > 0 else (0, 0)
     return times > 0 and rest == 0 and times & (times - 1) == 0
 
@@ -54,7 +54,7 @@ def samples_are_due(step: int, interval: int) -> bool:
 def sampled_tokens(model: TensorParallelModel, prompts: SamplePrompts, settings: RunSettings) -> list[list[int]]:
     """The tokens that the model adds to each prompt. Collective.
 
-    Draws come from generators of their own: the run goes on as it would without them.
+    Sampling uses its own random generators, so it does not affect training.
     """
     sampling = Sampling(temperature=settings.sample_temperature, seed=settings.seed)
     steps = generate_tokens(model, prompts.tokens, settings.sample_tokens, sampling, {prompts.end})
@@ -64,5 +64,5 @@ def sampled_tokens(model: TensorParallelModel, prompts: SamplePrompts, settings:
 def samples_row(
     prompts: SamplePrompts, rows: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, str]]:
-    """What the metrics tell of samples: `prompt` and `text` of each."""
+    """The samples as they appear in the metrics: `prompt` and `text` of each."""
     return [{"prompt": text, "text": str(tokenizer.decode(row))} for text, row in zip(prompts.texts, rows, strict=True)]

@@ -1,12 +1,12 @@
-"""Everything that is decided before step one: ranks, inputs, the model, the batch, and the state to start from.
+"""Everything that happens before the first step: ranks, inputs, model, batch, and the state to start from.
 
-`start_run` serves `training.py`: a fresh run, or exactly where its newest checkpoint stands. `resume_run` serves
-`resume_pretrain_tensor.py`: a checkpoint, with settings changed. `replay_run` serves `audit_run.py`: a deterministic
-run as it once stood. All end in a `run.state.Run`.
+`start_run` is for `training.py`: it starts a fresh run, or resumes its newest checkpoint exactly. `resume_run` is for
+`resume_pretrain_tensor.py`: it resumes a checkpoint with changed settings. `replay_run` is for `audit_run.py`: it
+restores an earlier state of a deterministic run. Each returns a `run.state.Run`.
 
-Bad input is found before the first step, and where it can be before anything is built (`inputs`, `folder`,
+Invalid input is detected before the first step and, where possible, before anything is built (`inputs`, `folder`,
 `batch_sizes`). Each check runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`), so that
-all ranks leave together.
+all ranks exit together.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ from run.inputs import (
 from run.model import Origin
 from run.state import HANGS_NAME, Run
 
-# ------------------------------------------------------------------------------------------------ the ways in
+# ------------------------------------------------------------------------------------------------ entry points
 
 
 def start_run(given: Mapping[str, Any]) -> Run | None:
-    """A fresh run, or the one in the checkpoint folder exactly where its newest checkpoint stands.
+    """Start a fresh run, or resume the run in the checkpoint folder exactly from its newest checkpoint.
 
     Args:
         given: settings by name, as `parse_training` returns them.
 
     Returns:
-        None where the folder's run is finished: one line has said so, and nothing is read or written.
+        None if the run in the folder is finished: a line says so, and nothing is trained or written.
 
     Raises:
-        UsageError: input that cannot work, or the folder holds a run with other settings.
+        UsageError: the input is invalid, or the folder holds a run with other settings.
     """
     layout = _join_ranks(given)
     notes: list[str] = []
@@ -83,7 +83,7 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
 
 @contextmanager
 def _folder_of(settings: RunSettings) -> Iterator[RunLock]:
-    """The run's folder, locked for the block where it exists, and given back where the block fails. Collective."""
+    """Check the run's folder and, if it exists, lock it; unlock it if the block raises. Collective."""
     directory = Path(settings.checkpoint_dir)
     lock = RunLock(directory)
     on_first_rank(lambda: require_writable(directory))
@@ -110,7 +110,7 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
             return {} if found is None else require_same_run(found, settings, config, layout)
 
     record = check()
-    # Not before the run is known to be this one: what lies in another's folder is not ours to clear away.
+    # Only once the run in the folder is known to be this one: leftovers of another run are not ours to delete.
     if on_first_rank(lambda: clear_leftovers(lock)):
         found, damaged = newest_checkpoint(lock.directory, settings)
         record = check()
@@ -135,19 +135,19 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
 
 
 def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
-    """The run of a checkpoint, its settings overridden by those given.
+    """Resume the run of a checkpoint, with the given settings overriding its own.
 
     Returns:
-        None where the run is finished and was to go on exactly: one line has said so.
+        None if the run is finished and was to be resumed exactly (--keep-optimizer): a line says so.
 
     Raises:
-        UsageError: no usable checkpoint, or settings that cannot work with it.
+        UsageError: there is no usable checkpoint, or the settings do not work with it.
     """
     layout = _join_ranks(given, resume)
     notes: list[str] = []
     names = launchers()
     if is_artifact(resume.checkpoint_path):
-        # What was downloaded is nobody's run: this one gets a folder of its own.
+        # A downloaded checkpoint does not lie in a run's folder, so this run gets a folder of its own.
         given = {"checkpoint_dir": RunSettings().checkpoint_dir, **given}
     resume = on_first_rank(lambda: attempt_of_launch(resume, given.get("checkpoint_dir"), names))
     if is_artifact(resume.checkpoint_path):
@@ -159,7 +159,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         if not record and resume.keep_optimizer:
             raise UsageError(f"--keep-optimizer: {found.path} holds no optimizer state; leave the flag out")
         own = {**record.get("settings", {}), "checkpoint_dir": str(found.path.parent)}
-        own["tensor_parallel_size"] = None  # as many ranks as this launch has, unless it says otherwise
+        own["tensor_parallel_size"] = None  # all ranks of this launch, unless given
         if record:
             require_own_model(found.path, own, given)
             settings = check_contradictions(RunSettings(**override(own, given)))
@@ -183,7 +183,7 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The checkpoint to resume from, its record, and the damaged ones that were passed over."""
+    """The checkpoint to resume from, its record, and the damaged checkpoints that were skipped."""
 
     found: CheckpointInfo
     record: Mapping[str, Any]
@@ -244,7 +244,7 @@ def _resume(
 
 
 def _join_ranks(given: Mapping[str, Any], resume: ResumeSettings | None = None) -> ParallelLayout:
-    """Before anything is known but the settings given: a checkpoint's own come too late for this."""
+    """Set up the process group. Uses the given settings only; a checkpoint's settings are not known yet."""
     defaults = RunSettings(**given)
     folder = Path(defaults.checkpoint_dir)
     if resume is not None:
@@ -264,15 +264,15 @@ def replay_run(
     tokenizer_path: str | None = None,
     trust_remote_code: bool = False,
 ) -> Run:
-    """The deterministic run of a folder as it stood at its newest checkpoint up to step `first`, or at its beginning.
+    """Restore a folder's deterministic run from its newest checkpoint at or before step `first`, or its initial state.
 
-    Nothing is written. The settings are those under which the steps up to `last` were trained, as the next checkpoint
-    says; `data_glob` and `tokenizer_path` say where the run's data are now, if they have moved. What was restored is
-    not compared with its fingerprint.
+    Nothing is written. The settings are those under which the steps up to `last` were trained, as recorded by the
+    first checkpoint from `last` on (else the newest). `data_glob` and `tokenizer_path` are the current locations of the
+    run's data and tokenizer, if they have moved. The restored tensors are not compared with their fingerprint here.
 
     Raises:
-        UsageError: the run is not deterministic, was changed in this stretch, needs another machine or other ranks, or
-            has no complete checkpoint; or the data are not those it was trained on.
+        UsageError: the run is not deterministic, was changed within these steps, needs another machine or other numbers
+            of ranks, or has no complete checkpoint; or the data is not what it was trained on.
     """
     told_by = on_first_rank(lambda: _checkpoint_from(directory, last))
     start, _ = newest_verified(directory, up_to=first)
@@ -287,7 +287,7 @@ def replay_run(
             data_parallel_replicate_size=1,  # settled below for these ranks, whatever the run had
             checkpoint_dir=str(directory),
             validation_glob=None,
-            cuda_graphs=False,  # the same kernels, on a machine that may have no graphs, or parameters shared out
+            cuda_graphs=False,  # same kernels; graphs may be unavailable here, or not work with sharded parameters
             trust_remote_code=trust_remote_code,
             **{name: value for name, value in moved.items() if value is not None},
         )
@@ -299,7 +299,7 @@ def replay_run(
     with vote():
         check_sizes(settings, config, layout)
     path = None if start is None else start.path
-    # Other data are refused here, in an audit's own words, and from the beginning too, where there is no position.
+    # Changed data is rejected below, with a message for audits; that also covers a start without a data position.
     origin = Origin(path, own, begin, keep_optimizer=True, global_batch=record["global_batch"], allow_data_change=True)
     run = assemble(settings, config, layout, notes, origin, None)
     with vote():
@@ -313,7 +313,7 @@ def replay_run(
 def _require_replayable(
     directory: Path, begin: int, record: Mapping[str, Any], settings: RunSettings, layout: ParallelLayout
 ) -> None:
-    """Refuse a stretch of a run, from step `begin` on, that does not have the same bits on these ranks."""
+    """Raise UsageError if the run's steps after `begin` cannot be bit-identical on these ranks."""
     if not settings.deterministic:
         raise UsageError(f"--run {directory} was not trained with --deterministic: its bits depend on its ranks")
     _require_workable_ranks(record, settings, layout)
@@ -340,7 +340,7 @@ def _require_workable_ranks(record: Mapping[str, Any], settings: RunSettings, la
 
 
 def _checkpoint_from(directory: Path, last: int) -> CheckpointInfo:
-    """The first checkpoint of a run from step `last` on, else the newest."""
+    """The run's first checkpoint at or after step `last`, otherwise its newest."""
     found = [info for info in find_checkpoints(directory) if info.manifest is not None]
     if not found:
         raise UsageError(f"--run {directory} holds no complete checkpoint; give a run's folder")

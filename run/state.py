@@ -1,4 +1,4 @@
-"""A run as it stands between two steps, and what of it goes into a checkpoint."""
+"""The state of a run between two steps, and what of it goes into a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Validation:
 
     Attributes:
         tokens: [chunks, block_size + 1] int32 on the CPU, in the wire format (`colonnade/data/blocks.py`).
-        unigram_entropy: nats a token of the targets' own frequencies: the loss of knowing them and nothing else.
+        unigram_entropy: entropy of the targets' frequencies in nats per token: the best loss possible without context.
     """
 
     tokens: Tensor
@@ -53,34 +53,35 @@ class Validation:
 
 @dataclass
 class Run:
-    """A run as it stands between two steps.
+    """The state of a run between two steps.
 
     Attributes:
-        settings: as resolved: what `--config` takes back.
-        batch: micro-batch and accumulation on this many ranks; `global_batch` chunks a step follow on any number.
+        settings: resolved settings, in the form that `--config` reads.
+        batch: micro-batch size and accumulation, which depend on the number of ranks; `global_batch`, the number of
+            chunks per step, does not.
         batch_depends_on: what the micro-batch depends on, the key of its record.
-        stream: the chunk stream, on reading ranks.
-        tokenizer_backend: the library that encodes, as settled on the first rank.
-        arithmetic: what the bits depend on besides the settings, in the deterministic mode; else None.
-        began_at: the step at which the run was made from a checkpoint with changes; 0 where it was not.
+        stream: the chunk stream; None on ranks that do not read.
+        tokenizer_backend: the library that tokenizes, as determined on the first rank.
+        arithmetic: what the bits depend on besides the settings, in the deterministic mode; otherwise None.
+        began_at: the step at which the run was resumed with changed settings; 0 if it never was.
         step: optimizer steps taken.
         tokens_seen: tokens trained on, over all ranks.
         position: the data position after `step`, as far as this rank's reader knows it (`whole_position`); None on
             ranks that do not read.
         loss: mean loss of the last step that was logged or saved.
-        losses: of the last steps that were not skipped, on the device.
-        skipped_steps: since the run began, as far as they have been looked at (`StepGuard`).
-        skipped_in_row: of those, the last ones without a step that was taken in between.
+        losses: losses of the last steps that were not skipped, on the device.
+        skipped_steps: number of skipped steps since the run began, as far as they have been examined (`StepGuard`).
+        skipped_in_row: number of skipped steps since the last step that was taken.
         code: version of the program, as the manifest records it.
-        validation_loss: of the last validation.
-        resumed_from: the checkpoint this start went on from.
-        damaged: newer ones that were passed over.
-        saver: what writes checkpoints; None for a replay, which writes nothing.
-        sample_prompts: what samples of its text continue; None where it takes none.
-        tokenizer: on ranks that read; None on the others.
-        uploads: what brings checkpoints elsewhere, on the first rank, where that is asked for.
-        lock: of the run's folder, held on the first rank; None for a replay.
-        gathered: the last position that was gathered over the readers, and the reader's own it was gathered for.
+        validation_loss: loss of the last validation.
+        resumed_from: the checkpoint that this start resumed from.
+        damaged: newer checkpoints that were skipped as damaged.
+        saver: writes checkpoints; None for a replay, which writes nothing.
+        sample_prompts: prompts for samples of the model's text; None if no samples are taken.
+        tokenizer: the tokenizer; None on ranks that do not read.
+        uploads: uploads checkpoints, on the first rank, if requested.
+        lock: lock of the run's folder, held on the first rank; None for a replay.
+        gathered: cache of `whole_position`: this reader's position, and the position over all readers merged from it.
     """
 
     settings: RunSettings
@@ -137,12 +138,12 @@ class Run:
 
 
 def save(run: Run, fingerprint: Fingerprint | None) -> None:
-    """Save the run as it stands, in the deterministic mode with its fingerprint; prune the oldest after. Collective.
+    """Save the run, with its fingerprint in the deterministic mode, then prune the oldest checkpoints. Collective.
 
-    Asynchronously, unless the settings say otherwise: it is done when `run.saver.wait()` has returned.
+    Saves asynchronously unless the settings say otherwise; the save is complete once `run.saver.wait()` returns.
 
     Raises:
-        RunError: on all ranks, when this or the save before failed on any; older checkpoints are intact.
+        RunError: on all ranks, if this or the previous save failed on any rank; older checkpoints are intact.
     """
     assert run.saver is not None
     directory, uploads = run.directory, run.uploads
@@ -160,7 +161,7 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
 
 
 def prune(run: Run, newest: Path) -> None:
-    """Remove the oldest checkpoints of the run, but those that are still to be uploaded. On one rank."""
+    """Remove the oldest checkpoints of the run, except those still to be uploaded. Call it on one rank."""
     settings = run.settings
     pending = () if run.uploads is None else run.uploads.pending
     prune_checkpoints(
@@ -173,7 +174,7 @@ def prune(run: Run, newest: Path) -> None:
 
 
 def whole_position(run: Run) -> DataPosition | None:
-    """The data position over all readers, on the ranks that read; None on the others. Collective over those."""
+    """The data position over all readers; None on ranks that do not read. Collective over the readers."""
     if run.position is None or run.stream is None or run.stream.apart == 1:
         return run.position
     if run.gathered is None or run.gathered[0] is not run.position:
@@ -193,7 +194,7 @@ def merged_position(run: Run, position: DataPosition | None) -> DataPosition | N
 
 
 def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprint | None = None) -> dict[str, Any]:
-    """Everything of a run that is not a tensor, as JSON."""
+    """All state of a run that is not a tensor, as JSON values."""
     layout = run.layout
     fingerprints = dict.fromkeys(FINGERPRINT_KEYS) if fingerprint is None else fingerprint.columns()
     return {
@@ -223,7 +224,7 @@ def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprin
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
-    """torch's generator states as text. Nothing in a step draws from them today; a dropout would."""
+    """torch's generator states as text. No step uses them at present; dropout would."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -231,7 +232,7 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 
 def restore_rng(states: Mapping[str, str], device: torch.device) -> None:
-    """Set the generators back to `rng_state`; one the checkpoint does not know is left as it is."""
+    """Restore the generators from `rng_state`; one that the checkpoint does not contain is left unchanged."""
     setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
     if device.type == "cuda":
         setters["cuda"] = lambda state: torch.cuda.set_rng_state(state, device)

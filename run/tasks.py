@@ -1,6 +1,6 @@
 """Benchmark tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a model exported as a Hugging Face folder.
 
-Scores come from lm-eval's own model class, so that they are what anyone else measures on that folder.
+Scores come from lm-eval's own model class, so they are what anyone else would measure on that folder.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def require_harness() -> None:
     """Make lm-eval importable.
 
-    lm-eval imports Hugging Face's package `evaluate`, for the metrics of some tasks, by the name that `evaluate.py` has
-    here. It is imported first, with this folder left out of the search.
+    For the metrics of some tasks, lm-eval imports Hugging Face's package `evaluate`, whose name collides with
+    `evaluate.py` here. So that package is imported first, with the repository root removed from the import path.
 
     Raises:
         UsageError: lm-eval is not installed.
@@ -39,10 +39,10 @@ def require_harness() -> None:
 
 
 def check_tasks(tasks: Sequence[str], tasks_path: str | None) -> Any:
-    """lm-eval's table of tasks, once it has shown to hold those that are asked for. Needs `require_harness`.
+    """Return lm-eval's task manager, after checking that it knows the requested tasks. Call `require_harness` first.
 
     Raises:
-        UsageError: `tasks_path` is no folder, or there is no task (or group of tasks) of a name.
+        UsageError: `tasks_path` is not a folder, or there is no task or group of tasks with a requested name.
     """
     from lm_eval.tasks import TaskManager
 
@@ -71,20 +71,20 @@ def run_tasks(
     few_shot: int | None,
     limit: int | None,
 ) -> dict[str, Mapping[str, Any]]:
-    """lm-eval's results by task: each metric, `_stderr` its standard error.
+    """Run the tasks; return each task's metrics by name, with standard errors under `_stderr` names.
 
     Args:
-        folder: model and tokenizer, as `transformers` reads them.
+        folder: model and tokenizer, as `transformers` loads them.
         manager: from `check_tasks`.
-        max_length: tokens the model is given at most.
-        prefix: the token that documents began with in training; None: they began with their text. It is put before what
-            the model is given where the exported tokenizer does that by itself (`puts_before`), and before text without
-            context in any case.
-        few_shot: examples before each question; None: as the task says.
-        limit: of each task this many questions; None for all.
+        max_length: maximum number of tokens per model input.
+        prefix: the token that documents began with in training; None if they began with their text. It is put before
+            every input if the exported tokenizer does that by itself (`puts_before`), and always before text that has
+            no context.
+        few_shot: few-shot examples per question; None for the task's own number.
+        limit: number of questions from each task; None for all.
 
     Raises:
-        UsageError: a task's data cannot be had.
+        UsageError: a task's data cannot be loaded.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -118,14 +118,14 @@ def run_tasks(
 
 
 def puts_before(tokenizer: Any, prefix: int) -> bool:
-    """Whether the special tokens that a tokenizer adds to a text are `prefix` before it, and no others."""
+    """Whether the only special token that the tokenizer adds to a text is `prefix`, before it."""
     text = "text"
     added: list[int] = tokenizer.encode(text, add_special_tokens=True)
     return added == [prefix, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's metrics by name, without the name of the filter where that is none: `acc,none` is `acc`."""
+    """A task's numeric metrics by name, without the filter name if it is "none": `acc,none` becomes `acc`."""
     return {
         key.removesuffix(",none"): value
         for key, value in values.items()

@@ -1,7 +1,7 @@
-"""Sampling from a model, for `generate.py` and for the samples that a run takes of itself.
+"""Sampling from a model, for `generate.py` and for samples during training.
 
-All ranks compute the same logits and draw the same tokens, each row of a batch from a generator of its own. With a
-model whose sums have a fixed order, the tokens are the same at every number of ranks.
+All ranks compute the same logits and draw the same tokens; each row of a batch has its own random generator. With a
+model that sums in a fixed order, the tokens are the same at every number of ranks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: only so many of the likeliest tokens are drawn from; 0 for all.
-        top_p: only the likeliest tokens that together have this probability (arXiv:1904.09751); 1 for all.
-        seed: with a row's number, keys the row's draws.
+        temperature: divisor of the logits; 0 for greedy decoding.
+        top_k: sample from this many of the most likely tokens; 0 for all.
+        top_p: sample from the most likely tokens whose total probability reaches this (arXiv:1904.09751); 1 for all.
+        seed: together with a row's number, the seed of the row's draws.
     """
 
     temperature: float = 0.8
@@ -41,7 +41,7 @@ class Sampling:
     seed: int = 0
 
     def warpers(self) -> LogitsProcessorList:
-        """What turns logits [B, V] into those that are drawn from, in the order of `transformers`' `generate`."""
+        """Processors that turn logits [B, V] into those to sample from, in the order of `transformers`' `generate`."""
         from transformers import (
             LogitsProcessorList,
             TemperatureLogitsWarper,
@@ -60,7 +60,7 @@ class Sampling:
 
 
 class PromptEncoder:
-    """Prompts as the model was trained to see documents, and the token that ends one."""
+    """Encodes prompts the way documents were encoded in training; `end` is the token that ends a document."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, add_document_boundary_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -69,7 +69,7 @@ class PromptEncoder:
             self._begin, self.end = boundary_tokens(tokenizer)
 
     def encode(self, prompt: str, source: str) -> list[int]:
-        """Token ids of a prompt. Raises UsageError, which names `source`, where there are none."""
+        """Token ids of a prompt. Raises UsageError, naming `source`, if there are none."""
         tokens = self._tokenizer.encode(prompt, add_special_tokens=False)
         if self._begin is not None:
             tokens = [self._begin, *tokens]
@@ -81,7 +81,7 @@ class PromptEncoder:
 
 
 def check_length(prompts: Sequence[Sequence[int]], count: int, context: int, flag: str) -> None:
-    """Refuse more tokens than the model has positions for. `flag` is the one that asked for `count` new tokens."""
+    """Raise UsageError if prompt and `count` new tokens exceed the context; `flag` is the flag that set `count`."""
     longest = max(map(len, prompts))
     if longest + count > context:
         remedy = f"give at most {context - longest}" if longest < context else "give a shorter prompt"
@@ -101,12 +101,12 @@ def generate_tokens(
     *,
     first_row: int = 0,
 ) -> Iterator[list[int | None]]:
-    """Yield one new token of each row at a time, up to `count` times; None for a row that has ended. Collective.
+    """Yield one new token per row, up to `count` times; None for a row that has ended. Collective.
 
     Args:
-        prompts: token ids, at least one a row; together with `count` within the model's context.
+        prompts: token ids, at least one per row; their length plus `count` must fit into the model's context.
         end: tokens that end a row; they are not yielded.
-        first_row: number of the first row, where a list of prompts is taken in batches.
+        first_row: number of the first row, if a list of prompts is processed in batches.
     """
     device = model.layout.device
     rows, longest = len(prompts), max(map(len, prompts))
@@ -115,7 +115,7 @@ def generate_tokens(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts])
     cache = KeyValueCache(longest + count, padding.to(device), keeps_weights=model.shards is None)
-    # A row's draws do not depend on the rows beside it.
+    # One generator per row, so that a row's draws do not depend on the other rows.
     generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, first_row + row)) for row in range(rows)]
     draw = partial(_draw, warpers=sampling.warpers(), generators=generators, greedy=sampling.temperature == 0)
     ended = [False] * rows
@@ -132,7 +132,7 @@ def generate_tokens(
 
 
 def tokens_of_rows(steps: Iterable[list[int | None]], rows: int) -> list[list[int]]:
-    """The tokens that `generate_tokens` adds to each of its `rows` prompts."""
+    """Collect the tokens that `generate_tokens` yields for each of its `rows` prompts."""
     taken = list(steps)
     return [[token for step in taken if (token := step[row]) is not None] for row in range(rows)]
 
@@ -155,5 +155,5 @@ def _draw(
 
 
 def _row_seed(seed: int, row: int) -> int:
-    """Of row 0 the seed itself; others far apart, so that neighbouring seeds do not share rows."""
+    """The seed itself for row 0; far apart for other rows, so that neighbouring seeds do not share rows."""
     return (seed + row * 0x9E3779B97F4A7C15) % 2**63

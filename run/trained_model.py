@@ -1,4 +1,4 @@
-"""A trained model and what belongs to it, for the commands that use one: tokenizer, sizes, the run's settings."""
+"""A trained model with its tokenizer, sizes and run settings, for the commands that use one."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint that was found and verified, before its weights are read.
+    """A checkpoint that was found and verified; its weights are not read yet.
 
     Attributes:
         path: the checkpoint's folder, or the `.pth` file.
-        step: optimizer steps taken, where it tells.
-        record: what its manifest says of the run (`run_record`); empty for a `.pth` file.
-        settings: those of the run; of a `.pth` file, what was given for it and the defaults.
+        step: optimizer steps taken; None if a `.pth` file does not say.
+        record: what its manifest says about the run (`run_record`); empty for a `.pth` file.
+        settings: the run's settings; for a `.pth` file, the given settings and defaults.
     """
 
     path: Path
@@ -54,14 +54,14 @@ class TrainedModel:
         compute_dtype: torch.dtype | None = None,
         fixed_order: bool = False,
     ) -> TensorParallelModel:
-        """The model, cut over these ranks, with the checkpoint's weights. Collective.
+        """Load the model with the checkpoint's weights, sharded over these ranks. Collective.
 
         Args:
-            fixed_order: compute in slices and sum them in a fixed order, so that results are the same bits at every
-                number of ranks that divides the slices; at others it has no effect.
+            fixed_order: compute in slices and sum them in a fixed order, so that results are bit-identical at every tp
+                that divides the number of slices; no effect at other sizes.
 
         Raises:
-            UsageError: the sizes cannot be cut over these ranks, or the weights are not of these sizes.
+            UsageError: the model cannot be sharded over these ranks, or the weights have other sizes.
         """
         with vote():
             slices = default_slices(self.config)
@@ -78,7 +78,7 @@ class TrainedModel:
         return model
 
     def special_token_ids(self) -> dict[str, int]:
-        """Ids of the tokens that begin, end and fill up a text, under their keys of a `config.json`."""
+        """Ids of the BOS, EOS and padding tokens, under their keys in a `config.json`."""
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.settings.add_document_boundary_tokens:
             begin, end = boundary_tokens(self.tokenizer)
@@ -88,12 +88,12 @@ class TrainedModel:
 
 
 def open_trained(named: TrainedModelSettings) -> TrainedModel:
-    """The checkpoint that is named: a run's folder (its newest one), one checkpoint, or a `.pth` file. Collective.
+    """Open the named checkpoint: a run's folder (its newest one), one checkpoint, or a `.pth` file. Collective.
 
-    A `.pth` file needs a tokenizer and one of preset and model_config; a checkpoint has sizes of its own.
+    A `.pth` file needs a tokenizer, and either preset or model_config; a checkpoint contains its own sizes.
 
     Raises:
-        UsageError: there is none, it is damaged, or something that belongs to it is missing or does not fit.
+        UsageError: there is none, it is damaged, or a setting or its tokenizer is missing or does not fit.
     """
     found, _ = verified(Path(named.checkpoint_path))
     sizes = named.preset or named.model_config

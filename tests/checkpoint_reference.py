@@ -1,4 +1,4 @@
-"""A small cut model, and the dense run it is compared with: whole tensors and one torch AdamW, no ranks anywhere."""
+"""A small sharded model, and the dense run it is compared with: full tensors and one torch AdamW, without ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-# 11 rows and 5 columns do not divide by 2: uneven shards.
+# 11 rows and 5 columns are not divisible by 2, which gives uneven shards.
 PARAMETERS: dict[str, tuple[tuple[int, ...], Placement]] = {
     "model.embed_tokens.weight": ((11, 4), Shard(0)),
     "model.layers.0.up_proj.weight": ((5, 4), Shard(0)),
@@ -19,7 +19,7 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Placement]] = {
 
 
 def values(seed: int, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A whole value for each parameter."""
+    """A random full value for each parameter."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, _) in PARAMETERS.items()}
 
@@ -29,7 +29,7 @@ def mesh(dp: int = 1) -> DeviceMesh:
 
 
 def cut_model(weights: dict[str, Tensor], tp_mesh: DeviceMesh) -> nn.Module:
-    """A module tree with `weights` as its parameters, cut over `tp_mesh`."""
+    """A module tree with `weights` as its parameters, sharded over `tp_mesh`."""
     root = nn.Module()
     for name, value in weights.items():
         *path, leaf = name.split(".")
@@ -44,7 +44,7 @@ def cut_model(weights: dict[str, Tensor], tp_mesh: DeviceMesh) -> nn.Module:
 
 
 def adamw(parameters: dict[str, nn.Parameter], *, reverse: bool = False) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only; `reverse` lists parameters the other way round, in three groups."""
+    """AdamW with weight decay on matrices only; `reverse` reverses the parameter order and uses three groups."""
     decayed = [parameter for parameter in parameters.values() if parameter.ndim > 1]
     others = [parameter for parameter in parameters.values() if parameter.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -58,7 +58,7 @@ def adamw(parameters: dict[str, nn.Parameter], *, reverse: bool = False) -> torc
 
 
 def train(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Steps `first` to `last`, whose gradients are a function of the step alone."""
+    """Take steps `first` to `last`, with gradients that are a function of the step alone."""
     for step in range(first, last + 1):
         for name, gradient in values(1000 + step).items():
             parameter = parameters[name]
@@ -78,18 +78,18 @@ def dense_run(last: int, seed: int = 0) -> tuple[dict[str, nn.Parameter], torch.
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a cut tensor."""
+    """This rank's part of a sharded tensor."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local().detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A cut tensor put together (collective), or a plain one as it is."""
+    """The full value of a sharded tensor (collective); a plain tensor is returned unchanged."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def assert_same_run(model: nn.Module, optimizer: torch.optim.Optimizer | None, last: int, seed: int = 0) -> None:
-    """Parameters, and optimizer state if given, equal to the bit those of the dense run. Collective."""
+    """Assert that parameters, and optimizer state if given, are bit-identical to the dense run's. Collective."""
     expected, reference = dense_run(last, seed)
     for name, parameter in model.named_parameters():
         assert torch.equal(whole(parameter), expected[name].detach()), name

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, and no thread pools that fight over the cores with spawned ranks."""
+"""Environment of every test: no network, and no thread pools that compete with spawned ranks for the cores."""
 
 import os
 
@@ -21,7 +21,7 @@ def rank_pool():
 
 @pytest.fixture(scope="module")
 def single_rank():
-    """A one-rank process group in this process, gone when the module's tests are: others make their own."""
+    """A one-rank process group in this process, destroyed after the module's tests: others create their own."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Small corpora and tokenizers for the data tests, and the token stream computed the plain way."""
+"""Small corpora and tokenizers for the data tests, and a simple reference implementation of the token stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ BLOCK = 64
 
 @cache
 def all_stdlib_texts() -> tuple[str, ...]:
-    """Sixty short documents from the standard library's source, of many lengths, and some that are not ASCII."""
+    """Sixty short documents of various lengths: standard library source, and three that contain other text.
+
+    Two of those three are not ASCII; the third contains the special tokens.
+    """
     import argparse
     import textwrap as module
 
@@ -58,8 +61,7 @@ def trained_bpe(
     pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
     normalizer: normalizers.Normalizer | None = None,
 ) -> str:
-    """A byte-level BPE of `size` entries with two special tokens, serialised; cut into words as GPT-2 does unless told
-    otherwise."""
+    """A serialised byte-level BPE of `size` entries with two special tokens; pre-tokenizes like GPT-2 by default."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     if normalizer is not None:
@@ -82,7 +84,7 @@ def trained_backend() -> str:
 
 
 def tiny_tokenizer(**roles: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `trained_backend` with special tokens in the given roles (default: `EOS` as eos_token)."""
+    """The tokenizer of `trained_backend`, with special tokens in the given roles (default: `EOS` as eos_token)."""
     backend = Tokenizer.from_str(trained_backend())
     return PreTrainedTokenizerFast(tokenizer_object=backend, **(roles or {"eos_token": EOS}))
 
@@ -90,7 +92,7 @@ def tiny_tokenizer(**roles: str) -> PreTrainedTokenizerBase:
 def write_shard(
     path: Path, texts: Sequence[Any], *, group: int = 10, layout: str = "parquet", column: str = "text", **options: Any
 ) -> Path:
-    """Write one shard with `group` rows a unit and a second column; `texts` may be an Arrow array."""
+    """Write one shard with `group` rows per unit and a second column; `texts` may be an Arrow array."""
     array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
     table = pa.table({"id": pa.array(range(len(array))), column: array})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def write_shard(
 
 
 def open_stream(shards: Sequence[Path], **settings: Any) -> TokenStream:
-    """The stream of `shards` with `tiny_tokenizer`, blocks of `BLOCK` and one lane unless told otherwise."""
+    """The stream of `shards` with `tiny_tokenizer`; by default with blocks of `BLOCK` tokens and one lane."""
     return streaming_token_generator(
         shards, tiny_tokenizer(), **{"block_size": BLOCK, "lanes": 1, "workers": 2, **settings}
     )
@@ -127,7 +129,7 @@ def rows_of(reader: UnitReader, shard: Shard, number: int) -> list[str | None]:
 
 
 def write_corpus(folder: Path, texts: Sequence[str], *, shards: int = 3, group: int = 10) -> list[Path]:
-    """Deal `texts` to Parquet shards in runs, in order."""
+    """Write `texts` to Parquet shards, in order, as contiguous parts."""
     per_shard = -(-len(texts) // shards)
     return [
         write_shard(folder / f"part_{index}.parquet", texts[index * per_shard : (index + 1) * per_shard], group=group)
@@ -138,7 +140,7 @@ def write_corpus(folder: Path, texts: Sequence[str], *, shards: int = 3, group: 
 def plain_tokens(
     texts: Iterable[str], *, backend: str | None = None, bos: int | None = None, eos: int | None = None
 ) -> list[int]:
-    """All documents' tokens in a row: each text encoded alone by the `tokenizers` API, with its boundaries."""
+    """The concatenated tokens of all documents, each encoded alone by the `tokenizers` API, with boundary tokens."""
     tokenizer = Tokenizer.from_str(backend or trained_backend())
     tokenizer.encode_special_tokens = True
     tokens: list[int] = []
@@ -150,13 +152,13 @@ def plain_tokens(
 
 
 def plain_blocks(tokens: Sequence[int], block_size: int, epochs: int = 1) -> list[npt.NDArray[np.int32]]:
-    """Blocks of `block_size + 1` with stride `block_size`, for each epoch from its beginning."""
+    """Blocks of `block_size + 1` tokens with stride `block_size`, starting over in each epoch."""
     starts = range(0, len(tokens) - block_size, block_size)
     return [np.array(tokens[start : start + block_size + 1], np.int32) for _ in range(epochs) for start in starts]
 
 
 def assert_same_blocks(got: Iterable[npt.NDArray[np.int32]], expected: Sequence[npt.NDArray[np.int32]]) -> None:
-    """Same number of blocks, and every one equal, dtype included."""
+    """Assert that there are equally many blocks, and that each is equal, including its dtype."""
     blocks = list(got)
     assert len(blocks) == len(expected)
     for number, (block, reference) in enumerate(zip(blocks, expected, strict=True)):
@@ -165,7 +167,7 @@ def assert_same_blocks(got: Iterable[npt.NDArray[np.int32]], expected: Sequence[
 
 
 def qwen_tokenizer_folder() -> str:
-    """A real chat tokenizer without BOS; skips the test where it is absent."""
+    """The folder of a real chat tokenizer without BOS; skips the test if it is absent."""
     beside = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "qwen-tokenizer"
     folder = Path(os.environ.get("COLONNADE_QWEN_TOKENIZER", beside))
     if not (folder / "tokenizer.json").is_file():
@@ -174,7 +176,7 @@ def qwen_tokenizer_folder() -> str:
 
 
 def flip_bit(path: Path, needle: bytes) -> None:
-    """Flip one bit of the first byte of `needle`, which has to stand in the file once."""
+    """Flip one bit of the first byte of `needle`, which must occur exactly once in the file."""
     data = bytearray(path.read_bytes())
     assert data.count(needle) == 1
     at = data.index(needle)
@@ -183,6 +185,6 @@ def flip_bit(path: Path, needle: bytes) -> None:
 
 
 def bad_utf8(values: Sequence[bytes | None]) -> pa.Array:
-    """A string array that claims to hold text whatever the bytes are."""
+    """An Arrow string array of these bytes, even if they are not valid UTF-8."""
     raw = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())

@@ -1,7 +1,7 @@
-"""The decoder written out densely on whole tensors, with none of the project's code: what sharded runs are held to.
+"""The decoder written out on full tensors, without any of the project's code: the reference for sharded runs.
 
-`tests/test_model.py` compares it with `transformers` in float32; the distributed tests use it in float64 too, where
-`transformers` keeps parts of its arithmetic in float32.
+`tests/test_model.py` compares it with `transformers` in float32; the distributed tests also use it in float64, in
+which `transformers` cannot be used because it keeps parts of its arithmetic in float32.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference, divided by the norm of the expected value."""
     return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 def assert_gradients_equal(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor | None], limit: float = 1e-5
 ) -> None:
-    """Every whole gradient is within a relative error of `limit`, and 0 in the rows that pad a vocabulary."""
+    """Assert that each full gradient is within a relative error of `limit`, and 0 in the vocabulary's padding rows."""
     assert actual.keys() == expected.keys()
     for name, gradient in actual.items():
         reference = expected[name]
@@ -33,7 +33,7 @@ def assert_gradients_equal(
 
 
 def dense_loss(weights: Mapping[str, Tensor], config: Mapping[str, float], ids: Tensor, labels: Tensor) -> Tensor:
-    """Sum of token losses of a decoder whose whole weights carry Hugging Face's names."""
+    """Sum of token losses of a decoder, given its full weights under Hugging Face's names."""
     return F.cross_entropy(dense_logits(weights, config, ids).flatten(0, 1), labels.flatten(), reduction="sum")
 
 
@@ -83,7 +83,7 @@ def _attention(x: Tensor, w: Mapping[str, Tensor], config: Mapping[str, float]) 
 
 def _rope(x: Tensor, config: Mapping[str, float]) -> Tensor:
     block, head = x.shape[-2:]
-    # The rotation's table in float32, the convention of the field's checkpoints, whatever the rest is computed in.
+    # The rotary table is always computed in float32, as is usual, whatever dtype the rest is computed in.
     frequency = 1.0 / config["rope_theta"] ** (torch.arange(0, head, 2).float() / head)
     angle = torch.arange(block).float()[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)

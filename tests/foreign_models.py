@@ -1,4 +1,4 @@
-"""Models of `transformers` at random small sizes, saved as their users have them."""
+"""Models of `transformers` with random small sizes, saved as users would have them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# Each by model_type and what is particular to it.
+# For each family, its model_type and its particular config values.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def foreign_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model of the family with random sizes of the seed, every parameter random, norms and biases too."""
+    """A model of the family with sizes drawn from the seed; all parameters are random, norms and biases included."""
     model_type, particular = FAMILIES[family]
     draw = random.Random(f"{family}/{seed}")
     key_value_heads = draw.choice([1, 2, 4])
@@ -80,7 +80,7 @@ def foreign_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel
 
 
 def save_foreign_model(folder: Path, family: str, max_shard_size: str = "1GB", **changes: Any) -> Any:
-    """`foreign_model`, in a folder as `save_pretrained` leaves it."""
+    """Build a `foreign_model`, write it to a folder with `save_pretrained`, and return it."""
     model = foreign_model(family, **changes)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model

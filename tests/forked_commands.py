@@ -1,6 +1,6 @@
-"""Commands in processes of their own, forked from one that has imported everything: a start takes a tenth of a second.
+"""Runs commands in processes forked from one that has imported everything, so that a start takes a tenth of a second.
 
-What comes back is what a shell would see: exit code, output and errors.
+Returns what a shell would see: exit code, output and errors.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _LATE_IMPORTS = (
 )
 CONTEXT.set_forkserver_preload([*_PRELOAD, *_LATE_IMPORTS])
 PATIENCE = 300.0
-"""Seconds after which something hangs: no limit that a busy machine may miss."""
+"""Seconds after which a process counts as hung; long enough for a busy machine."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class Outcome(NamedTuple):
     """How a command ended."""
 
-    code: int | None  # None where it had to be killed
+    code: int | None  # None if it had to be killed
     output: str
     errors: str
 
@@ -50,23 +50,23 @@ class Outcome(NamedTuple):
 def _enter(
     script: str, flags: Sequence[str], folder: str, environment: Mapping[str, str], prepare: Callable[[], None] | None
 ) -> None:
-    """The life of a command. Never returns: `launch` leaves the process."""
+    """Run a command in a forked process. Never returns, because `launch` exits the process."""
     for name, descriptor in (("output", 1), ("errors", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(environment)
     sys.path.insert(0, str(ROOT))
     sys.argv = [f"{script}.py", *flags]
-    # A collection would touch, and so copy, every page shared with the process this one was forked from.
+    # A garbage collection would touch, and thereby copy, every page shared with the parent process.
     gc.freeze()
     launch = importlib.import_module("colonnade.parallel.launch")
-    setattr(launch, "_SILENT_SECONDS", 0.0)  # noqa: B010 - no torchrun here that would end the other ranks
+    setattr(launch, "_SILENT_SECONDS", 0.0)  # noqa: B010 - there is no torchrun to end the other ranks
     if prepare is not None:
         prepare()
     launch.launch(importlib.import_module(script).main)
 
 
 class Running:
-    """A command under way: its processes, and what each has printed so far, by rank."""
+    """A running command: its processes, and what each has printed so far, by rank."""
 
     def __init__(self, processes: dict[int, BaseProcess], folder: tempfile.TemporaryDirectory[str]) -> None:
         self.processes = processes
@@ -77,11 +77,11 @@ class Running:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def is_alive(self) -> bool:
-        """Whether a rank is still there."""
+        """Whether any rank is still running."""
         return any(process.is_alive() for process in self.processes.values())
 
     def until(self, pattern: str, rank: int = 0, seconds: float = PATIENCE) -> None:
-        """Return once a rank has printed what `pattern` matches."""
+        """Wait until a rank has printed something that matches `pattern`."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.text(rank)):
             said = f"no {pattern!r} in ...{self.text(rank)[-500:]} {self.text(rank, 'errors')[-500:]}"
@@ -90,14 +90,14 @@ class Running:
             time.sleep(0.02)
 
     def signal(self, number: int, *ranks: int) -> None:
-        """Send a signal to the ranks named, or to all."""
+        """Send a signal to the given ranks, or to all."""
         for rank in ranks or self.processes:
             pid = self.processes[rank].pid
             assert pid is not None
             os.kill(pid, number)
 
     def finish(self, seconds: float = PATIENCE) -> list[Outcome]:
-        """Wait for all ranks; one that is not gone in time is killed."""
+        """Wait for all ranks, and kill those that have not exited in time."""
         deadline = time.monotonic() + seconds
         outcomes = []
         for rank, process in self.processes.items():
@@ -113,9 +113,9 @@ class Running:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that systems hand out by themselves.
+    """A port that nobody listens on, below the range of ephemeral ports.
 
-    One that the system chose would be given to a connection of another test before a rank listens there.
+    The system could assign an ephemeral port to a connection of another test before a rank listens on it.
     """
     while True:
         port = random.randrange(15_000, 30_000)
@@ -136,8 +136,8 @@ def begin(
     """Start a command on `ranks` processes, as torchrun would.
 
     Args:
-        prepare: a module-level function called in each process before the command: a fault to put in.
-        present: the ranks that are really started; None for all.
+        prepare: a module-level function called in each process before the command, for example to inject a fault.
+        present: the ranks that are actually started; None for all.
     """
     common = dict(environment or {})
     if ranks > 1:
@@ -165,5 +165,5 @@ def start(
     seconds: float = PATIENCE,
     prepare: Callable[[], None] | None = None,
 ) -> list[Outcome]:
-    """Run a command as `begin` does, and wait for all of its ranks; the outcome of each."""
+    """Run a command as `begin` does, wait for all of its ranks, and return the outcome of each."""
     return begin(script, flags, ranks=ranks, environment=environment, prepare=prepare).finish(seconds)

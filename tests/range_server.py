@@ -1,4 +1,4 @@
-"""A web server on a thread that serves files by range, counts what it was asked for, and fails as it is told."""
+"""A web server on a thread that serves byte ranges of files, counts requests and fails on demand."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-# What a request may meet. "stall" answers after STALL_SECONDS.
+# Faults that a request can meet. "stall" waits STALL_SECONDS and then closes the connection without an answer.
 FAULTS = ("reset", "500", "503", "short", "stall")
 STALL_SECONDS = 2.0
 
 
 @dataclass
 class RangeServer:
-    """Files by name, and what happened to them.
+    """Files to serve by name, and statistics about them.
 
     Attributes:
-        fault: called with the method and path of each request; one of `FAULTS`, a status code, or None.
-        ranges: whether ranges are answered; else the whole file comes.
-        announces_no_ranges: whether it says so itself.
+        fault: called with the method and path of each request; returns one of `FAULTS`, a status code, or None.
+        ranges: whether range requests are honoured; otherwise the whole file is sent.
+        announces_no_ranges: whether responses say that ranges are not supported (`Accept-Ranges: none`).
     """
 
     files: dict[str, Path]
@@ -45,7 +45,7 @@ class RangeServer:
 
 @contextmanager
 def serving(server: RangeServer) -> Iterator[RangeServer]:
-    """Serve until the end of the block; `server.url` is then its address without a slash at the end."""
+    """Serve during the block; `server.url` is set to the address, without a trailing slash."""
 
     class Handler(_Handler):
         state = server
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault:
                 state.faults[fault] = state.faults.get(fault, 0) + 1
         if fault == "reset":
-            # Closed with a reset instead of an orderly end.
+            # Makes close() send a TCP reset instead of shutting down in order.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True

@@ -1,6 +1,6 @@
-"""`training.py`, with one bit flipped in memory after the update of a step, on one rank.
+"""`training.py` with one bit flipped in memory after the update of a step, on one rank.
 
-The environment says where: FLIP_TENSOR (a parameter, or a moment: `<parameter>.exp_avg`), FLIP_RANK, FLIP_STEP.
+Environment variables say where: FLIP_TENSOR (a parameter, or a moment: `<parameter>.exp_avg`), FLIP_RANK, FLIP_STEP.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands as a user starts them: in processes of their own, under torchrun where there are several ranks."""
+"""Runs the commands as a user would: in separate processes, under torchrun if there are several ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL = {
 
 
 def make_inputs(folder: Path) -> list[str]:
-    """Write a small corpus, its tokenizer and a model config; the flags of `training.py` that use them."""
+    """Write a small corpus, its tokenizer and a model config; return the flags of `training.py` that use them."""
     write_corpus(folder / "corpus", stdlib_texts(120))
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "config.json").write_text(json.dumps(MODEL))
@@ -49,7 +49,7 @@ def command(script: str, flags: Sequence[str], ranks: int) -> list[str]:
 def start(
     script: str, flags: Sequence[str], ranks: int = 1, command_line: Sequence[str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start a command, or the command line given; its output and errors come in one stream."""
+    """Start a command, or the given command line, with output and errors merged into one stream."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)
@@ -63,21 +63,21 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = forked_commands.PATIENCE) -> str:
-    """Wait for the end of a command; its output, once its exit code has been found right."""
+    """Wait for a command to end, assert its exit code, and return its output."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == code, output
     return output
 
 
 def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0) -> str:
-    """Run a command to its end, forked instead of started by torchrun; what rank 0 printed, its errors last."""
+    """Run a command, forked rather than under torchrun; return what rank 0 printed, with its errors last."""
     outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks)
     assert outcomes[0].code == code, outcomes
     return outcomes[0].output + outcomes[0].errors
 
 
 def kill_after(step: int, flags: Sequence[str], directory: Path) -> None:
-    """Train on two ranks, and kill both with SIGKILL once the metrics in the run's folder have reached a step."""
+    """Train on two ranks, and kill both with SIGKILL once the run's metrics have reached `step`."""
     running = forked_commands.begin("training", [*flags, "--checkpoint-dir", str(directory)], ranks=2)
     deadline = time.monotonic() + forked_commands.PATIENCE
     while time.monotonic() < deadline and running.is_alive():
@@ -89,7 +89,7 @@ def kill_after(step: int, flags: Sequence[str], directory: Path) -> None:
 
 
 def losses(directory: Path) -> dict[int, float]:
-    """Loss by step, as the metrics file tells it."""
+    """Loss by step, from the metrics file."""
     rows: list[Mapping[str, Any]] = [
         json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines() if line.endswith("}")
     ]

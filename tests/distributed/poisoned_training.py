@@ -1,11 +1,11 @@
-"""`training.py`, with something wrong in chosen steps.
+"""`training.py` with a fault in chosen steps.
 
-The environment says what: POISON_STEPS (numbers with commas, from 1), POISON_KIND, and POISON_RANK for what happens on
-one rank alone.
+Environment variables select it: POISON_STEPS (comma-separated, counted from 1), POISON_KIND, and POISON_RANK for a
+fault on one rank only. Kinds:
 
-- gradient: the rank's gradient of the last norm is NaN.
+- gradient: the rank's gradient of the final norm gets a NaN.
 - loss: all ranks' losses are multiplied by POISON_FACTOR.
-- parameter: after the update, POISON_ADD is added to an element of POISON_TENSOR on the rank.
+- parameter: after the update, POISON_ADD is added to one element of POISON_TENSOR on the rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import training_utils
 
 @contextmanager
 def poisoned(run: Any, kind: str) -> Iterator[None]:
-    """Something is wrong with the model inside the block."""
+    """Inject the fault into the model during the block."""
     if kind == "gradient":
 
         def spoil(parameter: Any) -> None:

@@ -1,8 +1,8 @@
 """Gloo ranks on the CPU, started once and used by many tests.
 
-A test hands `RankPool.run` a module-level function; it is called on each of the first `world_size` ranks inside a
-fresh process group, and its results come back as a list in rank order. A rank is forked from a process that has
-imported torch, and kept: a task on it costs milliseconds.
+A test passes a module-level function to `RankPool.run`, which calls it on each of the first `world_size` ranks inside a
+fresh process group and returns the results as a list in rank order. Ranks are forked from a process that has imported
+torch, and stay alive, so that running a task costs milliseconds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from forked_commands import CONTEXT
 
 
 def _serve(rank: int, connection: Connection) -> None:
-    """A rank's life: take (function, world size, rendezvous file, arguments), answer (ok, result or traceback)."""
+    """A rank's loop: receive (function, world size, rendezvous file, arguments), send (ok, result or traceback)."""
     import torch
     import torch.distributed as dist
 
-    gc.freeze()  # a collection would touch, and so copy, every page shared with the process this one was forked from
+    gc.freeze()  # a garbage collection would touch, and thereby copy, every page shared with the parent process
     torch.set_num_threads(1)
     while True:
         try:
@@ -45,7 +45,7 @@ def _serve(rank: int, connection: Connection) -> None:
             )
             answer = (True, function(*args, **kwargs))
             dist.barrier()
-        except BaseException:  # noqa: BLE001 - whatever went wrong belongs to the test that asked, not to this process
+        except BaseException:  # noqa: BLE001 - any error belongs to the test, not to this process
             answer = (False, traceback.format_exc())
         finally:
             with contextlib.suppress(Exception):
@@ -54,7 +54,7 @@ def _serve(rank: int, connection: Connection) -> None:
 
 
 class RankPool:
-    """Ranks that wait for work. `timeout` seconds without an answer from a rank end the whole pool."""
+    """Ranks that wait for tasks. If a rank does not answer for `timeout` seconds, the whole pool is killed."""
 
     def __init__(self, timeout: float = 180.0) -> None:
         self.timeout = timeout

@@ -1,4 +1,4 @@
-"""Optimizer steps as ranks take them, with parameters replicated or sharded over data-parallel ranks."""
+"""Optimizer steps run on ranks, with parameters replicated or sharded over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from run.batch import _probe_seconds
 
 
 def every_token(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor, Tensor]:
-    """Ids and labels [batch, block], no label left out."""
+    """Ids and labels [batch, block], with no label masked out."""
     tokens = torch.randint(0, config.vocab_size, (batch, block + 1), generator=torch.Generator().manual_seed(7))
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -38,7 +38,7 @@ def held_bytes(model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> 
     counted = []
     for tensors in (list(model.parameters()), moments):
         assert all(isinstance(tensor, DTensor) for tensor in tensors)
-        # By storage: parts are padded there, and parameters of a projection that are joined share one.
+        # Count storages: these include padding, and the parameters of a fused projection share one.
         storages = {memory.data_ptr(): memory.nbytes() for memory in (t.to_local().untyped_storage() for t in tensors)}
         counted.append(sum(storages.values()))
     return counted[0], counted[1]
@@ -47,9 +47,10 @@ def held_bytes(model: TensorParallelModel, optimizer: torch.optim.Optimizer) -> 
 def optimizer_steps(
     config: ModelConfig, tp: int, steps: int, accumulation: int = 2, kind: str = "adamw", **options: Any
 ) -> dict[str, Any]:
-    """Steps on one global batch of 8, clipped at 0.5; the unit gathers and scatters of the last of them.
+    """Steps on one global batch of 8, clipped at 0.5.
 
-    `copies`: this rank's value of each parameter that tensor-parallel ranks replicate.
+    In the result, `counts` has the number of all-gathers and reduce-scatters of units in the last step, and `copies`
+    this rank's value of each parameter that tensor-parallel ranks replicate.
     """
     layout, model = build(config, tp, **options)
     optimizer = make_optimizer(kind, model)
@@ -91,7 +92,7 @@ def optimizer_steps(
 
 
 def step_after_trials(config: ModelConfig, tp: int, fails_on: int | None, **options: Any) -> dict[str, Any]:
-    """A step after the autotuner's trials, one of which runs out of memory on one rank amid the backward pass."""
+    """A step after the autotuner's trials, one of which runs out of memory on one rank during the backward pass."""
     _, model = build(config, tp, activation_checkpointing="full", **options)
     optimizer = make_optimizer("adamw", model)
     mlp, calls = model.segments.mlp, 0
@@ -99,7 +100,7 @@ def step_after_trials(config: ModelConfig, tp: int, fails_on: int | None, **opti
     def failing(*args: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == config.num_hidden_layers + 1:  # computed again for the backward pass
+        if calls == config.num_hidden_layers + 1:  # the recomputation in the backward pass
             raise MemoryError("no more of it")
         return mlp(*args)
 

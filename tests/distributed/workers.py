@@ -1,4 +1,4 @@
-"""What the spawned ranks compute; module-level, so that they can be sent to a rank by name."""
+"""Functions that the spawned ranks run; module-level, so that they can be pickled by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokens_for(config: ModelConfig, batch: int, block: int = 24) -> tuple[Tensor
 def build(
     config: ModelConfig, tp: int | None, shard: dict[str, Any] | None = None, replicas: int = 1, **options: Any
 ) -> tuple[ParallelLayout, TensorParallelModel]:
-    """`shard`: how `shard_over_data_parallel` cuts the model; None for whole on each data-parallel rank."""
+    """`shard`: options of `shard_over_data_parallel`; None to replicate the model on each data-parallel rank."""
     layout = init_parallel(tp, torch.device("cpu"))
     if shard is None:
         return layout, TensorParallelModel(config, layout, **options)
@@ -59,7 +59,7 @@ def make_optimizer(kind: str, model: TensorParallelModel, *, fused: bool = True)
 
 
 def whole(model: TensorParallelModel, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Merged parameters, or gradients, of the whole model. Collective."""
+    """Full parameters, or gradients, of the whole model. Collective."""
     return {
         name: (parameter.grad if gradients else parameter.detach()).full_tensor().clone()
         for name, parameter in model.named_parameters()
@@ -67,7 +67,7 @@ def whole(model: TensorParallelModel, *, gradients: bool = False) -> dict[str, T
 
 
 def loss_and_gradients(config: ModelConfig, tp: int | None, **options: Any) -> dict[str, Any]:
-    """One forward and backward pass; merged results from rank 0, the loss and norm from every rank."""
+    """One forward and backward pass; full results from rank 0, loss and norm from every rank."""
     layout, model = build(config, tp, **options)
     ids, labels = tokens_for(config, 3)
     loss = model(ids, labels)
@@ -80,7 +80,7 @@ def loss_and_gradients(config: ModelConfig, tp: int | None, **options: Any) -> d
 
 
 def packed_step(config: ModelConfig, tp: int | None, wire: Tensor, **options: Any) -> dict[str, Any]:
-    """One forward and backward pass over packed documents; merged results from rank 0, the loss from every rank."""
+    """One forward and backward pass over packed documents; full results from rank 0, the loss from every rank."""
     layout, model = build(config, tp, **options)
     blocks = unpack_blocks(wire, document_mask=True)
     loss = model(blocks.input_ids, blocks.labels, blocks.document_starts)
@@ -93,7 +93,7 @@ def packed_step(config: ModelConfig, tp: int | None, wire: Tensor, **options: An
 
 @contextmanager
 def compiling_with(backend: Any) -> Iterator[None]:
-    """What is compiled in this block is compiled with another backend."""
+    """Make `torch.compile` use `backend` within the block."""
     compile_for_real = torch.compile
     torch.compile = partial(compile_for_real, backend=backend)
     try:
@@ -105,9 +105,9 @@ def compiling_with(backend: Any) -> Iterator[None]:
 def captured_graphs(
     config: ModelConfig, tp: int | None, packed: Sequence[Tensor] = (), **options: Any
 ) -> list[list[str]]:
-    """The operations of every graph that compilation captures in a forward and backward pass, and in a second one.
+    """The operations of each graph that compilation captures in two forward and backward passes.
 
-    `packed`: blocks of documents, one batch a pass, instead of the same unpacked batch twice.
+    `packed`: batches of packed documents, one per pass, instead of the same unpacked batch twice.
     """
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -131,7 +131,7 @@ def captured_graphs(
 
 
 def fed_batches(corpus: str, tp: int, lanes: int, steps: int, chunks_per_step: int, resume_after: int | None) -> Any:
-    """(dp rank, tp rank, tokens of each step), read through a feed that is torn down and resumed on the way."""
+    """(dp rank, tp rank, tokens of each step), read through a feed that is closed and resumed after a step."""
     from colonnade.data.feed import BatchFeed
     from data_helpers import tiny_tokenizer
     from data_processing import streaming_token_generator
@@ -163,7 +163,7 @@ def fed_batches(corpus: str, tp: int, lanes: int, steps: int, chunks_per_step: i
             parts: list[Any] = [None] * layout.dp
             torch.distributed.all_gather_object(parts, position, group=layout.dp_group)
             position = DataPosition.merged(parts, stream.start.chunk)
-        feed.stage()  # what is staged has not been consumed: a resume must serve it again
+        feed.stage()  # a staged batch does not count as consumed: the resumed feed must deliver it again
         if step + 1 == resume_after:
             feed.close()
             if stream is not None:
@@ -176,7 +176,7 @@ def fed_batches(corpus: str, tp: int, lanes: int, steps: int, chunks_per_step: i
 
 
 def fed_by_a_failing_reader(tp: int) -> str:
-    """What each rank of a group raises when its reader fails after one good step."""
+    """The error that each rank of a group raises when its reader fails after one good step."""
     from colonnade.data.feed import BatchFeed
     from colonnade.errors import RunError
 
@@ -207,7 +207,7 @@ def deterministic_steps(
 ) -> dict[str, Any]:
     """Steps in the deterministic mode on a global batch of 8 sequences in micro-batches of 2, clipped at 0.5.
 
-    The bits of the mean loss and of the norm of each step; from rank 0 merged parameters and moments as well, by name.
+    Returns the bits of each step's mean loss and norm; rank 0 also returns the full parameters and moments by name.
     """
     fp16 = options.get("compute_dtype") == torch.float16
     layout, model = build(config, tp, **options)
@@ -244,7 +244,7 @@ def deterministic_steps(
 
 
 def outcome_of_steps(config: ModelConfig, tp: int, *, plain: bool, **options: Any) -> dict[str, Any]:
-    """Three steps of two micro-batches a rank: losses and norms of every rank, merged parameters of the first."""
+    """Three steps of two micro-batches per rank: losses and norms from every rank, full parameters from rank 0."""
     layout, model = build(config, tp, **options)
     optimizer = make_optimizer("adamw", model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -262,7 +262,7 @@ def outcome_of_steps(config: ModelConfig, tp: int, *, plain: bool, **options: An
 
 
 def signed_zeros(config: ModelConfig, tp: int | None) -> tuple[Tensor, Tensor]:
-    """Embeddings looked up in a table of -0.0, and the gradient of a K projection whose slices each receive -0.0."""
+    """Embeddings looked up in a table of -0.0, and the gradient of a K projection, each slice of which gets -0.0."""
     _, model = build(config, tp, slices=8)
     table = local_part(model.model.embed_tokens.weight).detach().fill_(-0.0)
     ids, _ = tokens_for(config, 2)
@@ -278,7 +278,8 @@ def signed_zeros(config: ModelConfig, tp: int | None) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints_of_changes(config: ModelConfig, name: str) -> list[dict[str, str]]:
-    """Before; after each flip of an element's 32 bits, one by one; after flipping all back; after swapping two rows."""
+    """Fingerprints before any change, after flipping each of an element's 32 bits in turn (the flips accumulate), after
+    flipping all of them back, and after swapping two rows."""
     _, model = build(config, 1)
     values = local_part(model.get_parameter(name)).detach()
     bits = values.view(torch.int32)
@@ -293,7 +294,7 @@ def fingerprints_of_changes(config: ModelConfig, name: str) -> list[dict[str, st
 
 
 def drift_of(config: ModelConfig, tp: int, flips: Sequence[tuple[str, int]], **options: Any) -> Any:
-    """Fingerprints before and after flipping one bit of each (parameter, rank), and what the ranks are told."""
+    """Fingerprints, with the drift they report, before and after flipping one bit of each (parameter, rank)."""
     from distributed.flipped_training import flip
 
     layout, model = build(config, tp, **options)
@@ -319,9 +320,10 @@ def steps_with_a_bad_one(
     kind: str = "adamw",
     **options: Any,
 ) -> dict[str, Any]:
-    """Five steps, each on a batch of its own, of which number `bad` is poisoned on one rank; None: it is left out.
+    """Five steps on different batches, of which number `bad` is bad: poisoned on one rank, or above `limit`.
 
-    Where the bad step is left out the loss scale is halved there, as an overflow would.
+    With `poison` None and no `limit`, the bad step is left out instead; in fp16 the loss scale is then halved, as an
+    overflow would do.
 
     Returns:
         `skipped` of each step; whether the bad step left this rank's tensors and step counts as they were (`kept`);
@@ -385,7 +387,7 @@ def steps_with_a_bad_one(
 
 
 def _gradient_holder(model: TensorParallelModel, name: str) -> Tensor:
-    """What the backward pass leaves the gradient of a parameter at: itself, or its copy while weights are kept."""
+    """The tensor that receives a parameter's gradient: the parameter, or its cast copy in `model.weights`."""
     *path, projection, _ = name.split(".")
     if projection not in ("gate_proj", "up_proj"):
         return model.get_parameter(name)
@@ -394,7 +396,7 @@ def _gradient_holder(model: TensorParallelModel, name: str) -> Tensor:
 
 
 def imported_loss_and_gradients(folder: Path, tp: int, tokens: Tensor, **options: Any) -> dict[str, Any]:
-    """A forward and backward pass of the model in a Hugging Face folder; merged results from rank 0."""
+    """A forward and backward pass of the model in a Hugging Face folder; full results from rank 0."""
     config = ModelConfig.from_json(folder)
     layout, model = build(config, tp, **options)
     load_hugging_face(folder, model=model, vocabulary_size=config.vocab_size)
@@ -415,7 +417,7 @@ def generated(
 
 
 def elements_read(folder: Path, tp: int) -> tuple[int, int]:
-    """Elements that a rank reads of a Hugging Face folder's weights, and those that its parameters hold."""
+    """Number of elements that a rank reads from a Hugging Face folder, and number that its parameters hold."""
     from colonnade.checkpoint import hugging_face
 
     config = ModelConfig.from_json(folder)

@@ -1,4 +1,4 @@
-"""Inputs of the runs that are broken here, and the run that nothing disturbed."""
+"""Inputs of the runs that get faults, and the undisturbed run they are compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 24
 
 @pytest.fixture(scope="session")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A deterministic run, the same to the bit at one and at two ranks."""
+    """Flags of a deterministic run, which is bit-identical on one and on two ranks."""
     return [
         *make_inputs(tmp_path_factory.mktemp("inputs")),
         *("--deterministic", "--initial-batch-size", "4", "--tensor-slices", "2"),

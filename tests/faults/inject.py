@@ -1,4 +1,7 @@
-"""Faults to put into a command before it starts (`forked_commands.begin(prepare=...)`); `RANK` says where one is."""
+"""Faults to inject into a command before it starts (`forked_commands.begin(prepare=...)`).
+
+The variable `RANK` tells a fault which rank it is on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def at_step(step: int, fault: Any) -> None:
 
 
 def rank_1_reads_for_ever() -> None:
-    """Rank 1 does not get the data of step 5."""
+    """Rank 1 hangs while waiting for the data of step 5."""
     from colonnade.data.feed import BatchFeed
 
     take = BatchFeed.take
@@ -54,7 +57,7 @@ def step_3_for_ever() -> None:
 
 
 def rank_1_has_no_time() -> None:
-    """The clock of rank 1 says that the run began an hour ago."""
+    """On rank 1, the launch appears to be an hour earlier."""
     from colonnade.parallel import stopping
 
     launched_at = stopping.launched_at
@@ -62,13 +65,13 @@ def rank_1_has_no_time() -> None:
 
 
 def first_attempt_dies_in_step_15() -> None:
-    """Under torchrun, rank 1 of the first attempt is killed."""
+    """Under torchrun, rank 1 of the first attempt is killed just before step 15."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
         at_step(15, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def first_attempt_aborts_at_its_exit() -> None:
-    """Under torchrun, rank 1 of the first attempt finishes the run, and aborts where it should exit with 0."""
+    """Under torchrun, rank 1 of the first attempt finishes the run, but aborts instead of exiting with 0."""
     from colonnade.parallel import launch
 
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
@@ -86,13 +89,13 @@ def step_9_for_ever() -> None:
 
 
 def rank_1_has_no_room_at_step_12() -> None:
-    """The system refuses rank 1 files of more than 4 KiB from step 12 on."""
+    """From step 12 on, the system lets rank 1 write no file larger than 4 KiB."""
     if is_rank(1):
         at_step(12, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
 
 
 def rank_1_has_no_room_at_the_end() -> None:
-    """The same, in the last step."""
+    """The same, from the last step on."""
     if is_rank(1):
         at_step(24, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
 
@@ -107,7 +110,7 @@ def nothing_can_be_pruned() -> None:
 
 
 def _die_at(owner: Any, name: str, rank: int, call: int) -> None:
-    """SIGKILL a rank as it makes the `call`-th call of `owner.name`."""
+    """Make a rank send itself SIGKILL at its `call`-th call of `owner.name`."""
     real = getattr(owner, name)
     calls: list[int] = []
 
@@ -121,7 +124,7 @@ def _die_at(owner: Any, name: str, rank: int, call: int) -> None:
 
 
 def dies_in_the_middle_of_a_shard() -> None:
-    """In the second save, after some of its writes."""
+    """Rank 1 dies in the second save, at its 100th write."""
     from colonnade.checkpoint import hashing, save
 
     write_data = save.CommittingWriter.write_data
@@ -155,7 +158,7 @@ def dies_before_the_rename() -> None:
 
 
 def dies_in_the_middle_of_a_prune() -> None:
-    """One file of the checkpoint that is pruned is gone, the others are not."""
+    """Dies after deleting only one file of the checkpoint being pruned."""
     from colonnade.checkpoint import prune
 
     def dying(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,13 +169,13 @@ def dies_in_the_middle_of_a_prune() -> None:
 
 
 def first_step_takes_long() -> None:
-    """As compiling does; what a stop leaves a later step is over by then."""
+    """As with compilation: longer than the grace period that a stop gives a later step."""
     short_grace()
     at_step(1, lambda: time.sleep(6))
 
 
 def rank_1_runs_out_of_memory() -> None:
-    """In the forward pass of the fourth micro-batch above two sequences, while rank 0 waits in the layer's sum."""
+    """In the fourth forward pass of more than two sequences, while rank 0 waits in the layer's all-reduce."""
     import torch
 
     from model import TensorParallelModel

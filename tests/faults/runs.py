@@ -1,4 +1,4 @@
-"""Runs with a fault, and what the tests of this folder ask of them."""
+"""Helpers to run commands with faults and to examine the resulting runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def manifest(directory: Path, step: int) -> dict[str, Any]:
 
 
 def tensors(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, as torch's own converter reads them."""
+    """Every tensor of a checkpoint, in full, as read by torch's own converter."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     file = folder / f"{checkpoint.parent.name}_{checkpoint.name}.pt"
@@ -29,7 +29,7 @@ def tensors(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(directory: Path, undisturbed: Path, step: int, folder: Path) -> None:
-    """Losses of all steps, and weights, moments and data position after the last, are those of the other run."""
+    """Assert that all losses, and final weights, moments and data position, are bit-identical to the other run's."""
     assert losses(directory) == losses(undisturbed)
     name = f"streaming_checkpoint_step_{step}"
     ours, theirs = tensors(directory / name, folder), tensors(undisturbed / name, folder)
@@ -41,7 +41,7 @@ def assert_same_end(directory: Path, undisturbed: Path, step: int, folder: Path)
 
 
 def restarting(script: str, fault: str, flags: list[str], folder: Path) -> str:
-    """Run a script with a fault put in, under torchrun with one restart; its output."""
+    """Run a script with an injected fault, under torchrun with one restart; return its output."""
     driver = folder / "driver.py"
     driver.write_text(
         textwrap.dedent(
