@@ -56,8 +56,8 @@ def create_adamw(
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101), fused by default. Weight decay applies to matrices, not to norms and biases."""
     sorted_ = parameter_groups(model)
-    # The first parameter must be sharded over the tensor-parallel ranks, as q_proj is: torch's gradient scaler shares an
-    # overflow with the ranks over which its first gradient is sharded, and with no others.
+    # The first parameter must be sharded over the tensor-parallel ranks, as q_proj is: torch's gradient scaler shares
+    # an overflow with the ranks over which its first gradient is sharded, and with no others.
     groups = [
         {"params": sorted_.hidden + sorted_.vocabulary, "weight_decay": weight_decay},
         {"params": sorted_.vectors, "weight_decay": 0.0},
