@@ -48,7 +48,8 @@ class Shard:
         rows: total rows; 0 if only reading the file would tell (JSON lines, text). A unit of tokens is one row.
         unit_bytes: for each unit an estimate of its decompressed bytes of text, known without reading it: the
             uncompressed size of the column chunk (Parquet), the size of the batch or range (Arrow, JSON lines, text),
-            the size of the compressed file (compressed JSON lines), 4 per token (token shards).
+            with the mean size of a value for each row if the text is dictionary-encoded (Arrow), the size of the
+            compressed file (compressed JSON lines), 4 per token (token shards).
         fingerprint: digest of the file's content (`colonnade.data.filesystems.fingerprint`).
         prologue, batches: byte ranges of an Arrow file's messages: the schema and its dictionaries; and for each record
             batch its range and the number of prologue messages before it.
