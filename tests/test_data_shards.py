@@ -56,6 +56,20 @@ def test_a_pattern_without_files_is_refused_by_name(tmp_path: Path) -> None:
             discover_shards(empty)
 
 
+def test_a_dangling_link_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "data/a.parquet", "elsewhere/b.parquet")
+    (tmp_path / "data/b.parquet").symlink_to(tmp_path / "elsewhere/b.parquet")
+    assert names_of(discover_shards(f"{tmp_path}/data/*.parquet")) == ["a.parquet", "b.parquet"]
+    (tmp_path / "elsewhere/b.parquet").unlink()
+    monkeypatch.chdir(tmp_path)
+    for pattern in (f"{tmp_path}/data/*", "data/a.parquet,data/b.parquet"):
+        with pytest.raises(UsageError, match=r"data/b\.parquet', a symbolic link to '.*elsewhere/b\.parquet'"):
+            discover_shards(pattern)
+    (tmp_path / "data/a.parquet").unlink()
+    with pytest.raises(UsageError, match="a symbolic link"):
+        find_default_shards()
+
+
 def test_the_usual_places_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")

@@ -27,7 +27,7 @@ def discover_shards(pattern: str) -> list[str]:
     URL without a wildcard is taken as it is; whether it exists shows when it is opened.
 
     Raises:
-        UsageError: a glob matches no file, or a file system cannot be listed.
+        UsageError: a glob matches no file or a dangling symbolic link, or a file system cannot be listed.
     """
     found: dict[str, None] = {}
     globs = [part.strip() for part in pattern.split(",") if part.strip()]
@@ -43,6 +43,13 @@ def discover_shards(pattern: str) -> list[str]:
 
 def _local_files(pattern: str) -> list[str]:
     matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    for match in matches:
+        # A link to a disk that is not mounted must not silently shrink the corpus.
+        if os.path.islink(match) and not os.path.exists(match):
+            raise UsageError(
+                f"data pattern {pattern!r} matches {match!r}, a symbolic link to {os.readlink(match)!r}, which is not "
+                "there; mount or restore that, or remove the link"
+            )
     files = [match for match in matches if os.path.isfile(match)]
     folder = next((match for match in matches if os.path.isdir(match)), None)
     if folder and not files:
@@ -56,6 +63,6 @@ def _local_files(pattern: str) -> list[str]:
 def find_default_shards() -> list[str]:
     """Shards in the default locations (`DEFAULT_GLOBS`): those of the first glob that matches, else an empty list."""
     for pattern in DEFAULT_GLOBS:
-        if any(os.path.isfile(match) for match in glob.glob(pattern)):
+        if any(not os.path.isdir(match) for match in glob.glob(pattern)):
             return discover_shards(pattern)
     return []
