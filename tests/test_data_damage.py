@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from colonnade.data.formats import jsonl
 from colonnade.data.text_filter import REASONS, judge
 from colonnade.errors import RunError, UsageError
 from colonnade.telemetry.data_ledger import data_ledger
@@ -306,6 +308,21 @@ def test_a_shard_cut_short_during_the_run_is_skipped(tmp_path: Path) -> None:
         blocks = [chunk.tokens for chunk in stream]
         assert len(stream.position.skipped) == pq.ParquetFile(first).num_row_groups
     assert_same_blocks(blocks, plain_blocks(plain_tokens(stdlib_texts() * 2), BLOCK))
+
+
+def test_a_file_that_grows_during_the_run_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line more is no damage: skipping the file's other units would cost the most of it."""
+    monkeypatch.setattr(jsonl, "UNIT_BYTES", 4000)
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stdlib_texts()))
+    with open_stream(paths, shuffle=False) as stream:
+        next(stream)
+        with paths[1].open("a") as file:
+            file.write('{"text": "one more"}\n')
+        with pytest.raises(RunError, match=r"b\.jsonl changed while it was read \(it has \d+ bytes now and had \d+\)"):
+            list(islice(stream, 10_000))
+        assert not stream.position.skipped
 
 
 @pytest.mark.parametrize("layout", ["arrow-file", "arrow-stream"])
