@@ -157,11 +157,16 @@ def test_a_unit_without_any_object_is_damaged_and_others_are_not(
     assert rows_of(reader, shard, 2) == ["0123456789", None]
 
 
-def test_a_line_without_end_is_damage_not_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
-    path = write_lines(tmp_path / "a.jsonl", [b'{"text": "ok"}', b'{"text": "' + b"x" * (3 << 20)])
-    with pytest.raises(DamagedUnit, match="longer than 1 MiB"):
-        rows_of(UnitReader("text"), opened(path), 0)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_is_too_long_is_one_missing_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 3 << 20)
+    sizes = [10, (3 << 20) + 100, 20, (3 << 20) - 100, 9 << 20, 30, (2 << 20), 5 << 20]
+    lines = [json.dumps({"text": "x" * size}).encode() for size in sizes]
+    path = write_lines(tmp_path / name, lines)
+    rows = [row for unit in units_of(path) for row in unit]
+    assert [row and len(row) for row in rows] == [size if size < 3 << 20 else None for size in sizes]
+    held = jsonl._lines(b"x" * 1000 for _ in range(100_000))
+    assert list(held) == [None]
 
 
 @pytest.mark.parametrize("suffix", ["zst", "gz"])

@@ -4,8 +4,8 @@ A unit of an uncompressed file is a range of 8 MiB and consists of the lines tha
 not be scanned when it is opened. A compressed file is one unit, read from its beginning.
 
 Lines are parsed one by one with Python's parser, because pyarrow 26's JSON reader crashes the process (segmentation
-fault) on the line `null`. A line that is not a JSON object, or whose text is not a string, is a missing row; the text
-filter counts it. Blank lines are not rows.
+fault) on the line `null`. A line that is not a JSON object, whose text is not a string, or that is longer than 256 MiB
+is a missing row; the text filter counts it. Blank lines are not rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNIT_BYTES = 8 << 20
 # Bytes read at a time, and rows yielded at a time.
 _CHUNK_BYTES = 1 << 20
 _PIECE_ROWS = 1024
-# A longer line is not a document: the file has no line ends, or is not JSON lines.
+# A longer line is not parsed, so that a file without line ends is not held in memory.
 MAX_LINE_BYTES = 256 << 20
 # How much of a file is checked before the run: bytes, and lines.
 _FIRST_LINES_BYTES = 1 << 20
@@ -107,18 +107,21 @@ def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
         return True, text.encode("utf-8", "surrogatepass")
 
 
-def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
-    """Lines as binary arrays. Raises DamagedUnit if there are lines and none of them is a JSON object."""
+def _rows(lines: Iterator[bytes | None], text_column: str) -> Iterator[pa.Array]:
+    """Lines as binary arrays; None is a line that is too long. Raises DamagedUnit if there are other lines and none of
+    them is a JSON object."""
     import pyarrow as pa
 
     texts: list[bytes | None] = []
     count, size, valid = 0, 0, False
     for line in lines:
-        if not line.strip():
-            continue
-        is_object, text = parse_line(line, text_column)
-        valid = valid or is_object
-        count += 1
+        text = None
+        if line is not None:
+            if not line.strip():
+                continue
+            is_object, text = parse_line(line, text_column)
+            valid = valid or is_object
+            count += 1
         texts.append(text)
         size += len(text or b"")
         if len(texts) == _PIECE_ROWS or size >= _CHUNK_BYTES:
@@ -130,22 +133,23 @@ def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
         yield pa.array(texts, pa.large_binary())
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their line ends. Raises DamagedUnit for a line longer than `MAX_LINE_BYTES`."""
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Lines without their line ends; None for a line longer than `MAX_LINE_BYTES`, which is not kept."""
     open_parts: list[bytes] = []
     open_bytes = 0
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
-        open_parts.append(first)
         open_bytes += len(first)
         if open_bytes > MAX_LINE_BYTES:
-            raise DamagedUnit(f"a line is longer than {MAX_LINE_BYTES >> 20} MiB")
+            open_parts = []
+        else:
+            open_parts.append(first)
         if rest:
-            yield b"".join(open_parts)
+            yield b"".join(open_parts) if open_bytes <= MAX_LINE_BYTES else None
             yield from rest[:-1]
             open_parts, open_bytes = [rest[-1]], len(rest[-1])
     if open_bytes:
-        yield b"".join(open_parts)
+        yield b"".join(open_parts) if open_bytes <= MAX_LINE_BYTES else None
 
 
 class JsonLinesFile(ShardFile):
