@@ -31,7 +31,7 @@ from data_helpers import (
     stdlib_texts,
     write_shard,
 )
-from data_processing import DataPosition, filtered_rows
+from data_processing import DataPosition, discover_shards, filtered_rows
 
 GROUP = 6
 # Uncompressed, not dictionary-encoded, no statistics: a text's bytes stand in the file once, in its page.
@@ -171,6 +171,25 @@ def test_files_that_cannot_be_used_are_skipped_and_recorded(tmp_path: Path, capl
     write_shard(bad[1], stdlib_texts())
     with pytest.raises(UsageError, match=r"changed or new: empty\.parquet"):
         open_stream([bad[0], good, *bad[1:]], position=position)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file"])
+def test_file_names_that_are_not_utf8(tmp_path: Path, layout: str) -> None:
+    good = write_shard(tmp_path / "good", stdlib_texts(), group=GROUP, layout=layout)
+    try:
+        good = good.rename(os.fsdecode(os.fsencode(tmp_path) + b"/gut\xe4"))
+        (tmp_path / os.fsdecode(b"leer\xe4.jsonl")).touch()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    files = discover_shards(f"{tmp_path}/*")
+    assert sorted(map(os.fsencode, files)) == sorted(
+        os.fsencode(tmp_path) + name for name in (b"/gut\xe4", b"/leer\xe4.jsonl")
+    )
+    with open_stream([Path(file) for file in files], epochs=1) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(plain_tokens(stdlib_texts()), BLOCK))
+        position = stream.position
+    assert [os.fsencode(name) for name in position.head.corpora[0].skipped_files] == [b"leer\xe4.jsonl"]
+    assert DataPosition.from_dict(json.loads(json.dumps(position.to_dict()))) == position
 
 
 @pytest.mark.parametrize(

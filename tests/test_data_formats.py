@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,23 @@ def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UsageError, match="one dimension of uint16, uint32 or int32"):
         open_shards([tmp_path / "a.npy"], "text")
+
+
+def test_no_flipped_bit_in_a_numpy_header_is_a_traceback(tmp_path: Path) -> None:
+    ids = np.arange(100, dtype=np.uint16)
+    np.save(tmp_path / "a.npy", ids)
+    whole = (tmp_path / "a.npy").read_bytes()
+    refused: list[str] = []
+    for bit in range(8 * 6, 8 * 70):  # the rest of the header is spaces
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a.npy").write_bytes(bytes(flipped))
+        try:
+            opened(tmp_path / "a.npy")
+        except UsageError as error:
+            refused.append(str(error))
+    assert len(refused) > 480
+    assert all(re.fullmatch(r"data shard .*a\.npy .*", line) for line in refused)
 
 
 def test_a_truncated_numpy_file_is_refused(tmp_path: Path) -> None:

@@ -106,8 +106,10 @@ class Manifest:
             json.dumps([shard.name, shard.size, shard.rows, shard.fingerprint, shard.units]).encode()
             for shard in shards
         ]
+        # A file name need not be UTF-8; Python then holds its bytes as lone surrogates.
+        names = [name.encode("utf-8", "surrogateescape") for name in left_out]
         return cls(
-            digest=hashlib.blake2b(b"\n".join([*described, *map(str.encode, left_out)]), digest_size=16).hexdigest(),
+            digest=hashlib.blake2b(b"\n".join([*described, *names]), digest_size=16).hexdigest(),
             files=len(shards),
             rows=sum(shard.rows for shard in shards),
             shard_digests=tuple(hashlib.blake2b(one, digest_size=4).hexdigest() for one in described),

@@ -133,7 +133,8 @@ class LocalSource:
         """A newly opened file object for pyarrow; the caller closes it."""
         import pyarrow as pa
 
-        return pa.OSFile(self.path)
+        # As bytes, because pyarrow encodes text as UTF-8 and a file name need not be UTF-8.
+        return pa.OSFile(os.fsencode(self.path))
 
     def focus(self, start: int, stop: int) -> None:
         """No-op: the operating system reads ahead."""
