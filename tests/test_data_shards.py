@@ -45,6 +45,33 @@ def test_patterns_separated_by_commas_keep_their_order_and_name_a_file_once(tmp_
     assert names_of(discover_shards(f"file://{tmp_path}/a*.parquet")) == ["a1.parquet", "a2.parquet"]
 
 
+def test_a_file_in_several_spellings_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.parquet", "b.parquet")
+    (tmp_path / "c.parquet").symlink_to("a.parquet")
+    (tmp_path / "d.parquet").hardlink_to(tmp_path / "b.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert discover_shards(f"./b.parquet,b.parquet,a.parquet,{tmp_path}/*.parquet,file://{tmp_path}/a.parquet") == [
+        "./b.parquet",
+        "a.parquet",
+        f"{tmp_path}/d.parquet",
+    ]
+
+
+def test_a_pattern_that_was_meant_otherwise_is_told_how_to_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "lit[1].parquet", "big.parquet", "a,b/x.parquet")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"for this path itself write 'lit\[\[\]1\]\.parquet'"):
+        discover_shards("lit[1].parquet")
+    assert discover_shards("lit[[]1].parquet") == ["lit[1].parquet"]
+    with pytest.raises(UsageError, match="write name=glob:weight"):
+        discover_shards("web=big.parquet")
+    with pytest.raises(UsageError, match=r"'a' matches no file; .*for a comma in a path write \?"):
+        discover_shards("a,b/*.parquet")
+    assert discover_shards("a?b/*.parquet") == ["a,b/x.parquet"]
+
+
 def test_a_pattern_without_files_is_refused_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "folder/a.parquet")
     with pytest.raises(UsageError, match=r"nothing-\*\.parquet"):
