@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from colonnade.data.shards import Manifest, UnitReader, Units, open_shards
@@ -144,3 +145,34 @@ def test_an_arrow_stream_with_dictionaries_in_other_columns(tmp_path: Path) -> N
     assert (shard.rows, shard.units) == (20, 4)
     read = [rows_of(UnitReader("text"), shard, number) for number in (3, 1)]
     assert read == [table["text"].to_pylist()[18:], table["text"].to_pylist()[6:12]]
+
+
+@pytest.mark.parametrize("first", ["struct", "column"])
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file"])
+def test_a_column_named_like_a_field_of_a_struct(tmp_path: Path, layout: str, first: str) -> None:
+    columns = {"a": pa.array([{"b": f"field {i}"} for i in range(20)]), "a.b": [f"column {i} " * 9 for i in range(20)]}
+    table = pa.table(columns if first == "struct" else dict(reversed(columns.items())))
+    if layout == "parquet":
+        pq.write_table(table, tmp_path / "a", row_group_size=10, use_dictionary=False)
+    else:
+        with pa.OSFile(str(tmp_path / "a"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    (shard,) = open_shards([tmp_path / "a"], "a.b")
+    assert rows_of(UnitReader("a.b"), shard, 1) == columns["a.b"][10:]
+    if layout == "parquet":
+        index = 1 if first == "struct" else 0
+        footer = pq.read_metadata(tmp_path / "a")
+        assert shard.unit_bytes[1] == footer.row_group(1).column(index).total_uncompressed_size
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file", "arrow-stream"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, layout: str) -> None:
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array([1]), pa.array(["y"])], names=["text", "id", "text"])
+    make = {"arrow-file": pa.ipc.new_file, "arrow-stream": pa.ipc.new_stream}.get(layout)
+    if make is None:
+        pq.write_table(table, tmp_path / "a")
+    else:
+        with pa.OSFile(str(tmp_path / "a"), "wb") as sink, make(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UsageError, match="has 2 columns 'text'; rename all but one"):
+        open_shards([tmp_path / "a"], "text")

@@ -79,9 +79,12 @@ class Shard:
 
 
 def file_name(path: str) -> str:
-    """Last part of a path or URL, without a URL's query."""
+    """Last part of a path or URL, without a URL's query; of a chain of URLs (`zip://a.jsonl::s3://...`), of the first
+    one."""
     if path.startswith(("http://", "https://")):
         path = urlsplit(path).path
+    elif "://" in path:
+        path = next(part for part in path.split("::") if "://" in part)
     return posixpath.basename(path.rstrip("/"))
 
 

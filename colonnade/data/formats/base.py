@@ -52,7 +52,11 @@ def ranges(size: int, step: int) -> int:
 
 
 def check_text_column(path: str, schema: pa.Schema, text_column: str) -> None:
-    """Raises UsageError if the schema has no text column of that name."""
+    """Raises UsageError unless the schema has exactly one column of that name, and it is text."""
+    if schema.names.count(text_column) > 1:
+        raise UsageError(
+            f"data shard {path} has {schema.names.count(text_column)} columns {text_column!r}; rename all but one"
+        )
     if schema.get_field_index(text_column) < 0:
         raise UsageError(
             f"data shard {path} has no column {text_column!r} (it has {', '.join(schema.names) or 'none'}); "
