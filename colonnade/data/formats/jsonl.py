@@ -10,12 +10,15 @@ is a missing row; the text filter counts it. Blank lines are not rows.
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from colonnade.data.corpus import DamagedUnit, Layout, Shard
-from colonnade.data.filesystems import Source, fingerprint
+from colonnade.data.filesystems import PositionedFile, Source, fingerprint
 from colonnade.data.formats.base import ShardFile
 from colonnade.errors import UsageError
 
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 UNIT_BYTES = 8 << 20
-# Bytes read at a time, and rows yielded at a time.
+# Bytes read at a time, those of a .gz file, and rows yielded at a time.
 _CHUNK_BYTES = 1 << 20
+_COMPRESSED_BYTES = 64 << 10
 _PIECE_ROWS = 1024
 # A longer line is not parsed, so that a file without line ends is not held in memory.
 MAX_LINE_BYTES = 256 << 20
@@ -53,11 +57,24 @@ def describe_compressed(source: Source, path: str, layout: Layout, text_column: 
     return Shard(path, layout, source.size, 0, (source.size,), digest)
 
 
+class _GzipFile(gzip.GzipFile):
+    """Python's reader, because pyarrow's refuses a file that is padded with zeros, as tapes and other devices with
+    blocks of a fixed size leave them; gzip(1) ignores them too."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size)
+        except zlib.error as error:
+            raise EOFError(str(error)) from error
+
+
 def _decompressed(source: Source, layout: Layout) -> Any:
     import pyarrow as pa
 
+    if layout == "jsonl-gz":
+        return _GzipFile(fileobj=io.BufferedReader(PositionedFile(source), _COMPRESSED_BYTES))
     # Closing the stream also closes the underlying file.
-    return pa.CompressedInputStream(source.arrow(), {"jsonl-zst": "zstd", "jsonl-gz": "gzip"}[layout])
+    return pa.CompressedInputStream(source.arrow(), "zstd")
 
 
 def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
@@ -81,10 +98,14 @@ def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
         )
 
 
+# Integers are not used. As int, one of more than 4300 digits would be an error (and slow).
+_DECODER = json.JSONDecoder(parse_int=float)
+
+
 def _parse(line: bytes) -> Any:
     """The value of a line; None if it is not JSON. Bytes that are not UTF-8 become lone surrogates."""
     try:
-        return json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
+        return _DECODER.decode(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return None
 
@@ -92,7 +113,8 @@ def _parse(line: bytes) -> Any:
 def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
     """Whether a line is a JSON object, and its text as UTF-8 (None if it is missing or not a string).
 
-    Bytes of the text that are not UTF-8 are kept as they are: the text filter drops and counts the row.
+    Lone surrogates, escaped or in place of bytes that are not UTF-8, are encoded as if they were characters. That is
+    not UTF-8, so the text filter drops and counts the row.
     """
     value = _parse(line)
     if not isinstance(value, dict):
@@ -100,11 +122,7 @@ def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
     text = value.get(text_column)
     if not isinstance(text, str):
         return True, None
-    try:
-        return True, text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        # An escaped lone surrogate: encoded so that the text filter rejects it as well.
-        return True, text.encode("utf-8", "surrogatepass")
+    return True, text.encode("utf-8", "surrogatepass")
 
 
 def _rows(lines: Iterator[bytes | None], text_column: str) -> Iterator[pa.Array]:
