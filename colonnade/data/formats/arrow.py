@@ -28,6 +28,8 @@ _RECORD_BATCH = 3
 _CONTINUATION = 0xFFFFFFFF
 # Limit for the metadata of one message. A larger length is damaged.
 _MAX_METADATA = 256 << 20
+# Read at once at the beginning of a message.
+_HEADER_BYTES = 64 << 10
 # Text decoded from a dictionary at a time, unless a single document is larger.
 _DECODED_BYTES = 1 << 20
 
@@ -185,20 +187,19 @@ class _Messages(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int | None = -1) -> bytes:
-        """Up to `size` bytes. Raises DamagedUnit if the shard was truncated."""
-        parts = []
-        while self._left and size != 0:
-            start, stop = self._left.pop(0)
-            end = stop if size is None or size < 0 else min(stop, start + size)
-            data = self._source.read_at(start, end - start)
-            if len(data) < end - start:
-                raise DamagedUnit("the file was cut short")
-            parts.append(data)
-            if end < stop:
-                self._left.insert(0, (end, stop))
-            size = size if size is None or size < 0 else size - len(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def readinto(self, buffer: Any) -> int:
+        """Raises DamagedUnit if the shard was truncated."""
+        if not self._left:
+            return 0
+        start, stop = self._left.pop(0)
+        end = min(stop, start + len(buffer))
+        data = self._source.read_at(start, end - start)
+        if len(data) < end - start:
+            raise DamagedUnit("the file was cut short")
+        if end < stop:
+            self._left.insert(0, (end, stop))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class ArrowFile(ShardFile):
@@ -257,7 +258,9 @@ class ArrowFile(ShardFile):
             options = self._only_text(pa.ipc.open_stream(self.source.read_at(start, stop - start)).schema)
             self._messages.add([(start, stop)])
             self._prologue_read = 1
-            self._reader = pa.ipc.open_stream(pa.PythonFile(self._messages, mode="r"), options=options)
+            # pyarrow reads the length of a message, its header and its body one by one.
+            file = io.BufferedReader(self._messages, _HEADER_BYTES)
+            self._reader = pa.ipc.open_stream(pa.PythonFile(file, mode="r"), options=options)
         self._messages.add([*self.shard.prologue[self._prologue_read : before], (begin, end)])
         self._prologue_read = before
         return self._reader.read_next_batch()
