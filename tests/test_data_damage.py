@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from colonnade.data.formats import jsonl
 from colonnade.data.text_filter import REASONS, judge
 from colonnade.errors import RunError, UsageError
 from colonnade.telemetry.data_ledger import data_ledger
@@ -29,7 +31,7 @@ from data_helpers import (
     stdlib_texts,
     write_shard,
 )
-from data_processing import DataPosition, filtered_rows
+from data_processing import DataPosition, discover_shards, filtered_rows
 
 GROUP = 6
 # Uncompressed, not dictionary-encoded, no statistics: a text's bytes stand in the file once, in its page.
@@ -171,6 +173,25 @@ def test_files_that_cannot_be_used_are_skipped_and_recorded(tmp_path: Path, capl
         open_stream([bad[0], good, *bad[1:]], position=position)
 
 
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file"])
+def test_file_names_that_are_not_utf8(tmp_path: Path, layout: str) -> None:
+    good = write_shard(tmp_path / "good", stdlib_texts(), group=GROUP, layout=layout)
+    try:
+        good = good.rename(os.fsdecode(os.fsencode(tmp_path) + b"/gut\xe4"))
+        (tmp_path / os.fsdecode(b"leer\xe4.jsonl")).touch()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    files = discover_shards(f"{tmp_path}/*")
+    assert sorted(map(os.fsencode, files)) == sorted(
+        os.fsencode(tmp_path) + name for name in (b"/gut\xe4", b"/leer\xe4.jsonl")
+    )
+    with open_stream([Path(file) for file in files], epochs=1) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(plain_tokens(stdlib_texts()), BLOCK))
+        position = stream.position
+    assert [os.fsencode(name) for name in position.head.corpora[0].skipped_files] == [b"leer\xe4.jsonl"]
+    assert DataPosition.from_dict(json.loads(json.dumps(position.to_dict()))) == position
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -306,6 +327,21 @@ def test_a_shard_cut_short_during_the_run_is_skipped(tmp_path: Path) -> None:
         blocks = [chunk.tokens for chunk in stream]
         assert len(stream.position.skipped) == pq.ParquetFile(first).num_row_groups
     assert_same_blocks(blocks, plain_blocks(plain_tokens(stdlib_texts() * 2), BLOCK))
+
+
+def test_a_file_that_grows_during_the_run_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line more is no damage: skipping the file's other units would cost the most of it."""
+    monkeypatch.setattr(jsonl, "UNIT_BYTES", 4000)
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stdlib_texts()))
+    with open_stream(paths, shuffle=False) as stream:
+        next(stream)
+        with paths[1].open("a") as file:
+            file.write('{"text": "one more"}\n')
+        with pytest.raises(RunError, match=r"b\.jsonl changed while it was read \(it has \d+ bytes now and had \d+\)"):
+            list(islice(stream, 10_000))
+        assert not stream.position.skipped
 
 
 @pytest.mark.parametrize("layout", ["arrow-file", "arrow-stream"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +101,8 @@ def write_lines(path: Path, lines: list[bytes]) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.ndjson", "a.json.gz"])
 def test_json_lines(tmp_path: Path, name: str) -> None:
-    lines: list[tuple[bytes, bytes | None]] = [
+    not_text = "not UTF-8"
+    lines: list[tuple[bytes, bytes | str | None]] = [
         (b'{"text": "first", "n": [1, {"a": null}]}', b"first"),
         ('{"text": "zwölf 日本 \\u00e9 \\ud83d\\ude00"}'.encode(), "zwölf 日本 é 😀".encode()),
         (b'{"n": 1}', None),
@@ -116,14 +115,23 @@ def test_json_lines(tmp_path: Path, name: str) -> None:
         (b'{"text": "cut', None),
         (b"garbage \x00\xff", None),
         (b"[" * 100_000, None),
-        (b'{"text": "bad \xff byte"}', b"bad \xff byte"),
-        (b'{"text": "half \\ud83d pair"}', b"half \xed\xa0\xbd pair"),
+        (b'{"text": "bad \xff byte"}', not_text),
+        (b'{"text": "half \\ud83d pair"}', not_text),
+        (b'{"text": "escaped bytes \\udcc3\\udca9"}', not_text),
+        (b'{"text": "a byte and an escape \xc3\\udca9"}', not_text),
+        (b'{"text": "bad \xff elsewhere", "n": "\xff", "text": "ok"}', b"ok"),
+        (b'{"text": "long integer", "n": ' + b"9" * 5000 + b"}", b"long integer"),
         (b'{"text": ""}', b""),
         (b'{"text": "a\\nb"}\r', b"a\nb"),
         (b'{"text": "last"}', b"last"),
     ]
     path = write_lines(tmp_path / name, [b"", *(line for line, _ in lines), b"", b"  "])
-    assert raw_rows(path) == [text for _, text in lines]
+    for row, (line, expected) in zip(raw_rows(path), lines, strict=True):
+        if expected == not_text:
+            with pytest.raises(UnicodeDecodeError):
+                (row or b"").decode()
+        else:
+            assert row == expected, line
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"", b"\r\n"])
@@ -157,11 +165,16 @@ def test_a_unit_without_any_object_is_damaged_and_others_are_not(
     assert rows_of(reader, shard, 2) == ["0123456789", None]
 
 
-def test_a_line_without_end_is_damage_not_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
-    path = write_lines(tmp_path / "a.jsonl", [b'{"text": "ok"}', b'{"text": "' + b"x" * (3 << 20)])
-    with pytest.raises(DamagedUnit, match="longer than 1 MiB"):
-        rows_of(UnitReader("text"), opened(path), 0)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_is_too_long_is_one_missing_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 3 << 20)
+    sizes = [10, (3 << 20) + 100, 20, (3 << 20) - 100, 9 << 20, 30, (2 << 20), 5 << 20]
+    lines = [json.dumps({"text": "x" * size}).encode() for size in sizes]
+    path = write_lines(tmp_path / name, lines)
+    rows = [row for unit in units_of(path) for row in unit]
+    assert [row and len(row) for row in rows] == [size if size < 3 << 20 else None for size in sizes]
+    held = jsonl._lines(b"x" * 1000 for _ in range(100_000))
+    assert list(held) == [None]
 
 
 @pytest.mark.parametrize("suffix", ["zst", "gz"])
@@ -183,6 +196,16 @@ def test_compressed_lines_cut_short_or_flipped_are_damage(tmp_path: Path, suffix
             rows_of(UnitReader("text"), shard, 0)
     path.write_bytes(whole)
     assert len(rows_of(UnitReader("text"), shard, 0)) == 3000
+
+
+@pytest.mark.parametrize("zeros", [1, 512, 100_000])
+def test_zeros_behind_a_gzip_file_are_ignored(tmp_path: Path, zeros: int) -> None:
+    members = gzip.compress(b'{"text": "one"}\n') + gzip.compress(b"") + gzip.compress(b'{"text": "two"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(members + bytes(zeros))
+    assert units_of(tmp_path / "a.jsonl.gz") == [["one", "two"]]
+    (tmp_path / "a.jsonl.gz").write_bytes(members + bytes(zeros) + b"x")
+    with pytest.raises(UsageError, match="cannot be read"):
+        opened(tmp_path / "a.jsonl.gz")
 
 
 def test_zstd_written_by_the_zstandard_package_in_several_frames(tmp_path: Path) -> None:
@@ -282,90 +305,3 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> N
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UsageError, match=r"a\.txt (is not UTF-8 text|has 0 rows)"):
         open_shards([tmp_path / "a.txt"], "text")
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def llm_c(ids: np.ndarray, magic: int, version: int, count: int | None = None) -> bytes:
-    header = np.zeros(256, np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
-    return header.tobytes() + ids.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("a.npy", "u2"),
-        ("a.npy", "u4"),
-        ("a.npy", "i4"),
-        ("train.bin", "u2"),
-        ("train.uint32.bin", "u4"),
-        ("train.u32.bin", "u4"),
-        ("gpt2.bin", "header u2"),
-        ("llama3.bin", "header u4"),
-    ],
-)
-def test_token_shards(tmp_path: Path, name: str, kind: str) -> None:
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, 50_000, tokens.UNIT_TOKENS + 1000).astype(kind[-2:])
-    path = tmp_path / name
-    if kind.startswith("header"):
-        path.write_bytes(llm_c(ids, *{"u2": (20240520, 1), "u4": (20240801, 7)}[kind[-2:]]))
-    elif name.endswith(".npy"):
-        np.save(path, ids)
-    else:
-        ids.tofile(path)
-    shard, reader = opened(path), UnitReader("text")
-    assert (shard.layout, shard.rows, shard.units) == ("tokens", 2, 2)
-    windows = [list(reader.windows(shard, number)) for number in (1, 0)][::-1]
-    assert [[window.shape for window in unit] for unit in windows] == [[(tokens.UNIT_TOKENS,)], [(1000,)]]
-    read = np.concatenate([unit[0] for unit in windows])
-    assert read.dtype == np.dtype(f"u{ids.dtype.itemsize}")
-    assert np.array_equal(read, ids)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.bin", b"", "0 tokens"),
-        ("a.bin", b"abc", "3 bytes are no whole number of 2-byte ids"),
-        ("a.uint32.bin", b"abcdef", "no whole number of 4-byte ids"),
-        ("a.bin", llm_c(np.zeros(5, np.uint16), 20240520, 1, count=6), "1034 bytes where 6 tokens"),
-        ("a.bin", llm_c(np.zeros(5, np.uint16), 20240520, 9), "header of version 9"),
-        ("a.npy", b"no numpy", "no numpy file"),
-        ("a.npy", b"\x93NUMPY\x01\x00\xff", "cannot be read"),
-    ],
-)
-def test_files_that_are_no_token_shards_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=f"{name} .*{message}"):
-        open_shards([tmp_path / name], "text")
-
-
-@pytest.mark.parametrize("array", [np.zeros((2, 3), np.uint16), np.zeros(3, np.int64), np.zeros(3, ">u2"), np.zeros(3)])
-def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray) -> None:
-    np.save(tmp_path / "a.npy", array)
-    with pytest.raises(UsageError, match="one dimension of uint16, uint32 or int32"):
-        open_shards([tmp_path / "a.npy"], "text")
-
-
-def test_a_truncated_numpy_file_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.zeros(1000, np.uint16))
-    os.truncate(tmp_path / "a.npy", 500)
-    with pytest.raises(UsageError, match="500 bytes where 1000 tokens"):
-        open_shards([tmp_path / "a.npy"], "text")
-
-
-def test_token_ids_are_little_endian(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(struct.pack("<3H", 1, 258, 50_256))
-    (window,) = UnitReader("text").windows(opened(tmp_path / "a.bin"), 0)
-    assert window.tolist() == [1, 258, 50_256]
-
-
-def test_uint32_ids_that_would_be_read_as_uint16_are_noticed(tmp_path: Path) -> None:
-    np.arange(1, 5000, dtype="<u4").tofile(tmp_path / "a.bin")
-    with pytest.raises(UsageError, match=r"rename it to \.u32\.bin"):
-        open_shards([tmp_path / "a.bin"], "text")
-    (tmp_path / "a.bin").rename(tmp_path / "a.u32.bin")
-    assert open_shards([tmp_path / "a.u32.bin"], "text")[0].dtype == "<u4"

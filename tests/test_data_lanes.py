@@ -259,7 +259,7 @@ def test_weights_can_change_where_a_stream_goes_on(mixture: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a=x/*.parquet:1,y/*.parquet", r"'y/\*.parquet' has no name and weight"),
+        ("a=x/*.parquet:1,y/*.parquet", r"'y/\*.parquet' has no name and weight.*for a comma in a path write"),
         ("a=x:0", "weight '0' must be a number above 0"),
         ("a=x:much", "weight 'much' must be"),
         ("a=x:1,a=y:2", "corpus a has weights 1 and 2"),

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from colonnade.data.shards import Manifest, UnitReader, Units, open_shards
@@ -45,6 +46,33 @@ def test_patterns_separated_by_commas_keep_their_order_and_name_a_file_once(tmp_
     assert names_of(discover_shards(f"file://{tmp_path}/a*.parquet")) == ["a1.parquet", "a2.parquet"]
 
 
+def test_a_file_in_several_spellings_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.parquet", "b.parquet")
+    (tmp_path / "c.parquet").symlink_to("a.parquet")
+    (tmp_path / "d.parquet").hardlink_to(tmp_path / "b.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert discover_shards(f"./b.parquet,b.parquet,a.parquet,{tmp_path}/*.parquet,file://{tmp_path}/a.parquet") == [
+        "./b.parquet",
+        "a.parquet",
+        f"{tmp_path}/d.parquet",
+    ]
+
+
+def test_a_pattern_that_was_meant_otherwise_is_told_how_to_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "lit[1].parquet", "big.parquet", "a,b/x.parquet")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"for this path itself write 'lit\[\[\]1\]\.parquet'"):
+        discover_shards("lit[1].parquet")
+    assert discover_shards("lit[[]1].parquet") == ["lit[1].parquet"]
+    with pytest.raises(UsageError, match="write name=glob:weight"):
+        discover_shards("web=big.parquet")
+    with pytest.raises(UsageError, match=r"'a' matches no file; .*for a comma in a path write \?"):
+        discover_shards("a,b/*.parquet")
+    assert discover_shards("a?b/*.parquet") == ["a,b/x.parquet"]
+
+
 def test_a_pattern_without_files_is_refused_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "folder/a.parquet")
     with pytest.raises(UsageError, match=r"nothing-\*\.parquet"):
@@ -54,6 +82,20 @@ def test_a_pattern_without_files_is_refused_by_name(tmp_path: Path) -> None:
     for empty in ("", " , "):
         with pytest.raises(UsageError, match="empty"):
             discover_shards(empty)
+
+
+def test_a_dangling_link_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "data/a.parquet", "elsewhere/b.parquet")
+    (tmp_path / "data/b.parquet").symlink_to(tmp_path / "elsewhere/b.parquet")
+    assert names_of(discover_shards(f"{tmp_path}/data/*.parquet")) == ["a.parquet", "b.parquet"]
+    (tmp_path / "elsewhere/b.parquet").unlink()
+    monkeypatch.chdir(tmp_path)
+    for pattern in (f"{tmp_path}/data/*", "data/a.parquet,data/b.parquet"):
+        with pytest.raises(UsageError, match=r"data/b\.parquet', a symbolic link to '.*elsewhere/b\.parquet'"):
+            discover_shards(pattern)
+    (tmp_path / "data/a.parquet").unlink()
+    with pytest.raises(UsageError, match="a symbolic link"):
+        find_default_shards()
 
 
 def test_the_usual_places_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +145,34 @@ def test_an_arrow_stream_with_dictionaries_in_other_columns(tmp_path: Path) -> N
     assert (shard.rows, shard.units) == (20, 4)
     read = [rows_of(UnitReader("text"), shard, number) for number in (3, 1)]
     assert read == [table["text"].to_pylist()[18:], table["text"].to_pylist()[6:12]]
+
+
+@pytest.mark.parametrize("first", ["struct", "column"])
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file"])
+def test_a_column_named_like_a_field_of_a_struct(tmp_path: Path, layout: str, first: str) -> None:
+    columns = {"a": pa.array([{"b": f"field {i}"} for i in range(20)]), "a.b": [f"column {i} " * 9 for i in range(20)]}
+    table = pa.table(columns if first == "struct" else dict(reversed(columns.items())))
+    if layout == "parquet":
+        pq.write_table(table, tmp_path / "a", row_group_size=10, use_dictionary=False)
+    else:
+        with pa.OSFile(str(tmp_path / "a"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    (shard,) = open_shards([tmp_path / "a"], "a.b")
+    assert rows_of(UnitReader("a.b"), shard, 1) == columns["a.b"][10:]
+    if layout == "parquet":
+        index = 1 if first == "struct" else 0
+        footer = pq.read_metadata(tmp_path / "a")
+        assert shard.unit_bytes[1] == footer.row_group(1).column(index).total_uncompressed_size
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow-file", "arrow-stream"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, layout: str) -> None:
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array([1]), pa.array(["y"])], names=["text", "id", "text"])
+    make = {"arrow-file": pa.ipc.new_file, "arrow-stream": pa.ipc.new_stream}.get(layout)
+    if make is None:
+        pq.write_table(table, tmp_path / "a")
+    else:
+        with pa.OSFile(str(tmp_path / "a"), "wb") as sink, make(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UsageError, match="has 2 columns 'text'; rename all but one"):
+        open_shards([tmp_path / "a"], "text")

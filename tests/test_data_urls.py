@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+import zipfile
+from pathlib import Path
 
+import fsspec
 import pytest
 
 from colonnade.data import filesystems, retries
-from colonnade.data.shards import discover_shards, open_shards
+from colonnade.data.shards import UnitReader, discover_shards, open_shards
 from colonnade.errors import UsageError
+from data_helpers import rows_of
 
 
 def test_urls_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +26,21 @@ def test_urls_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
             discover_shards(url)
     with pytest.raises(UsageError, match="Protocol not known: nope"):
         open_shards(["nope://x/a.parquet"], "text")
+
+
+def test_wildcards_in_a_chain_of_file_systems(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("d/part_10.jsonl", "d/part_2.jsonl", "d/readme.txt"):
+            archive.writestr(name, f'{{"text": "{name}"}}\n')
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/chain/x.zip", (tmp_path / "x.zip").read_bytes())
+    for prefix, suffix in (("", f"{tmp_path}/x.zip"), ("simplecache::", "memory://chain/x.zip")):
+        files = discover_shards(f"{prefix}zip://d/*.jsonl::{suffix}")
+        assert files == [f"{prefix}zip://d/part_{number}.jsonl::{suffix}" for number in (2, 10)]
+        shards = open_shards(files, "text")
+        assert [shard.name for shard in shards] == ["part_2.jsonl", "part_10.jsonl"]
+        assert [rows_of(UnitReader("text"), shard, 0) for shard in shards] == [["d/part_2.jsonl"], ["d/part_10.jsonl"]]
+    memory.store.clear()
 
 
 @pytest.mark.parametrize(

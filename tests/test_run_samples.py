@@ -8,11 +8,23 @@ from typing import Any
 
 import pytest
 
+from colonnade.data.prompts import prompts_in
 from distributed.launching import losses, make_inputs
 from forked_commands import start
 from run.samples import samples_are_due
 
 PROMPTS = ["def ", "import os"]
+
+
+def test_a_line_of_a_file_of_prompts_ends_at_a_line_end_alone(tmp_path: Path) -> None:
+    """U+2028 and U+0085 stand in JSON as they are; a byte order mark is no part of a prompt."""
+    prompts = ["one\u2028line", "two\u0085lines\n", "three"]
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
+        (tmp_path / "p.jsonl").write_bytes((mark + end.join([*rows[:2], "", *rows[2:]]) + end).encode())
+        assert prompts_in(tmp_path / "p.jsonl", "--sample-prompts") == prompts
+        (tmp_path / "p.txt").write_bytes((mark + end.join(["one\u2028line", " ", "three"])).encode())
+        assert prompts_in(tmp_path / "p.txt", "--sample-prompts") == ["one\u2028line", "three"]
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,8 @@ class Shard:
         rows: total rows; 0 if only reading the file would tell (JSON lines, text). A unit of tokens is one row.
         unit_bytes: for each unit an estimate of its decompressed bytes of text, known without reading it: the
             uncompressed size of the column chunk (Parquet), the size of the batch or range (Arrow, JSON lines, text),
-            the size of the compressed file (compressed JSON lines), 4 per token (token shards).
+            with the mean size of a value for each row if the text is dictionary-encoded (Arrow), the size of the
+            compressed file (compressed JSON lines), 4 per token (token shards).
         fingerprint: digest of the file's content (`colonnade.data.filesystems.fingerprint`).
         prologue, batches: byte ranges of an Arrow file's messages: the schema and its dictionaries; and for each record
             batch its range and the number of prologue messages before it.
@@ -78,9 +79,12 @@ class Shard:
 
 
 def file_name(path: str) -> str:
-    """Last part of a path or URL, without a URL's query."""
+    """Last part of a path or URL, without a URL's query; of a chain of URLs (`zip://a.jsonl::s3://...`), of the first
+    one."""
     if path.startswith(("http://", "https://")):
         path = urlsplit(path).path
+    elif "://" in path:
+        path = next(part for part in path.split("::") if "://" in part)
     return posixpath.basename(path.rstrip("/"))
 
 
@@ -105,8 +109,10 @@ class Manifest:
             json.dumps([shard.name, shard.size, shard.rows, shard.fingerprint, shard.units]).encode()
             for shard in shards
         ]
+        # A file name need not be UTF-8; Python then holds its bytes as lone surrogates.
+        names = [name.encode("utf-8", "surrogateescape") for name in left_out]
         return cls(
-            digest=hashlib.blake2b(b"\n".join([*described, *map(str.encode, left_out)]), digest_size=16).hexdigest(),
+            digest=hashlib.blake2b(b"\n".join([*described, *names]), digest_size=16).hexdigest(),
             files=len(shards),
             rows=sum(shard.rows for shard in shards),
             shard_digests=tuple(hashlib.blake2b(one, digest_size=4).hexdigest() for one in described),

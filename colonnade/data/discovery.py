@@ -23,26 +23,45 @@ def natural_key(path: str | Path) -> list[tuple[int, int, str]]:
 def discover_shards(pattern: str) -> list[str]:
     """Files that `pattern` matches: globs (`**` allowed) of local paths or URLs, separated by commas.
 
-    Globs keep the order given, and the files of each glob are in natural order. A file matched twice is listed once. A
-    URL without a wildcard is taken as it is; whether it exists shows when it is opened.
+    Globs keep the order given, and the files of each glob are in natural order. A file matched twice is listed once,
+    under its first spelling; local files are the same if their real paths are. A URL without a wildcard is taken as it
+    is; whether it exists shows when it is opened.
 
     Raises:
-        UsageError: a glob matches no file, or a file system cannot be listed.
+        UsageError: a glob matches no file or a dangling symbolic link, or a file system cannot be listed.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     globs = [part.strip() for part in pattern.split(",") if part.strip()]
     if not globs:
         raise UsageError(f"data pattern {pattern!r} is empty; give a glob such as 'data/*.parquet'")
     for one in globs:
         files = expand_url(one) if is_remote(one) else _local_files(local_path(one))
         if not files:
-            raise UsageError(f"data pattern {one!r} matches no file; check the path")
-        found.update(dict.fromkeys(sorted(files, key=natural_key)))
-    return list(found)
+            raise UsageError(f"data pattern {one!r} matches no file; {_remedy(one, several=len(globs) > 1)}")
+        for file in sorted(files, key=natural_key):
+            found.setdefault(file if is_remote(file) else os.path.realpath(file), file)
+    return list(found.values())
+
+
+def _remedy(pattern: str, *, several: bool) -> str:
+    """What the user can do about a pattern that matches nothing; `several` if others were given with it."""
+    path = os.path.expanduser(local_path(pattern))
+    if not is_remote(pattern) and os.path.exists(path):
+        return f"* ? and [ are wildcards; for this path itself write {glob.escape(path)!r}"
+    if re.match(r"[A-Za-z0-9_.-]+=", pattern):
+        return "check the path; to give a corpus a name, write name=glob:weight"
+    return "check the path" + (" (commas separate patterns; for a comma in a path write ?)" if several else "")
 
 
 def _local_files(pattern: str) -> list[str]:
     matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    for match in matches:
+        # A link to a disk that is not mounted must not silently shrink the corpus.
+        if os.path.islink(match) and not os.path.exists(match):
+            raise UsageError(
+                f"data pattern {pattern!r} matches {match!r}, a symbolic link to {os.readlink(match)!r}, which is not "
+                "there; mount or restore that, or remove the link"
+            )
     files = [match for match in matches if os.path.isfile(match)]
     folder = next((match for match in matches if os.path.isdir(match)), None)
     if folder and not files:
@@ -56,6 +75,6 @@ def _local_files(pattern: str) -> list[str]:
 def find_default_shards() -> list[str]:
     """Shards in the default locations (`DEFAULT_GLOBS`): those of the first glob that matches, else an empty list."""
     for pattern in DEFAULT_GLOBS:
-        if any(os.path.isfile(match) for match in glob.glob(pattern)):
+        if any(not os.path.isdir(match) for match in glob.glob(pattern)):
             return discover_shards(pattern)
     return []

@@ -67,7 +67,14 @@ def expand_url(pattern: str) -> list[str]:
         names = with_retries(f"data pattern {pattern!r}", lambda: filesystem.glob(path, detail=True))
     except UnreachableError as error:
         raise UsageError(str(error)) from error
-    return [filesystem.unstrip_protocol(name) for name, facts in names.items() if facts["type"] == "file"]
+    # In a chain of file systems (`simplecache::zip://*.jsonl::s3://bucket/x.zip`), names are those of the first path.
+    parts = pattern.split("::")
+    first = next(index for index, part in enumerate(parts) if "://" in part)
+    return [
+        "::".join([*parts[:first], filesystem.unstrip_protocol(name), *parts[first + 1 :]])
+        for name, facts in names.items()
+        if facts["type"] == "file"
+    ]
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -133,7 +140,8 @@ class LocalSource:
         """A newly opened file object for pyarrow; the caller closes it."""
         import pyarrow as pa
 
-        return pa.OSFile(self.path)
+        # As bytes, because pyarrow encodes text as UTF-8 and a file name need not be UTF-8.
+        return pa.OSFile(os.fsencode(self.path))
 
     def focus(self, start: int, stop: int) -> None:
         """No-op: the operating system reads ahead."""
@@ -164,6 +172,7 @@ class RemoteSource:
         self._block: tuple[int, bytes] = (0, b"")
         self._next_block: tuple[int, Background[bytes]] | None = None
         filesystem, path = _filesystem(url)
+        self._filesystem = filesystem  # that of a zip file closes it when it is collected
         # fsspec's memory file system hands every reader the same file object.
         self._lock = _memory_lock if "memory" in _protocols(filesystem) else threading.Lock()
         if size is None:
@@ -227,7 +236,7 @@ class RemoteSource:
         """A file object for pyarrow with its own position; the caller closes it."""
         import pyarrow as pa
 
-        return pa.PythonFile(_PositionedFile(self), mode="r")
+        return pa.PythonFile(PositionedFile(self), mode="r")
 
     def close(self) -> None:
         """Stop retries and drop what is held in memory."""
@@ -346,10 +355,10 @@ class Background(Generic[T]):
             use(value)
 
 
-class _PositionedFile(io.RawIOBase):
-    """A source as a file object with a position, as pyarrow needs it."""
+class PositionedFile(io.RawIOBase):
+    """A source as a file object with a position, as pyarrow and gzip need it. Closing it leaves the source open."""
 
-    def __init__(self, source: RemoteSource) -> None:
+    def __init__(self, source: Source) -> None:
         super().__init__()
         self._source = source
         self._position = 0
@@ -373,6 +382,11 @@ class _PositionedFile(io.RawIOBase):
         data = self._source.read_at(self._position, wanted)
         self._position += len(data)
         return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:

@@ -52,7 +52,10 @@ def parse_data_glob(text: str) -> tuple[CorpusPattern, ...]:
     corpora: dict[str, CorpusPattern] = {}
     for part, match in zip(parts, matches, strict=True):
         if match is None:
-            raise UsageError(f"data pattern {part!r} has no name and weight, others have: write name=glob:weight")
+            raise UsageError(
+                f"data pattern {part!r} has no name and weight, others have: write name=glob:weight (commas separate "
+                "patterns; for a comma in a path write ?)"
+            )
         name, pattern, weight = match["name"], match["glob"], _weight(match["weight"], part)
         if name in corpora:
             if corpora[name].weight != weight:

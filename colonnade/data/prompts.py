@@ -17,13 +17,16 @@ def prompts_in(path: Path, flag: str) -> list[str]:
         UsageError: the file cannot be read, has no prompts or has a bad line; the message names `flag` and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: U+2028 and others may stand in a line of JSON. A byte order mark is not part of the text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{flag} {path} is not UTF-8 text (byte {error.start})") from error
     if path.suffix == ".jsonl":
-        prompts = [_prompt_of(line, f"{flag} {path} line {number}") for number, line in enumerate(lines, 1) if line]
+        prompts = [
+            _prompt_of(line, f"{flag} {path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
+        ]
     else:
         prompts = [line for line in lines if line.strip()]
     if not prompts:

@@ -62,8 +62,9 @@ class UnitReader:
         Raises:
             DamagedUnit: only before the first window: the bytes can be read but are wrong (checksum, encoding,
                 truncation).
-            RunError: the file cannot be reached (missing, no permission, I/O or network error), or it changed between
-                the two reads. Such a unit is never skipped: a lost mount would silently skip the rest of the corpus.
+            RunError: the file cannot be reached (missing, no permission, I/O or network error), it changed between the
+                two reads, or it grew since the run began. Such a unit is never skipped: a lost mount, or a program that
+                appends to the file, would silently cost the rest of the corpus.
         """
         first, more = self._guarded(shard, lambda: self._first_window(shard, number))
         file = self._file
@@ -79,10 +80,7 @@ class UnitReader:
             try:
                 window = self._guarded(shard, lambda: next(windows, None))
             except DamagedUnit as damage:
-                raise RunError(
-                    f"data shard {shard.path} changed while it was read ({damage}); restore it and start the same "
-                    "command again"
-                ) from damage
+                raise _changed(shard, str(damage)) from damage
             if window is None:
                 file.source.release()
                 return
@@ -143,7 +141,9 @@ class UnitReader:
     def _open(self, shard: Shard, number: int | None) -> ShardFile:
         source = open_source(shard.path, shard.size)
         try:
-            if source.size != shard.size:
+            if source.size > shard.size:
+                raise _changed(shard, f"it has {source.size} bytes now and had {shard.size}")
+            if source.size < shard.size:
                 raise DamagedUnit(f"the file has {source.size} bytes now and had {shard.size}")
             file = OPEN[shard.layout](source, shard, self._text_column)
             if number is not None:
@@ -178,6 +178,12 @@ class UnitReader:
             if isinstance(error, OSError) and error.errno is not None:
                 raise RunError(f"data shard {shard.path} cannot be reached: {reason}") from error
             raise DamagedUnit(reason) from error
+
+
+def _changed(shard: Shard, how: str) -> RunError:
+    return RunError(
+        f"data shard {shard.path} changed while it was read ({how}); restore it and start the same command again"
+    )
 
 
 def _use_system_allocator() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Added to the size of each row's text, so that rows without text also count towards a window's limit.
 _ROW_BYTES = 8
-# Rows taken from a stored array at a time: a dictionary-encoded array may decode to a much larger one.
+# Rows taken from a stored array at a time.
 PIECE_ROWS = 1024
 
 
@@ -98,8 +98,6 @@ def _raw(piece: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8],
     """A piece of N rows as offsets [N + 1] into bytes, the bytes, and which rows are not null [N]."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(piece.type):
-        piece = piece.dictionary_decode()
     if pa.types.is_null(piece.type):
         return np.zeros(len(piece) + 1, np.int64), np.zeros(0, np.uint8), np.zeros(len(piece), np.bool_)
     wide = piece.cast(pa.large_binary())

@@ -52,7 +52,11 @@ def ranges(size: int, step: int) -> int:
 
 
 def check_text_column(path: str, schema: pa.Schema, text_column: str) -> None:
-    """Raises UsageError if the schema has no text column of that name."""
+    """Raises UsageError unless the schema has exactly one column of that name, and it is text."""
+    if schema.names.count(text_column) > 1:
+        raise UsageError(
+            f"data shard {path} has {schema.names.count(text_column)} columns {text_column!r}; rename all but one"
+        )
     if schema.get_field_index(text_column) < 0:
         raise UsageError(
             f"data shard {path} has no column {text_column!r} (it has {', '.join(schema.names) or 'none'}); "
@@ -79,16 +83,20 @@ def _holds_text(kind: pa.DataType) -> bool:
 def checked(column: pa.Array) -> pa.Array:
     """The array, after a check that its offsets stay inside its data. Arrow IPC has no checksums, and a wrong offset
     would cause an out-of-bounds read. UTF-8 is not checked here: the text filter drops single bad rows."""
+    as_bytes(column).validate(full=True)
+    return column
+
+
+def as_bytes(column: pa.Array) -> pa.Array:
+    """A column of strings as bytes in the same memory; other columns unchanged."""
     import pyarrow as pa
     import pyarrow.types as types
 
-    kind = column.type
-    if types.is_string(kind):
-        column.view(pa.binary()).validate(full=True)
-    elif types.is_large_string(kind):
-        column.view(pa.large_binary()).validate(full=True)
-    elif types.is_string_view(kind):
-        column.view(pa.binary_view()).validate(full=True)
-    else:
-        column.validate(full=True)
+    for is_string, same_as_bytes in (
+        (types.is_string, pa.binary()),
+        (types.is_large_string, pa.large_binary()),
+        (types.is_string_view, pa.binary_view()),
+    ):
+        if is_string(column.type):
+            return column.view(same_as_bytes)
     return column

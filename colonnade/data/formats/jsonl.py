@@ -4,18 +4,21 @@ A unit of an uncompressed file is a range of 8 MiB and consists of the lines tha
 not be scanned when it is opened. A compressed file is one unit, read from its beginning.
 
 Lines are parsed one by one with Python's parser, because pyarrow 26's JSON reader crashes the process (segmentation
-fault) on the line `null`. A line that is not a JSON object, or whose text is not a string, is a missing row; the text
-filter counts it. Blank lines are not rows.
+fault) on the line `null`. A line that is not a JSON object, whose text is not a string, or that is longer than 256 MiB
+is a missing row; the text filter counts it. Blank lines are not rows.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from colonnade.data.corpus import DamagedUnit, Layout, Shard
-from colonnade.data.filesystems import Source, fingerprint
+from colonnade.data.filesystems import PositionedFile, Source, fingerprint
 from colonnade.data.formats.base import ShardFile
 from colonnade.errors import UsageError
 
@@ -23,10 +26,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 UNIT_BYTES = 8 << 20
-# Bytes read at a time, and rows yielded at a time.
+# Bytes read at a time, those of a .gz file, and rows yielded at a time.
 _CHUNK_BYTES = 1 << 20
+_COMPRESSED_BYTES = 64 << 10
 _PIECE_ROWS = 1024
-# A longer line is not a document: the file has no line ends, or is not JSON lines.
+# A longer line is not parsed, so that a file without line ends is not held in memory.
 MAX_LINE_BYTES = 256 << 20
 # How much of a file is checked before the run: bytes, and lines.
 _FIRST_LINES_BYTES = 1 << 20
@@ -53,11 +57,24 @@ def describe_compressed(source: Source, path: str, layout: Layout, text_column: 
     return Shard(path, layout, source.size, 0, (source.size,), digest)
 
 
+class _GzipFile(gzip.GzipFile):
+    """Python's reader, because pyarrow's refuses a file that is padded with zeros, as tapes and other devices with
+    blocks of a fixed size leave them; gzip(1) ignores them too."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size)
+        except zlib.error as error:
+            raise EOFError(str(error)) from error
+
+
 def _decompressed(source: Source, layout: Layout) -> Any:
     import pyarrow as pa
 
+    if layout == "jsonl-gz":
+        return _GzipFile(fileobj=io.BufferedReader(PositionedFile(source), _COMPRESSED_BYTES))
     # Closing the stream also closes the underlying file.
-    return pa.CompressedInputStream(source.arrow(), {"jsonl-zst": "zstd", "jsonl-gz": "gzip"}[layout])
+    return pa.CompressedInputStream(source.arrow(), "zstd")
 
 
 def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
@@ -81,10 +98,14 @@ def _check_first_lines(path: str, start: bytes, text_column: str) -> None:
         )
 
 
+# Integers are not used. As int, one of more than 4300 digits would be an error (and slow).
+_DECODER = json.JSONDecoder(parse_int=float)
+
+
 def _parse(line: bytes) -> Any:
     """The value of a line; None if it is not JSON. Bytes that are not UTF-8 become lone surrogates."""
     try:
-        return json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
+        return _DECODER.decode(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return None
 
@@ -92,7 +113,8 @@ def _parse(line: bytes) -> Any:
 def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
     """Whether a line is a JSON object, and its text as UTF-8 (None if it is missing or not a string).
 
-    Bytes of the text that are not UTF-8 are kept as they are: the text filter drops and counts the row.
+    Lone surrogates, escaped or in place of bytes that are not UTF-8, are encoded as if they were characters. That is
+    not UTF-8, so the text filter drops and counts the row.
     """
     value = _parse(line)
     if not isinstance(value, dict):
@@ -100,25 +122,24 @@ def parse_line(line: bytes, text_column: str) -> tuple[bool, bytes | None]:
     text = value.get(text_column)
     if not isinstance(text, str):
         return True, None
-    try:
-        return True, text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        # An escaped lone surrogate: encoded so that the text filter rejects it as well.
-        return True, text.encode("utf-8", "surrogatepass")
+    return True, text.encode("utf-8", "surrogatepass")
 
 
-def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
-    """Lines as binary arrays. Raises DamagedUnit if there are lines and none of them is a JSON object."""
+def _rows(lines: Iterator[bytes | None], text_column: str) -> Iterator[pa.Array]:
+    """Lines as binary arrays; None is a line that is too long. Raises DamagedUnit if there are other lines and none of
+    them is a JSON object."""
     import pyarrow as pa
 
     texts: list[bytes | None] = []
     count, size, valid = 0, 0, False
     for line in lines:
-        if not line.strip():
-            continue
-        is_object, text = parse_line(line, text_column)
-        valid = valid or is_object
-        count += 1
+        text = None
+        if line is not None:
+            if not line.strip():
+                continue
+            is_object, text = parse_line(line, text_column)
+            valid = valid or is_object
+            count += 1
         texts.append(text)
         size += len(text or b"")
         if len(texts) == _PIECE_ROWS or size >= _CHUNK_BYTES:
@@ -130,22 +151,23 @@ def _rows(lines: Iterator[bytes], text_column: str) -> Iterator[pa.Array]:
         yield pa.array(texts, pa.large_binary())
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their line ends. Raises DamagedUnit for a line longer than `MAX_LINE_BYTES`."""
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Lines without their line ends; None for a line longer than `MAX_LINE_BYTES`, which is not kept."""
     open_parts: list[bytes] = []
     open_bytes = 0
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
-        open_parts.append(first)
         open_bytes += len(first)
         if open_bytes > MAX_LINE_BYTES:
-            raise DamagedUnit(f"a line is longer than {MAX_LINE_BYTES >> 20} MiB")
+            open_parts = []
+        else:
+            open_parts.append(first)
         if rest:
-            yield b"".join(open_parts)
+            yield b"".join(open_parts) if open_bytes <= MAX_LINE_BYTES else None
             yield from rest[:-1]
             open_parts, open_bytes = [rest[-1]], len(rest[-1])
     if open_bytes:
-        yield b"".join(open_parts)
+        yield b"".join(open_parts) if open_bytes <= MAX_LINE_BYTES else None
 
 
 class JsonLinesFile(ShardFile):

@@ -6,6 +6,7 @@ memory than a small one. A single page or document larger than a window is held 
 
 from __future__ import annotations
 
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def describe(source: Source, path: str, layout: Layout, text_column: str) -> Sha
 
     digest = fingerprint(source, footer_only=True)
     with source.arrow() as opened, pq.ParquetFile(opened) as file:
-        schema, footer = file.schema_arrow, file.metadata
+        schema, footer = file.schema_arrow, _without_dictionary(file.metadata, text_column)
     check_text_column(path, schema, text_column)
     column = _leaf(footer, text_column)
     sizes = [footer.row_group(index).column(column).total_uncompressed_size for index in range(footer.num_row_groups)]
@@ -72,9 +73,29 @@ def describe(source: Source, path: str, layout: Layout, text_column: str) -> Sha
 
 
 def _leaf(footer: Any, text_column: str) -> int:
-    """Index of the text column among the file's leaf columns (nested fields count separately)."""
-    paths = [footer.schema.column(index).path for index in range(footer.num_columns)]
-    return paths.index(text_column)
+    """Index of the text column among the file's leaf columns (nested fields count separately). The field `b` of a
+    struct `a` has the path `a.b`, which may also be the name of a column."""
+    leaves = [footer.schema.column(index) for index in range(footer.num_columns)]
+    return next(index for index, leaf in enumerate(leaves) if leaf.name == leaf.path == text_column)
+
+
+def _without_dictionary(footer: Any, text_column: str) -> Any:
+    """The footer; if its stored Arrow schema says that the text column is dictionary-encoded, without that schema.
+
+    pyarrow would otherwise attach the dictionary of the whole row group to every batch: copying it makes the time
+    quadratic in the size of the row group. Without the stored schema, it decodes the column to plain strings page by
+    page. pyarrow has no option for that, so the schema's key is renamed.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = footer.schema.to_arrow_schema()
+    index = schema.get_field_index(text_column)
+    if index < 0 or not pa.types.is_dictionary(schema.field(index).type):
+        return footer
+    file = io.BytesIO()
+    footer.write_metadata_file(file)
+    return pq.read_metadata(io.BytesIO(file.getvalue().replace(b"ARROW:schema", b"other:schema")))
 
 
 class ParquetFile(ShardFile):
@@ -87,6 +108,11 @@ class ParquetFile(ShardFile):
         remote = isinstance(source, RemoteSource)
         footer = _footers.get(shard) if remote else None
         self._opened = source.arrow()
+        if footer is None:
+            footer = _without_dictionary(pq.ParquetFile(self._opened).metadata, text_column)
+            if remote:
+                _footers.keep(shard, footer)
+        self._footer = footer
         self._file = pq.ParquetFile(
             self._opened,
             metadata=footer,
@@ -94,9 +120,6 @@ class ParquetFile(ShardFile):
             pre_buffer=False,
             page_checksum_verification=True,
         )
-        self._footer = self._file.metadata
-        if remote and footer is None:
-            _footers.keep(shard, self._footer)
 
     def byte_range(self, number: int) -> tuple[int, int]:
         group = self._footer.row_group(number)
@@ -120,7 +143,8 @@ class ParquetFile(ShardFile):
                 use_threads=False,
             ):
                 rows += batch.num_rows
-                yield checked(batch.column(0))
+                # A field of a struct can have the same path and is read as well.
+                yield checked(batch.column(self._text_column))
         except OSError as error:
             if error.errno is not None:
                 raise

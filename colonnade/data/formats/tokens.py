@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tokenize
 from collections.abc import Iterator
 
 import numpy as np
@@ -62,7 +63,7 @@ def _numpy_header(path: str, start: bytes) -> tuple[str, int, int]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"data shard {path} cannot be read ({reason}); replace or remove it") from error
     if dtype.str not in ("<u2", "<u4", "<i4") or len(shape) != 1:
