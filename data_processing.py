@@ -118,8 +118,9 @@ def streaming_token_generator(
             recorded in all later positions.
         strict: refuse a file that cannot be used, and end the run (RunError) at a damaged unit, instead of skipping
             and recording it.
-        epochs: passes over the data, counted from the beginning of the run; None means endless. At the end of each
-            epoch a lane drops its tail, which is less than a block. The stream ends when the first lane ends.
+        epochs: passes over each corpus, counted from the beginning of the run; None means endless. At the end of each
+            epoch a lane drops its tail, which is less than a block. A corpus that has ended leaves its chunks to the
+            others; the stream ends at the first chunk whose lane has ended in every corpus.
         reader, readers: yield only the chunks of the lanes that reader number `reader` of `readers` needs. It serves
             the chunks g with (g - first) mod readers == reader, where `first` is the stream's first chunk number.
         batch_rows: rows encoded in one call; default RESUME_TOKENIZER_BATCH_ROWS, else 64.

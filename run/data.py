@@ -228,7 +228,7 @@ def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str
 
 
 def read_validation(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Validation | None:
-    """The first held-out blocks, all in memory: 16 kB each at a block of 4096."""
+    """The first held-out blocks, or every block of every corpus, all in memory: 16 kB each at a block of 4096."""
     if settings.validation_glob is None:
         return None
     import numpy as np
