@@ -31,8 +31,8 @@ from colonnade.data.prefetch import Prefetcher
 from colonnade.data.shards import (
     DEFAULT_GLOBS,
     Units,
+    default_data_glob,
     discover_shards,
-    find_default_shards,
     open_usable_shards,
 )
 from colonnade.data.stream import Corpus, TokenChunk, TokenStream
@@ -63,9 +63,9 @@ __all__ = [
     "TokenChunk",
     "TokenStream",
     "boundary_tokens",
+    "default_data_glob",
     "discover_shards",
     "filtered_rows",
-    "find_default_shards",
     "load_tokenizer",
     "streaming_token_generator",
     "vocabulary_size",

@@ -24,8 +24,8 @@ from data_processing import (
     DEFAULT_GLOBS,
     TokenChunk,
     TokenStream,
+    default_data_glob,
     discover_shards,
-    find_default_shards,
     load_tokenizer,
     streaming_token_generator,
     vocabulary_size,
@@ -54,9 +54,9 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
             ModelConfig.from_json(source, vocab_size=VOCAB_MULTIPLE, flag=flag)
     if settings.data_glob is not None:
         _require_shards("--data-glob", settings.data_glob)
-    elif shards := find_default_shards():
-        settings = settings.replace(data_glob=",".join(map(str, shards)))
-        notes.append(f"no --data-glob: using the {len(shards)} shards of {Path(shards[0]).parent}")
+    elif pattern := default_data_glob():
+        settings = settings.replace(data_glob=pattern)
+        notes.append(f"no --data-glob: using {pattern} ({len(discover_shards(pattern))} files)")
     else:
         from colonnade.data.sample_corpus import build_sample_corpus
 

@@ -36,7 +36,8 @@ def discover_shards(pattern: str) -> list[str]:
     for one in globs:
         files = expand_url(one) if is_remote(one) else _local_files(local_path(one))
         if not files:
-            raise UsageError(f"data pattern {one!r} matches no file; check the path")
+            hint = "; patterns are separated by commas: write ? for a comma in a file's name" if len(globs) > 1 else ""
+            raise UsageError(f"data pattern {one!r} matches no file; check the path{hint}")
         found.update(dict.fromkeys(sorted(files, key=natural_key)))
     return list(found)
 
@@ -53,9 +54,7 @@ def _local_files(pattern: str) -> list[str]:
     return files
 
 
-def find_default_shards() -> list[str]:
-    """Shards in the default locations (`DEFAULT_GLOBS`): those of the first glob that matches, else an empty list."""
-    for pattern in DEFAULT_GLOBS:
-        if any(os.path.isfile(match) for match in glob.glob(pattern)):
-            return discover_shards(pattern)
-    return []
+def default_data_glob() -> str | None:
+    """The first of `DEFAULT_GLOBS` that matches a file; None if none does."""
+    found = (pattern for pattern in DEFAULT_GLOBS if any(map(os.path.isfile, glob.glob(pattern))))
+    return next(found, None)
