@@ -104,7 +104,8 @@ def streaming_token_generator(
         shards: files in stream order, or a pattern: globs separated by commas, or `name=glob:weight,...`.
         tokenizer: as returned by `load_tokenizer`. Text is encoded without special tokens.
         block_size: sequence length of the model; each block holds one token more.
-        add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document.
+        add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document. The ids of token shards
+            stay as they are.
         text_column: name of the text column.
         shuffle: read the units of a lane, and the rows in each window of a unit, in a seeded order that changes every
             epoch.
@@ -139,6 +140,8 @@ def streaming_token_generator(
     settings = batch_rows_setting(batch_rows), workers_setting(workers)
     corpora = _open_corpora(shards, text_column, strict=strict)
     _require_documents(corpora, packing, mark_documents)
+    if add_document_boundary_tokens:
+        _require_text(corpora, goes_on=position is not None)
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
     first_rows = read_first_rows(corpora[0].units, text_column)
     encoder, _ = open_encoder(tokenizer, backend, first_rows)
@@ -202,6 +205,25 @@ def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: 
                     f"{asked} cannot be used with {shard.path}: a shard of tokens does not say where documents begin; "
                     "leave it out, or give the text"
                 )
+
+
+def _require_text(corpora: Sequence[Corpus], *, goes_on: bool) -> None:
+    """Refuse boundary tokens for a new stream of nothing but token shards. One that goes on keeps its ids, and beside
+    text they may be meant for the text alone: then a line says where none are put."""
+    shards = [shard for corpus in corpora for shard in corpus.units.shards]
+    tokens = [shard for shard in shards if shard.layout == "tokens"]
+    if len(tokens) == len(shards) and not goes_on:
+        raise UsageError(
+            f"--add-document-boundary-tokens cannot be used with {tokens[0].path}: a shard of tokens does not say "
+            "where documents begin; leave the flag out, or give the text"
+        )
+    if tokens:
+        logger.warning(
+            "--add-document-boundary-tokens adds none to token shards (%d files, the first %s): their ids are used as "
+            "they are",
+            len(tokens),
+            tokens[0].path,
+        )
 
 
 def _require_lanes(corpora: Sequence[Corpus], lanes: int) -> None:
