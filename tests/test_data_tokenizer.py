@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
@@ -172,6 +172,59 @@ def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_stream() -> None
     encoder = Encoder(tokenizer)
     assert [id_ for ids in encoder([*stdlib_texts(20)]) for id_ in ids] == plain_tokens(stdlib_texts(20))
     assert encoder.digest == Encoder(tiny_tokenizer()).digest
+
+
+NORMALIZERS = {"NFKC": normalizers.NFKC(), "lower case": normalizers.Lowercase()}
+SPELLED = {"NFKC": "\uff1c/s\uff1e", "lower case": "</S>"}  # what they turn into </s>
+
+
+def leaky(normalizer: normalizers.Normalizer | None, model: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose EOS, </s>, is an entry of its ordinary vocabulary."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz<>/ \n"]
+    if model == "unigram":
+        backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in letters)], 0))
+    else:
+        words = ["<unk>", "</s>", *letters, "</", "s>"]
+        merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+        backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_text_that_is_normalized_to_a_special_token_stays_text(model: str, name: str) -> None:
+    tokenizer = leaky(NORMALIZERS[name], model)
+    encoder = Encoder(tokenizer)
+    spelled = SPELLED[name]
+    assert tokenizer.backend_tokenizer.encode(f"ab {spelled} c").ids.count(1) == 1
+    # One text with it at every place a cut may come, one that holds it twice, and long ones.
+    texts = [f"{'a' * before}{spelled}{'c' * after}" for before in range(9) for after in range(9)]
+    texts += [f"{spelled}{spelled}", f"ab {spelled} </s> c", f"ab\n{spelled} " * 500, "plain text", ""]
+    for text, ids in zip(texts, encoder(texts), strict=True):
+        assert 1 not in ids
+        pieces = "".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
+        assert pieces == tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+    # A text beside them, and its first token, are what they would be by themselves.
+    assert encoder(["plain text", spelled])[0] == encoder(["plain text"])[0]
+    firsts = [str(tokenizer.convert_ids_to_tokens(ids[0])) for ids in encoder(texts[:81])]
+    sizes = [len((spelled[: len(first)] if first[0] == "<" else first).encode()) for first in firsts]
+    assert encoder.first_token_bytes(texts[:81]) == sizes
+
+
+def test_a_character_that_is_all_of_a_special_token_is_left_out_and_a_line_end_is_text() -> None:
+    replaced = normalizers.Sequence([normalizers.Replace("\u2126", "</s>"), normalizers.Replace("\n", "<pad>")])
+    tokenizer = leaky(replaced, "unigram")
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary["model"]["vocab"].append(["<pad>", 0.0])
+    backend = Tokenizer.from_str(json.dumps(vocabulary))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    with_omega, with_line_end, plain = Encoder(tokenizer)(["ab\u2126cd", "ab\ncd", "abcd"])
+    assert with_omega == plain
+    assert with_line_end == [*plain[:2], tokenizer.pad_token_id, *plain[2:]]
 
 
 def test_a_special_token_that_cannot_be_kept_apart_from_text_is_refused() -> None:
