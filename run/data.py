@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colonnade.data.blocks import unpack_blocks
-from colonnade.data.mixture import normalized, parse_data_glob
+from colonnade.data.mixture import are_same_shares, normalized, parse_data_glob
 from colonnade.data.position import DataPosition
 from colonnade.data.shards import BadShardError, Shard, Units, open_shard
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
@@ -97,10 +97,15 @@ def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str
     corpora = parse_data_glob(settings.data_glob or "")
     position = DataPosition.from_dict(record["data_position"])
     weights = normalized([corpus.weight for corpus in corpora])
-    if weights == position.weights or [corpus.name for corpus in position.head.corpora] != [c.name for c in corpora]:
+    if are_same_shares(weights, position.weights) or [corpus.name for corpus in position.head.corpora] != [
+        c.name for c in corpora
+    ]:
         return []
-    shown = (", ".join(f"{share:.4g}" for share in shares) for shares in (position.weights, weights))
-    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {' -> '.join(shown)}"]
+    for digits in range(4, 18):  # as many as it takes to tell them apart
+        old, new = (", ".join(f"{share:.{digits}g}" for share in shares) for shares in (position.weights, weights))
+        if old != new:
+            break
+    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {old} -> {new}"]
 
 
 def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig) -> None:

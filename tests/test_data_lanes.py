@@ -25,7 +25,7 @@ from colonnade.run_settings import RunSettings
 from colonnade.telemetry.data_ledger import data_ledger, data_metrics
 from data_helpers import assert_same_blocks, plain_blocks, plain_tokens, stdlib_texts, tiny_tokenizer, write_corpus
 from data_processing import Backend, TokenStream, streaming_token_generator
-from run.data import read_validation
+from run.data import read_validation, weight_changes
 
 BLOCK = 16
 GLOBAL_BATCH = 12
@@ -302,6 +302,25 @@ def test_weights_can_change_where_a_stream_goes_on(mixture: str) -> None:
     # Where the position of the change is stored, going on is exact.
     with open_stream(changed, position=after[49].position) as stream:
         assert_same_blocks([chunk.tokens for chunk in islice(stream, 50)], [chunk.tokens for chunk in after[50:]])
+
+
+def test_weights_written_at_another_scale_are_the_same(corpus: str, mixture: str) -> None:
+    three = f"{mixture.replace(':3,', ':1,')},rest={corpus}:4"
+    percent = three.replace(":1", ":0.01").replace(":4", ":0.04")
+    shares = [normalized([part.weight for part in parse_data_glob(text)]) for text in (three, percent)]
+    assert shares[0] != shares[1]  # by rounding
+    with open_stream(three, lanes=1) as stream:
+        chunks = list(islice(stream, 40))
+    position = chunks[19].position
+    record = {"data_position": position.to_dict()}
+    assert weight_changes(record, RunSettings(data_glob=percent)) == []
+    with open_stream(percent, position=position) as stream:
+        assert stream.start == position
+        assert_same_blocks([chunk.tokens for chunk in islice(stream, 20)], [chunk.tokens for chunk in chunks[20:]])
+        assert stream.position == chunks[39].position
+    almost = weight_changes(record, RunSettings(data_glob=three.replace(":4", ":4.00001")))
+    (old, _, new) = almost[0].removeprefix("weights of prose, code, rest ").partition(" -> ")
+    assert old != new
 
 
 @pytest.mark.parametrize(

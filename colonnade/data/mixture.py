@@ -87,6 +87,11 @@ def normalized(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
+def are_same_shares(weights: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether normalized weights are the same but for rounding: 1:4 and 0.01:0.04 are."""
+    return len(weights) == len(others) and all(map(math.isclose, weights, others))
+
+
 class Mixture:
     """Assigns each chunk a corpus, from a schedule of weights ordered by chunk number."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from colonnade.data.mixture import ONLY_CORPUS, WeightChange
+from colonnade.data.mixture import ONLY_CORPUS, WeightChange, are_same_shares
 from colonnade.data.shards import Manifest, Units
 from colonnade.errors import UsageError
 
@@ -296,8 +296,8 @@ class DataPosition:
         )
 
     def with_weights(self, weights: tuple[float, ...]) -> DataPosition:
-        """This position with `weights` from its chunk on."""
-        if weights == self.weights:
+        """This position with `weights` from its chunk on; with its own, to the bit, if they are the same shares."""
+        if are_same_shares(weights, self.weights):
             return self
         earlier = tuple(change for change in self.schedule if change.chunk < self.chunk)
         return replace(self, schedule=(*earlier, WeightChange(self.chunk if earlier else 0, weights)))
