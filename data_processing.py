@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from colonnade.data.corpus import file_name
-from colonnade.data.lane import filtered_rows
+from colonnade.data.lane import after_skip, filtered_rows
 from colonnade.data.mixture import ONLY_CORPUS, normalized, parse_data_glob
 from colonnade.data.order import default_lanes
 from colonnade.data.packing import PACKINGS
@@ -138,7 +138,7 @@ def streaming_token_generator(
     if packing not in PACKINGS:
         raise UsageError(f"packing is {packing!r}; it must be one of {', '.join(PACKINGS)}")
     settings = batch_rows_setting(batch_rows), workers_setting(workers)
-    corpora = _open_corpora(shards, text_column, strict=strict)
+    corpora = _open_corpora(shards, text_column, strict=strict, endless=epochs is None)
     _require_documents(corpora, packing, mark_documents)
     if add_document_boundary_tokens:
         _require_text(corpora, goes_on=position is not None)
@@ -178,20 +178,18 @@ def streaming_token_generator(
     )
 
 
-def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, strict: bool) -> list[Corpus]:
-    if not isinstance(shards, str):
-        return [_open_corpus(ONLY_CORPUS, 1.0, [str(shard) for shard in shards], text_column, strict)]
-    return [
-        _open_corpus(corpus.name, corpus.weight, discover_shards(corpus.pattern), text_column, strict)
-        for corpus in parse_data_glob(shards)
-    ]
-
-
-def _open_corpus(name: str, weight: float, paths: Sequence[str], text_column: str, strict: bool) -> Corpus:
-    usable, bad = open_usable_shards(paths, text_column, strict=strict)
-    for error in bad:
-        logger.warning("skipping a file: %s; recorded in the data position", error)
-    return Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad))
+def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, strict: bool, endless: bool) -> list[Corpus]:
+    if isinstance(shards, str):
+        found = [(corpus.name, corpus.weight, discover_shards(corpus.pattern)) for corpus in parse_data_glob(shards)]
+    else:
+        found = [(ONLY_CORPUS, 1.0, [str(shard) for shard in shards])]
+    corpora = []
+    for name, weight, paths in found:
+        usable, bad = open_usable_shards(paths, text_column, strict=strict)
+        for error in bad:
+            logger.warning("skipping a file: %s; %s", error, after_skip(endless=endless))
+        corpora.append(Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad)))
+    return corpora
 
 
 def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: bool) -> None:
@@ -232,8 +230,8 @@ def _require_lanes(corpora: Sequence[Corpus], lanes: int) -> None:
     for corpus in corpora:
         if len(corpus.units) < lanes:
             raise UsageError(
-                f"--data-lanes {lanes} is more than the {len(corpus.units)} row groups of corpus {corpus.name}; give "
-                "fewer lanes, or write the data with smaller row groups"
+                f"--data-lanes {lanes} is more than the {len(corpus.units)} units (row groups, or parts of a file) of "
+                f"corpus {corpus.name}; give fewer lanes, or write the data with smaller row groups"
             )
 
 

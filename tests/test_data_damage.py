@@ -16,7 +16,8 @@ import pytest
 
 from colonnade.data.text_filter import REASONS, judge
 from colonnade.errors import RunError, UsageError
-from colonnade.telemetry.data_ledger import data_ledger
+from colonnade.run_settings import RunSettings
+from colonnade.telemetry.data_ledger import data_ledger, data_summary
 from data_helpers import (
     BLOCK,
     assert_same_blocks,
@@ -27,9 +28,11 @@ from data_helpers import (
     plain_blocks,
     plain_tokens,
     stdlib_texts,
+    tiny_tokenizer,
     write_shard,
 )
-from data_processing import DataPosition, filtered_rows
+from data_processing import Backend, DataPosition, filtered_rows
+from run.data import read_validation
 
 GROUP = 6
 # Uncompressed, not dictionary-encoded, no statistics: a text's bytes stand in the file once, in its page.
@@ -244,6 +247,26 @@ def test_a_damaged_row_group_is_skipped_whole_recorded_and_warned_once(
     ]
 
 
+def test_what_is_skipped_of_held_out_text_is_not_said_to_be_recorded(
+    damaged: tuple[list[Path], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, _ = damaged
+    (tmp_path / "empty.parquet").touch()
+    pattern = f"{tmp_path}/*.parquet"
+    with open_stream([*shards, tmp_path / "empty.parquet"]) as stream:
+        position = list(islice(stream, 100))[-1].position
+    trained = [*caplog.messages]
+    caplog.clear()
+    settings = RunSettings(validation_glob=pattern, validation_chunks=0, block_size=BLOCK)
+    read_validation(settings, tiny_tokenizer(), Backend("hf"))
+    for lines, recorded in ((trained, True), (caplog.messages, False)):
+        assert len(lines) == 2
+        assert all(line.startswith("skipping ") for line in lines)
+        assert [line.endswith("recorded in the data position") for line in lines] == [recorded] * 2
+    (line,) = data_summary(position)
+    assert line.endswith("1 damaged units skipped")
+
+
 def test_a_recorded_skip_holds_when_the_row_group_is_readable_again(damaged: tuple[list[Path], list[str]]) -> None:
     shards, rest = damaged
     expected = plain_blocks(plain_tokens(rest), BLOCK, epochs=2)
@@ -291,9 +314,9 @@ def test_a_corpus_that_is_damaged_throughout_ends_with_an_error(tmp_path: Path) 
         position = next(stream).position
     for index in range(4):
         flip_bit(shard, f"number {index}".encode())
-    with open_stream([shard]) as stream, pytest.raises(UsageError, match="4 damaged row groups skipped"):
+    with open_stream([shard]) as stream, pytest.raises(UsageError, match="4 damaged units skipped"):
         next(stream)
-    with open_stream([shard], position=position) as stream, pytest.raises(RunError, match="4 damaged row groups"):
+    with open_stream([shard], position=position) as stream, pytest.raises(RunError, match="4 damaged units"):
         next(stream)
 
 
