@@ -147,9 +147,12 @@ def streaming_token_generator(
     encoder, _ = open_encoder(tokenizer, backend, first_rows)
     if lanes is None:
         lanes = position.head.lanes if position is not None else 1 if epochs is not None else None
+    digest = encoder.digest
+    if position is not None and position.head.tokenizer == encoder.earlier_digest:
+        digest = position.head.tokenizer
     head = StreamHead(
         corpora=tuple(CorpusHead.of(corpus.name, corpus.units, corpus.skipped_files) for corpus in corpora),
-        tokenizer=encoder.digest,
+        tokenizer=digest,
         bos=boundaries.bos if boundaries else None,
         eos=boundaries.eos if boundaries else None,
         block_size=block_size,

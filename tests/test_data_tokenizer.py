@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -28,7 +32,14 @@ from data_helpers import (
     trained_backend,
     write_corpus,
 )
-from data_processing import boundary_tokens, load_tokenizer, streaming_token_generator, vocabulary_size
+from data_processing import (
+    DataPosition,
+    TokenStream,
+    boundary_tokens,
+    load_tokenizer,
+    streaming_token_generator,
+    vocabulary_size,
+)
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
@@ -260,6 +271,56 @@ def test_a_tokenizer_written_in_python() -> None:
     texts = ["plain text", "é and 日本", f"{'<eos>'} as text"]
     assert tokenizer.eos_token_id == 256
     assert Encoder(tokenizer)(texts) == [list(text.encode()) for text in texts]
+
+
+class MergingTokenizer(BytesTokenizer):
+    """Its ids depend on merges and on a setting, neither of which its vocabulary tells."""
+
+    def __init__(self, merges: Sequence[str], *, lower: bool = False) -> None:
+        self.merges, self.lower = merges, lower
+        super().__init__(eos_token="<eos>")
+
+    def get_vocab(self) -> dict[str, int]:
+        return super().get_vocab() | {"zq": 256, "zqz": 257}
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        path = Path(save_directory, "merges.txt")
+        path.write_text("\n".join(self.merges))
+        return (str(path),)
+
+    def _tokenize(self, text: str, **_: object) -> list[str]:
+        parts = re.findall("|".join([*self.merges, "."]), text.lower() if self.lower else text, re.DOTALL)
+        cut = [[part] if part in self.merges else BytesTokenizer._tokenize(self, part) for part in parts]
+        return [token for tokens in cut for token in tokens]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab()[token]
+
+
+def test_the_digest_of_a_tokenizer_written_in_python_tells_what_its_vocabulary_does_not(tmp_path: Path) -> None:
+    one, same = MergingTokenizer(["zq", "zqz"]), MergingTokenizer(["zq", "zqz"])
+    others = MergingTokenizer(["zqz", "zq"]), MergingTokenizer(["zq", "zqz"], lower=True)
+    assert Encoder(one)(["zqz"]) != Encoder(others[0])(["zqz"])
+    digests = [Encoder(tokenizer).digest for tokenizer in (one, same, *others)]
+    assert len({*digests}) == 3
+    assert digests[0] == digests[1]
+    shards = write_corpus(tmp_path, stdlib_texts())
+
+    def stream(tokenizer: PreTrainedTokenizer, position: DataPosition | None = None) -> TokenStream:
+        return streaming_token_generator(shards, tokenizer, block_size=64, lanes=1, workers=1, position=position)
+
+    with stream(one) as first:
+        chunks = [next(first) for _ in range(4)]
+    position = chunks[1].position
+    with pytest.raises(UsageError, match=r"tokenizer [0-9a-f]{8} -> [0-9a-f]{8}"):
+        stream(others[0], position)
+    # A position that was written with the class and the vocabulary alone goes on, and keeps what it holds.
+    described = [type(one).__name__, sorted(one.get_vocab().items())]
+    earlier = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+    position = replace(position, head=replace(position.head, tokenizer=earlier))
+    with stream(one, position) as gone_on:
+        assert next(gone_on).tokens.tolist() == chunks[2].tokens.tolist()
+        assert gone_on.position.head.tokenizer == earlier
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

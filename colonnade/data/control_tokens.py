@@ -17,8 +17,7 @@ from colonnade.errors import UsageError
 
 Encode = Callable[[list[str]], FlatIds]
 
-# Characters that are text wherever they stand.
-_ASCII = [chr(code) for code in range(128)]
+_WHITE_SPACE = [" ", "\t", "\n", "\r"]
 
 
 class ControlTokens:
@@ -47,8 +46,8 @@ class ControlTokens:
                 )
         longest_first = sorted(leaking, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first))) if leaking else None
-        # A token that a normalizer makes of one ordinary character (a line end, say) stands for text.
-        self._ids = frozenset(tokens.values()).difference(encode(_ASCII).ids.tolist())
+        # A token that a normalizer makes of white space, mostly of a line end, stands for text.
+        self._ids = frozenset(tokens.values()).difference(encode(_WHITE_SPACE).ids.tolist())
         # Mostly one or two ranges, and comparing with these costs a fraction of a look-up for each token.
         self._ranges = _ranges_of(self._ids)
 

@@ -40,7 +40,7 @@ class LaneCounts(NamedTuple):
     rows_empty: int = 0
     rows_mostly_digits_or_symbols: int = 0
     tokens_delivered: int = 0
-    tokens_repeated: int = 0  # delivered after the first epoch
+    tokens_repeated: int = 0  # delivered after the first epoch; not those that a change of the data delivers anew
     tokens_dropped: int = 0  # tails of epochs
     padding: int = 0  # positions in blocks without a token
 
@@ -111,7 +111,7 @@ class StreamHead:
     """Everything that the stream is a function of, besides cursors and weights."""
 
     corpora: tuple[CorpusHead, ...]
-    tokenizer: str  # digest over the serialised tokenizer
+    tokenizer: str  # `Encoder.digest`
     bos: int | None  # boundary token ids; None if none is added
     eos: int | None
     block_size: int

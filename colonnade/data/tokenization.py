@@ -6,9 +6,11 @@ token ids enter the stream only as requested boundary tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,15 @@ KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", 
 
 # What transformers raises for a folder without a tokenizer depends on the folder's other contents.
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
+# What Python code raises for characters that its vocabulary lacks.
+_NOT_ENCODABLE = (ValueError, KeyError, TypeError, AttributeError)
+# Texts whose ids are part of the digest of a tokenizer written in Python.
+_PROBES = (
+    "The quick brown fox jumps over the lazy dog. IT'S 1,234.5 -- ISN'T IT?",
+    "  Two  spaces,\ttab,\n\nlines \r\n",
+    "na\u00efve cafe\u0301 \uff21\uff22\uff23 \ufb01n \u6f22\u5b57 \u041c\u043e\u0441\u043a\u0432\u0430 \U0001f600",
+    "def f(x_1):\n    return {'a': x_1 ** 2}  # <tag/>",
+)
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -212,6 +223,7 @@ class Encoder:
 
     Attributes:
         digest: identifies the tokenizer in a data position, whichever library encodes.
+        earlier_digest: of a tokenizer written in Python, what earlier positions hold in its place; else None.
         control_tokens: spellings of the special tokens, except the unknown token.
         fast: the `fastokens` encoder if it is used, else None. Set by `colonnade.data.tokenizer_backend` after a check
             that it gives the same ids.
@@ -225,11 +237,13 @@ class Encoder:
         rust = getattr(tokenizer, "backend_tokenizer", None)
         self._rust = None if rust is None else _private_copy(rust)
         self._encode: Encode
+        self.earlier_digest = None
         if self._rust is not None:
             self.digest = hashlib.blake2b(self._rust.to_str().encode(), digest_size=16).hexdigest()
             self._encode = _rust_encoder(self._rust)
         else:
-            self._encode, self.digest = _python_encoder(tokenizer)
+            self._encode = _python_encoder(tokenizer)
+            self.earlier_digest, self.digest = _python_digests(tokenizer, self._encode)
         self._control = ControlTokens(_control_tokens(tokenizer), self._encode, tokenizer.name_or_path)
         self.control_tokens = self._control.spellings
         self.fast: FastEncoder | None = None
@@ -303,16 +317,29 @@ def _rust_encoder(copy: Any) -> Encode:
     return encode
 
 
-def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Encode, str]:
-    """Encoding function and digest for a tokenizer written in Python. It holds the GIL, so more threads neither help
-    nor hurt."""
-    described = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Encoding function for a tokenizer written in Python. It holds the GIL, so more threads neither help nor hurt."""
 
     def encode(texts: list[str]) -> FlatIds:
         return to_flat([tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts])
 
-    return encode, digest
+    return encode
+
+
+def _python_digests(tokenizer: PreTrainedTokenizerBase, encode: Encode) -> tuple[str, str]:
+    """Two digests of a tokenizer written in Python: over class and vocabulary, and over these, the files it saves
+    (merges, a SentencePiece model) and the ids of `_PROBES`, which tell of settings such as lower case."""
+    described: list[Any] = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    earlier = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(NotImplementedError, OSError, *_NOT_ENCODABLE):  # not all have a method that works
+            tokenizer.save_vocabulary(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        described += [[path.name, hashlib.blake2b(path.read_bytes()).hexdigest()] for path in files]
+    for text in _PROBES:
+        with contextlib.suppress(*_NOT_ENCODABLE):
+            described.append(to_lists(encode([text])))
+    return earlier, hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
