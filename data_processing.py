@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from colonnade.data.corpus import file_name
-from colonnade.data.lane import filtered_rows
+from colonnade.data.lane import after_skip, filtered_rows
 from colonnade.data.mixture import ONLY_CORPUS, normalized, parse_data_glob
 from colonnade.data.order import default_lanes
 from colonnade.data.packing import PACKINGS
@@ -31,8 +31,8 @@ from colonnade.data.prefetch import Prefetcher
 from colonnade.data.shards import (
     DEFAULT_GLOBS,
     Units,
+    default_data_glob,
     discover_shards,
-    find_default_shards,
     open_usable_shards,
 )
 from colonnade.data.stream import Corpus, TokenChunk, TokenStream
@@ -63,9 +63,9 @@ __all__ = [
     "TokenChunk",
     "TokenStream",
     "boundary_tokens",
+    "default_data_glob",
     "discover_shards",
     "filtered_rows",
-    "find_default_shards",
     "load_tokenizer",
     "streaming_token_generator",
     "vocabulary_size",
@@ -104,7 +104,8 @@ def streaming_token_generator(
         shards: files in stream order, or a pattern: globs separated by commas, or `name=glob:weight,...`.
         tokenizer: as returned by `load_tokenizer`. Text is encoded without special tokens.
         block_size: sequence length of the model; each block holds one token more.
-        add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document.
+        add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document. The ids of token shards
+            stay as they are.
         text_column: name of the text column.
         shuffle: read the units of a lane, and the rows in each window of a unit, in a seeded order that changes every
             epoch.
@@ -118,8 +119,9 @@ def streaming_token_generator(
             recorded in all later positions.
         strict: refuse a file that cannot be used, and end the run (RunError) at a damaged unit, instead of skipping
             and recording it.
-        epochs: passes over the data, counted from the beginning of the run; None means endless. At the end of each
-            epoch a lane drops its tail, which is less than a block. The stream ends when the first lane ends.
+        epochs: passes over each corpus, counted from the beginning of the run; None means endless. At the end of each
+            epoch a lane drops its tail, which is less than a block. A corpus that has ended leaves its chunks to the
+            others; the stream ends at the first chunk whose lane has ended in every corpus.
         reader, readers: yield only the chunks of the lanes that reader number `reader` of `readers` needs. It serves
             the chunks g with (g - first) mod readers == reader, where `first` is the stream's first chunk number.
         batch_rows: rows encoded in one call; default RESUME_TOKENIZER_BATCH_ROWS, else 64.
@@ -136,16 +138,21 @@ def streaming_token_generator(
     if packing not in PACKINGS:
         raise UsageError(f"packing is {packing!r}; it must be one of {', '.join(PACKINGS)}")
     settings = batch_rows_setting(batch_rows), workers_setting(workers)
-    corpora = _open_corpora(shards, text_column, strict=strict)
+    corpora = _open_corpora(shards, text_column, strict=strict, endless=epochs is None)
     _require_documents(corpora, packing, mark_documents)
+    if add_document_boundary_tokens:
+        _require_text(corpora, goes_on=position is not None)
     boundaries = boundary_tokens(tokenizer) if add_document_boundary_tokens else None
     first_rows = read_first_rows(corpora[0].units, text_column)
     encoder, _ = open_encoder(tokenizer, backend, first_rows)
     if lanes is None:
         lanes = position.head.lanes if position is not None else 1 if epochs is not None else None
+    digest = encoder.digest
+    if position is not None and position.head.tokenizer == encoder.earlier_digest:
+        digest = position.head.tokenizer
     head = StreamHead(
         corpora=tuple(CorpusHead.of(corpus.name, corpus.units, corpus.skipped_files) for corpus in corpora),
-        tokenizer=encoder.digest,
+        tokenizer=digest,
         bos=boundaries.bos if boundaries else None,
         eos=boundaries.eos if boundaries else None,
         block_size=block_size,
@@ -174,20 +181,18 @@ def streaming_token_generator(
     )
 
 
-def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, strict: bool) -> list[Corpus]:
-    if not isinstance(shards, str):
-        return [_open_corpus(ONLY_CORPUS, 1.0, [str(shard) for shard in shards], text_column, strict)]
-    return [
-        _open_corpus(corpus.name, corpus.weight, discover_shards(corpus.pattern), text_column, strict)
-        for corpus in parse_data_glob(shards)
-    ]
-
-
-def _open_corpus(name: str, weight: float, paths: Sequence[str], text_column: str, strict: bool) -> Corpus:
-    usable, bad = open_usable_shards(paths, text_column, strict=strict)
-    for error in bad:
-        logger.warning("skipping a file: %s; recorded in the data position", error)
-    return Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad))
+def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, strict: bool, endless: bool) -> list[Corpus]:
+    if isinstance(shards, str):
+        found = [(corpus.name, corpus.weight, discover_shards(corpus.pattern)) for corpus in parse_data_glob(shards)]
+    else:
+        found = [(ONLY_CORPUS, 1.0, [str(shard) for shard in shards])]
+    corpora = []
+    for name, weight, paths in found:
+        usable, bad = open_usable_shards(paths, text_column, strict=strict)
+        for error in bad:
+            logger.warning("skipping a file: %s; %s", error, after_skip(endless=endless))
+        corpora.append(Corpus(name, weight, Units(usable), tuple(file_name(error.path) for error in bad)))
+    return corpora
 
 
 def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: bool) -> None:
@@ -203,14 +208,33 @@ def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: 
                 )
 
 
+def _require_text(corpora: Sequence[Corpus], *, goes_on: bool) -> None:
+    """Refuse boundary tokens for a new stream of nothing but token shards. One that goes on keeps its ids, and beside
+    text they may be meant for the text alone: then a line says where none are put."""
+    shards = [shard for corpus in corpora for shard in corpus.units.shards]
+    tokens = [shard for shard in shards if shard.layout == "tokens"]
+    if len(tokens) == len(shards) and not goes_on:
+        raise UsageError(
+            f"--add-document-boundary-tokens cannot be used with {tokens[0].path}: a shard of tokens does not say "
+            "where documents begin; leave the flag out, or give the text"
+        )
+    if tokens:
+        logger.warning(
+            "--add-document-boundary-tokens adds none to token shards (%d files, the first %s): their ids are used as "
+            "they are",
+            len(tokens),
+            tokens[0].path,
+        )
+
+
 def _require_lanes(corpora: Sequence[Corpus], lanes: int) -> None:
     if not 1 <= lanes <= MAX_LANES:
         raise UsageError(f"--data-lanes is {lanes}; it must be from 1 to {MAX_LANES}")
     for corpus in corpora:
         if len(corpus.units) < lanes:
             raise UsageError(
-                f"--data-lanes {lanes} is more than the {len(corpus.units)} row groups of corpus {corpus.name}; give "
-                "fewer lanes, or write the data with smaller row groups"
+                f"--data-lanes {lanes} is more than the {len(corpus.units)} units (row groups, or parts of a file) of "
+                f"corpus {corpus.name}; give fewer lanes, or write the data with smaller row groups"
             )
 
 

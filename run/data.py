@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colonnade.data.blocks import unpack_blocks
-from colonnade.data.mixture import normalized, parse_data_glob
+from colonnade.data.mixture import are_same_shares, normalized, parse_data_glob
 from colonnade.data.position import DataPosition
 from colonnade.data.shards import BadShardError, Shard, Units, open_shard
 from colonnade.data.tokenizer_backend import Backend, open_encoder, read_first_rows
@@ -24,8 +24,8 @@ from data_processing import (
     DEFAULT_GLOBS,
     TokenChunk,
     TokenStream,
+    default_data_glob,
     discover_shards,
-    find_default_shards,
     load_tokenizer,
     streaming_token_generator,
     vocabulary_size,
@@ -54,9 +54,9 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
             ModelConfig.from_json(source, vocab_size=VOCAB_MULTIPLE, flag=flag)
     if settings.data_glob is not None:
         _require_shards("--data-glob", settings.data_glob)
-    elif shards := find_default_shards():
-        settings = settings.replace(data_glob=",".join(map(str, shards)))
-        notes.append(f"no --data-glob: using the {len(shards)} shards of {Path(shards[0]).parent}")
+    elif pattern := default_data_glob():
+        settings = settings.replace(data_glob=pattern)
+        notes.append(f"no --data-glob: using {pattern} ({len(discover_shards(pattern))} files)")
     else:
         from colonnade.data.sample_corpus import build_sample_corpus
 
@@ -97,10 +97,15 @@ def weight_changes(record: Mapping[str, Any], settings: RunSettings) -> list[str
     corpora = parse_data_glob(settings.data_glob or "")
     position = DataPosition.from_dict(record["data_position"])
     weights = normalized([corpus.weight for corpus in corpora])
-    if weights == position.weights or [corpus.name for corpus in position.head.corpora] != [c.name for c in corpora]:
+    if are_same_shares(weights, position.weights) or [corpus.name for corpus in position.head.corpora] != [
+        c.name for c in corpora
+    ]:
         return []
-    shown = (", ".join(f"{share:.4g}" for share in shares) for shares in (position.weights, weights))
-    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {' -> '.join(shown)}"]
+    for digits in range(4, 18):  # as many as it takes to tell them apart
+        old, new = (", ".join(f"{share:.{digits}g}" for share in shares) for shares in (position.weights, weights))
+        if old != new:
+            break
+    return [f"weights of {', '.join(corpus.name for corpus in corpora)} {old} -> {new}"]
 
 
 def require_vocabulary(settings: RunSettings, entries: int, config: ModelConfig) -> None:
@@ -228,7 +233,7 @@ def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str
 
 
 def read_validation(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, backend: Backend) -> Validation | None:
-    """Read the first held-out blocks into memory: 16 kB each at a block size of 4096."""
+    """Read the first held-out blocks, or every block of every corpus, into memory: 16 kB each with a block of 4096."""
     if settings.validation_glob is None:
         return None
     import numpy as np

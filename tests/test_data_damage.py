@@ -18,7 +18,8 @@ import pytest
 from colonnade.data.formats import jsonl
 from colonnade.data.text_filter import REASONS, judge
 from colonnade.errors import RunError, UsageError
-from colonnade.telemetry.data_ledger import data_ledger
+from colonnade.run_settings import RunSettings
+from colonnade.telemetry.data_ledger import data_ledger, data_summary
 from data_helpers import (
     BLOCK,
     assert_same_blocks,
@@ -29,9 +30,11 @@ from data_helpers import (
     plain_blocks,
     plain_tokens,
     stdlib_texts,
+    tiny_tokenizer,
     write_shard,
 )
-from data_processing import DataPosition, discover_shards, filtered_rows
+from data_processing import Backend, DataPosition, discover_shards, filtered_rows
+from run.data import read_validation
 
 GROUP = 6
 # Uncompressed, not dictionary-encoded, no statistics: a text's bytes stand in the file once, in its page.
@@ -174,7 +177,8 @@ def test_files_that_cannot_be_used_are_skipped_and_recorded(tmp_path: Path, capl
 
 
 @pytest.mark.parametrize("layout", ["parquet", "arrow-file"])
-def test_file_names_that_are_not_utf8(tmp_path: Path, layout: str) -> None:
+def test_file_names_that_are_not_utf8(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR", "data_processing")  # pytest-xdist cannot send a warning that holds such a name
     good = write_shard(tmp_path / "good", stdlib_texts(), group=GROUP, layout=layout)
     try:
         good = good.rename(os.fsdecode(os.fsencode(tmp_path) + b"/gut\xe4"))
@@ -265,6 +269,26 @@ def test_a_damaged_row_group_is_skipped_whole_recorded_and_warned_once(
     ]
 
 
+def test_what_is_skipped_of_held_out_text_is_not_said_to_be_recorded(
+    damaged: tuple[list[Path], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, _ = damaged
+    (tmp_path / "empty.parquet").touch()
+    pattern = f"{tmp_path}/*.parquet"
+    with open_stream([*shards, tmp_path / "empty.parquet"]) as stream:
+        position = list(islice(stream, 100))[-1].position
+    trained = [*caplog.messages]
+    caplog.clear()
+    settings = RunSettings(validation_glob=pattern, validation_chunks=0, block_size=BLOCK)
+    read_validation(settings, tiny_tokenizer(), Backend("hf"))
+    for lines, recorded in ((trained, True), (caplog.messages, False)):
+        assert len(lines) == 2
+        assert all(line.startswith("skipping ") for line in lines)
+        assert [line.endswith("recorded in the data position") for line in lines] == [recorded] * 2
+    (line,) = data_summary(position)
+    assert line.endswith("1 damaged units skipped")
+
+
 def test_a_recorded_skip_holds_when_the_row_group_is_readable_again(damaged: tuple[list[Path], list[str]]) -> None:
     shards, rest = damaged
     expected = plain_blocks(plain_tokens(rest), BLOCK, epochs=2)
@@ -312,9 +336,9 @@ def test_a_corpus_that_is_damaged_throughout_ends_with_an_error(tmp_path: Path) 
         position = next(stream).position
     for index in range(4):
         flip_bit(shard, f"number {index}".encode())
-    with open_stream([shard]) as stream, pytest.raises(UsageError, match="4 damaged row groups skipped"):
+    with open_stream([shard]) as stream, pytest.raises(UsageError, match="4 damaged units skipped"):
         next(stream)
-    with open_stream([shard], position=position) as stream, pytest.raises(RunError, match="4 damaged row groups"):
+    with open_stream([shard], position=position) as stream, pytest.raises(RunError, match="4 damaged units"):
         next(stream)
 
 

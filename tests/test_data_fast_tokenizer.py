@@ -165,6 +165,22 @@ def test_special_tokens_spelled_in_text_stay_text() -> None:
     assert not {0, 1}.intersection(ids.tolist())  # the ids of both
 
 
+def test_text_that_is_normalized_to_a_special_token_stays_text() -> None:
+    described = json.loads(trained("llama3-nfc"))
+    index = described["model"]["vocab"][";;"] = len(described["model"]["vocab"])
+    described["model"]["merges"].append([";", ";"])
+    serialized = json.dumps(described)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(serialized), eos_token=";;")
+    assert tokenizer.eos_token_id == index
+    texts = ["\u037e\u037e", "a \u037e\u037e b", ";;", "no such text"]  # NFC makes a semicolon of U+037E
+    assert [index in ids for ids in reference(serialized, texts)] == [True, True, True, False]
+    encoder, fast = Encoder(tokenizer), fast_encoder(tokenizer)
+    assert fast(texts) == encoder(texts)
+    assert not any(index in ids for ids in fast(texts))
+    decoded = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in fast(texts)]
+    assert decoded == [";;", "a ;; b", ";;", "no such text"]
+
+
 @pytest.mark.parametrize("boundaries", [None, BoundaryTokens(1, 0), BoundaryTokens(None, 7), BoundaryTokens(7, None)])
 def test_boundary_tokens_in_flat_ids(boundaries: BoundaryTokens | None) -> None:
     documents = [[5, 6], [], [9], [1, 2, 3], []]

@@ -21,9 +21,11 @@ from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data
 from colonnade.data.order import deal_units, default_lanes, keyed_permutation
 from colonnade.data.position import DataPosition
 from colonnade.errors import UsageError
+from colonnade.run_settings import RunSettings
 from colonnade.telemetry.data_ledger import data_ledger, data_metrics
 from data_helpers import assert_same_blocks, plain_blocks, plain_tokens, stdlib_texts, tiny_tokenizer, write_corpus
-from data_processing import TokenStream, streaming_token_generator
+from data_processing import Backend, TokenStream, streaming_token_generator
+from run.data import read_validation, weight_changes
 
 BLOCK = 16
 GLOBAL_BATCH = 12
@@ -239,6 +241,52 @@ def test_each_corpus_is_read_in_its_own_order_whatever_the_others(mixture: str) 
     assert [totals[name].tokens_delivered for name in ("prose", "code")] == [len(part) * BLOCK for part in by_corpus]
 
 
+@given(weights=st.lists(st.floats(0.05, 1.0), min_size=3, max_size=6), ended=st.integers(0, 5), start=st.integers(0))
+def test_the_chunks_of_an_ended_corpus_go_to_the_others_in_their_shares(
+    weights: list[float], ended: int, start: int
+) -> None:
+    ended %= len(weights)
+    mixed = Mixture([WeightChange(0, normalized(weights))])
+    numbers = range(start, start + 512)
+    others = [number for number in numbers if mixed.corpus_of(number) != ended]
+    assert [mixed.corpus_of(number, {ended}) for number in others] == [mixed.corpus_of(number) for number in others]
+    counts = Counter(mixed.corpus_of(number, {ended}) for number in numbers)
+    left = sum(weights) - weights[ended]
+    for corpus, weight in enumerate(weights):
+        assert abs(counts[corpus] - (corpus != ended) * weight / left * 512) <= 24  # two intervals' discrepancies
+
+
+@pytest.mark.parametrize("first_to_end", ["prose", "code"])
+def test_one_epoch_of_a_mixture_holds_each_corpus_whole(mixture: str, first_to_end: str) -> None:
+    if first_to_end == "code":
+        mixture = mixture.replace(":3,", ":1,").removesuffix(":1") + ":9"
+    expected = [plain_blocks(plain_tokens(texts), BLOCK) for texts in (stdlib_texts()[:40], stdlib_texts()[40:])]
+    with open_stream(mixture, epochs=1) as stream:
+        chunks = list(stream)
+    assert len(chunks) == sum(map(len, expected))
+    totals = [chunk.position.totals() for chunk in chunks]
+    delivered = [[total[name].tokens_delivered for total in totals] for name in ("prose", "code")]
+    for counts, blocks in zip(delivered, expected, strict=True):
+        own = [chunk.tokens for chunk, step in zip(chunks, np.diff(counts, prepend=0), strict=True) if step]
+        assert_same_blocks(own, blocks)
+    assert delivered[first_to_end != "prose"].index(len(expected[first_to_end != "prose"]) * BLOCK) < len(chunks) - 20
+    for cut in (10, len(chunks) - 15, len(chunks) - 1):
+        with open_stream(mixture, epochs=1, position=chunks[cut - 1].position) as stream:
+            assert_same_blocks([chunk.tokens for chunk in stream], [chunk.tokens for chunk in chunks[cut:]])
+
+
+def test_validation_on_all_chunks_of_a_mixture_leaves_none_out(mixture: str) -> None:
+    settings = RunSettings(validation_glob=mixture, validation_chunks=0, block_size=BLOCK)
+    validation = read_validation(settings, TOKENIZER, Backend("hf"))
+    assert validation is not None
+    expected = [
+        block.tolist()
+        for texts in (stdlib_texts()[:40], stdlib_texts()[40:])
+        for block in plain_blocks(plain_tokens(texts), BLOCK)
+    ]
+    assert sorted(validation.tokens.tolist()) == sorted(expected)
+
+
 def test_weights_can_change_where_a_stream_goes_on(mixture: str) -> None:
     with open_stream(mixture, lanes=2) as stream:
         position = list(islice(stream, 60))[-1].position
@@ -254,6 +302,25 @@ def test_weights_can_change_where_a_stream_goes_on(mixture: str) -> None:
     # Where the position of the change is stored, going on is exact.
     with open_stream(changed, position=after[49].position) as stream:
         assert_same_blocks([chunk.tokens for chunk in islice(stream, 50)], [chunk.tokens for chunk in after[50:]])
+
+
+def test_weights_written_at_another_scale_are_the_same(corpus: str, mixture: str) -> None:
+    three = f"{mixture.replace(':3,', ':1,')},rest={corpus}:4"
+    percent = three.replace(":1", ":0.01").replace(":4", ":0.04")
+    shares = [normalized([part.weight for part in parse_data_glob(text)]) for text in (three, percent)]
+    assert shares[0] != shares[1]  # by rounding
+    with open_stream(three, lanes=1) as stream:
+        chunks = list(islice(stream, 40))
+    position = chunks[19].position
+    record = {"data_position": position.to_dict()}
+    assert weight_changes(record, RunSettings(data_glob=percent)) == []
+    with open_stream(percent, position=position) as stream:
+        assert stream.start == position
+        assert_same_blocks([chunk.tokens for chunk in islice(stream, 20)], [chunk.tokens for chunk in chunks[20:]])
+        assert stream.position == chunks[39].position
+    almost = weight_changes(record, RunSettings(data_glob=three.replace(":4", ":4.00001")))
+    (old, _, new) = almost[0].removeprefix("weights of prose, code, rest ").partition(" -> ")
+    assert old != new
 
 
 @pytest.mark.parametrize(
@@ -281,7 +348,7 @@ def test_what_is_no_mixture_stays_a_pattern() -> None:
 
 
 def test_more_lanes_than_row_groups_are_refused(mixture: str) -> None:
-    with pytest.raises(UsageError, match="--data-lanes 21 is more than the 20 row groups of corpus"):
+    with pytest.raises(UsageError, match=r"--data-lanes 21 is more than the 20 units .* of corpus"):
         open_stream(mixture, lanes=21)
 
 

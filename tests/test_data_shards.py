@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from colonnade.data.shards import Manifest, UnitReader, Units, open_shards
 from colonnade.errors import UsageError
+from colonnade.run_settings import RunSettings
 from data_helpers import rows_of, stdlib_texts, write_corpus, write_shard
-from data_processing import discover_shards, find_default_shards
+from data_processing import default_data_glob, discover_shards
+from run.data import resolve_data
 
 
 def names_of(paths: list[str]) -> list[str]:
@@ -79,6 +82,10 @@ def test_a_pattern_without_files_is_refused_by_name(tmp_path: Path) -> None:
         discover_shards(f"{tmp_path}/folder/a.parquet,{tmp_path}/nothing-*.parquet")
     with pytest.raises(UsageError, match=r"is a folder: write '.*folder/\*\.parquet'"):
         discover_shards(f"{tmp_path}/folder")
+    touch(tmp_path, "a,b.parquet")
+    with pytest.raises(UsageError, match=r"'.*/a' matches no file.*write \? for a comma"):
+        discover_shards(f"{tmp_path}/a,b.parquet")
+    assert names_of(discover_shards(f"{tmp_path}/a?b.parquet")) == ["a,b.parquet"]
     for empty in ("", " , "):
         with pytest.raises(UsageError, match="empty"):
             discover_shards(empty)
@@ -95,19 +102,32 @@ def test_a_dangling_link_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.
             discover_shards(pattern)
     (tmp_path / "data/a.parquet").unlink()
     with pytest.raises(UsageError, match="a symbolic link"):
-        find_default_shards()
+        discover_shards(default_data_glob() or "")
 
 
 def test_the_usual_places_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
-    assert find_default_shards() == []
+    assert default_data_glob() is None
     touch(tmp_path, "data/x.parquet")
-    assert find_default_shards() == ["../data/x.parquet"]
+    assert default_data_glob() == "../data/*.parquet"
     touch(tmp_path, "run/data/2.arrow", "run/data/10.arrow")
-    assert find_default_shards() == ["data/2.arrow", "data/10.arrow"]
+    assert default_data_glob() == "data/*.arrow"
     touch(tmp_path, "run/data/y.parquet")
-    assert find_default_shards() == ["data/y.parquet"]
+    assert default_data_glob() == "data/*.parquet"
+
+
+@pytest.mark.parametrize("name", ["part[1].parquet", "a,b.parquet", "part*.parquet"])
+def test_a_run_without_a_pattern_reads_each_file_that_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, f"data/{name}", "data/part1.parquet")
+    notes: list[str] = []
+    settings = resolve_data(RunSettings(tokenizer_path="any"), notes)
+    assert settings.data_glob is not None
+    assert sorted(names_of(discover_shards(settings.data_glob))) == sorted(os.listdir(tmp_path / "data"))
+    assert notes == ["no --data-glob: using data/*.parquet (2 files)"]
 
 
 def test_the_manifest_knows_names_order_sizes_and_rows_but_no_folder(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from data_helpers import (
     write_corpus,
     write_shard,
 )
-from data_processing import DataPosition, streaming_token_generator
+from data_processing import DataPosition, boundary_tokens, streaming_token_generator
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,32 @@ def test_boundary_tokens_surround_every_document(corpus: list[Path]) -> None:
         assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(expected, BLOCK))
         totals = stream.position.totals()["data"]
         assert totals.tokens_delivered == len(expected) // BLOCK * BLOCK - (len(expected) % BLOCK == 0) * BLOCK
+
+
+def test_boundary_tokens_are_put_around_text_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Token shards do not say where documents begin: alone they are refused, beside text a line names them."""
+    write_shard(tmp_path / "text.parquet", stdlib_texts(10))
+    ids = np.arange(1000, dtype=np.uint16) % 300 + 2
+    bos, eos = boundary_tokens(tiny_tokenizer())
+    np.save(tmp_path / "ids.npy", ids)
+    refused = r"--add-document-boundary-tokens cannot be used with .*ids\.npy"
+    with pytest.raises(UsageError, match=refused):
+        open_stream([tmp_path / "ids.npy"], add_document_boundary_tokens=True)
+    with open_stream([tmp_path / "ids.npy"]) as stream:
+        position = next(stream).position
+    position = replace(
+        position, head=replace(position.head, bos=bos, eos=eos)
+    )  # of a run begun with the flag: it may go on
+    with open_stream([tmp_path / "ids.npy"], add_document_boundary_tokens=True, position=position) as stream:
+        assert next(stream).tokens.tolist() == ids[BLOCK : 2 * BLOCK + 1].tolist()
+    caplog.clear()
+    both = [tmp_path / "ids.npy", tmp_path / "text.parquet"]
+    blocks = blocks_of(both, add_document_boundary_tokens=True)
+    tokens = [*ids.tolist(), *plain_tokens(stdlib_texts(10), bos=bos, eos=eos)]
+    assert_same_blocks(blocks, plain_blocks(tokens, BLOCK))
+    (line,) = caplog.messages
+    assert "adds none to token shards (1 files" in line
+    assert "ids.npy" in line
 
 
 @pytest.mark.parametrize("layout", ["parquet", "arrow-file", "arrow-stream"])

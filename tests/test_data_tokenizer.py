@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
@@ -28,7 +32,14 @@ from data_helpers import (
     trained_backend,
     write_corpus,
 )
-from data_processing import boundary_tokens, load_tokenizer, streaming_token_generator, vocabulary_size
+from data_processing import (
+    DataPosition,
+    TokenStream,
+    boundary_tokens,
+    load_tokenizer,
+    streaming_token_generator,
+    vocabulary_size,
+)
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
@@ -174,6 +185,59 @@ def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_stream() -> None
     assert encoder.digest == Encoder(tiny_tokenizer()).digest
 
 
+NORMALIZERS = {"NFKC": normalizers.NFKC(), "lower case": normalizers.Lowercase()}
+SPELLED = {"NFKC": "\uff1c/s\uff1e", "lower case": "</S>"}  # what they turn into </s>
+
+
+def leaky(normalizer: normalizers.Normalizer | None, model: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose EOS, </s>, is an entry of its ordinary vocabulary."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz<>/ \n"]
+    if model == "unigram":
+        backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in letters)], 0))
+    else:
+        words = ["<unk>", "</s>", *letters, "</", "s>"]
+        merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+        backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_text_that_is_normalized_to_a_special_token_stays_text(model: str, name: str) -> None:
+    tokenizer = leaky(NORMALIZERS[name], model)
+    encoder = Encoder(tokenizer)
+    spelled = SPELLED[name]
+    assert tokenizer.backend_tokenizer.encode(f"ab {spelled} c").ids.count(1) == 1
+    # One text with it at every place a cut may come, one that holds it twice, and long ones.
+    texts = [f"{'a' * before}{spelled}{'c' * after}" for before in range(9) for after in range(9)]
+    texts += [f"{spelled}{spelled}", f"ab {spelled} </s> c", f"ab\n{spelled} " * 500, "plain text", ""]
+    for text, ids in zip(texts, encoder(texts), strict=True):
+        assert 1 not in ids
+        pieces = "".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
+        assert pieces == tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+    # A text beside them, and its first token, are what they would be by themselves.
+    assert encoder(["plain text", spelled])[0] == encoder(["plain text"])[0]
+    firsts = [str(tokenizer.convert_ids_to_tokens(ids[0])) for ids in encoder(texts[:81])]
+    sizes = [len((spelled[: len(first)] if first[0] == "<" else first).encode()) for first in firsts]
+    assert encoder.first_token_bytes(texts[:81]) == sizes
+
+
+def test_a_character_that_is_all_of_a_special_token_is_left_out_and_a_line_end_is_text() -> None:
+    replaced = normalizers.Sequence([normalizers.Replace("\u2126", "</s>"), normalizers.Replace("\n", "<pad>")])
+    tokenizer = leaky(replaced, "unigram")
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary["model"]["vocab"].append(["<pad>", 0.0])
+    backend = Tokenizer.from_str(json.dumps(vocabulary))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    with_omega, with_line_end, plain = Encoder(tokenizer)(["ab\u2126cd", "ab\ncd", "abcd"])
+    assert with_omega == plain
+    assert with_line_end == [*plain[:2], tokenizer.pad_token_id, *plain[2:]]
+
+
 def test_a_special_token_that_cannot_be_kept_apart_from_text_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"#": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -207,6 +271,56 @@ def test_a_tokenizer_written_in_python() -> None:
     texts = ["plain text", "é and 日本", f"{'<eos>'} as text"]
     assert tokenizer.eos_token_id == 256
     assert Encoder(tokenizer)(texts) == [list(text.encode()) for text in texts]
+
+
+class MergingTokenizer(BytesTokenizer):
+    """Its ids depend on merges and on a setting, neither of which its vocabulary tells."""
+
+    def __init__(self, merges: Sequence[str], *, lower: bool = False) -> None:
+        self.merges, self.lower = merges, lower
+        super().__init__(eos_token="<eos>")
+
+    def get_vocab(self) -> dict[str, int]:
+        return super().get_vocab() | {"zq": 256, "zqz": 257}
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        path = Path(save_directory, "merges.txt")
+        path.write_text("\n".join(self.merges))
+        return (str(path),)
+
+    def _tokenize(self, text: str, **_: object) -> list[str]:
+        parts = re.findall("|".join([*self.merges, "."]), text.lower() if self.lower else text, re.DOTALL)
+        cut = [[part] if part in self.merges else BytesTokenizer._tokenize(self, part) for part in parts]
+        return [token for tokens in cut for token in tokens]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab()[token]
+
+
+def test_the_digest_of_a_tokenizer_written_in_python_tells_what_its_vocabulary_does_not(tmp_path: Path) -> None:
+    one, same = MergingTokenizer(["zq", "zqz"]), MergingTokenizer(["zq", "zqz"])
+    others = MergingTokenizer(["zqz", "zq"]), MergingTokenizer(["zq", "zqz"], lower=True)
+    assert Encoder(one)(["zqz"]) != Encoder(others[0])(["zqz"])
+    digests = [Encoder(tokenizer).digest for tokenizer in (one, same, *others)]
+    assert len({*digests}) == 3
+    assert digests[0] == digests[1]
+    shards = write_corpus(tmp_path, stdlib_texts())
+
+    def stream(tokenizer: PreTrainedTokenizer, position: DataPosition | None = None) -> TokenStream:
+        return streaming_token_generator(shards, tokenizer, block_size=64, lanes=1, workers=1, position=position)
+
+    with stream(one) as first:
+        chunks = [next(first) for _ in range(4)]
+    position = chunks[1].position
+    with pytest.raises(UsageError, match=r"tokenizer [0-9a-f]{8} -> [0-9a-f]{8}"):
+        stream(others[0], position)
+    # A position that was written with the class and the vocabulary alone goes on, and keeps what it holds.
+    described = [type(one).__name__, sorted(one.get_vocab().items())]
+    earlier = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+    position = replace(position, head=replace(position.head, tokenizer=earlier))
+    with stream(one, position) as gone_on:
+        assert next(gone_on).tokens.tolist() == chunks[2].tokens.tolist()
+        assert gone_on.position.head.tokenizer == earlier
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

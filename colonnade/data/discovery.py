@@ -72,9 +72,7 @@ def _local_files(pattern: str) -> list[str]:
     return files
 
 
-def find_default_shards() -> list[str]:
-    """Shards in the default locations (`DEFAULT_GLOBS`): those of the first glob that matches, else an empty list."""
-    for pattern in DEFAULT_GLOBS:
-        if any(not os.path.isdir(match) for match in glob.glob(pattern)):
-            return discover_shards(pattern)
-    return []
+def default_data_glob() -> str | None:
+    """The first of `DEFAULT_GLOBS` that matches a file, or a link whose file is missing; None if none does."""
+    found = (pattern for pattern in DEFAULT_GLOBS if any(not os.path.isdir(match) for match in glob.glob(pattern)))
+    return next(found, None)

@@ -59,6 +59,7 @@ class Lane:
         self._reader = reader
         self._block_size = block_size
         self._strict = strict
+        self._is_endless = epochs is None
         self._ahead = ahead
         self._pool = pool
         self._packer = create_packer(packing, block_size, state.cursor)
@@ -178,7 +179,8 @@ class Lane:
         where = self._reader.units.describe(event.skip.unit)
         if self._strict:
             raise RunError(f"{where} is damaged ({event.skip.reason}); repair it, or run without --strict-data")
-        logger.warning("skipping %s, which is damaged (%s); recorded in the data position", where, event.skip.reason)
+        then = after_skip(endless=self._is_endless)
+        logger.warning("skipping %s, which is damaged (%s); %s", where, event.skip.reason, then)
         self._skips += 1
         self._found.append(event.skip)
 
@@ -201,10 +203,16 @@ class Lane:
         message = (
             f"{self._title} holds {self._epoch_tokens} tokens, one block needs {self._block_size + 1} "
             f"(block size {self._block_size}): {rows} rows read, {kept} kept{reasons}, "
-            f"{self._skips} damaged row groups skipped; give more data or a smaller block size"
+            f"{self._skips} damaged units skipped; give more data or a smaller block size"
             f"{', or fewer --data-lanes' if self._title != 'the data' else ''}"
         )
         return UsageError(message) if self.state.counts.tokens_delivered == 0 else RunError(message)
+
+
+def after_skip(*, endless: bool) -> str:
+    """What a warning says becomes of text that is skipped. Only the position of an endless stream is ever saved: one
+    with an end is read for its text, such as held-out text, whose scores then lack what was skipped."""
+    return "recorded in the data position" if endless else "the text that is scored lacks it"
 
 
 def filtered_rows(counts: LaneCounts) -> dict[str, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -90,17 +90,38 @@ def normalized(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
+def are_same_shares(weights: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether normalized weights are the same but for rounding: 1:4 and 0.01:0.04 are."""
+    return len(weights) == len(others) and all(map(math.isclose, weights, others))
+
+
 class Mixture:
     """Assigns each chunk a corpus, from a schedule of weights ordered by chunk number."""
 
     def __init__(self, schedule: Sequence[WeightChange]) -> None:
         self._starts = [change.chunk for change in schedule]
-        # The last limit is exact, so that rounding cannot leave a number without a corpus.
-        self._limits = [
-            [*(round(limit * _RANGE) for limit in list(accumulate(change.weights))[:-1]), _RANGE] for change in schedule
-        ]
+        self._weights = [change.weights for change in schedule]
+        self._limits = [_limits(weights) for weights in self._weights]
 
-    def corpus_of(self, chunk: int) -> int:
-        """Index of the corpus that chunk number `chunk` comes from."""
-        limits = self._limits[bisect_right(self._starts, chunk) - 1]
-        return bisect_right(limits, chunk * _GOLDEN % _RANGE)
+    def corpus_of(self, chunk: int, ended: Collection[int] = ()) -> int:
+        """Index of the corpus that chunk number `chunk` comes from.
+
+        Args:
+            ended: indices of corpora that have no chunk left, not all of them. Their chunks come from the other
+                corpora, in the shares that these have of each other.
+        """
+        stage = bisect_right(self._starts, chunk) - 1
+        place, limits = chunk * _GOLDEN % _RANGE, self._limits[stage]
+        left = [*range(len(limits))]
+        while left[index := bisect_right(limits, place)] in ended:
+            # Where the place lies in the share of the ended corpus, as a place among the others.
+            low, high = ([0, *limits][index], limits[index])
+            place = (place - low) * _RANGE // (high - low)
+            del left[index]
+            limits = _limits(normalized([self._weights[stage][corpus] for corpus in left]))
+        return left[index]
+
+
+def _limits(weights: Sequence[float]) -> list[int]:
+    """Where each corpus's share ends. The last limit is exact, so that rounding cannot leave a place without one."""
+    return [*(round(limit * _RANGE) for limit in list(accumulate(weights))[:-1]), _RANGE]

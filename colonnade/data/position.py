@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from colonnade.data.mixture import ONLY_CORPUS, WeightChange
+from colonnade.data.mixture import ONLY_CORPUS, WeightChange, are_same_shares
 from colonnade.data.shards import Manifest, Units
 from colonnade.errors import UsageError
 
@@ -40,7 +40,7 @@ class LaneCounts(NamedTuple):
     rows_empty: int = 0
     rows_mostly_digits_or_symbols: int = 0
     tokens_delivered: int = 0
-    tokens_repeated: int = 0  # delivered after the first epoch
+    tokens_repeated: int = 0  # delivered after the first epoch; not those that a change of the data delivers anew
     tokens_dropped: int = 0  # tails of epochs
     padding: int = 0  # positions in blocks without a token
 
@@ -111,7 +111,7 @@ class StreamHead:
     """Everything that the stream is a function of, besides cursors and weights."""
 
     corpora: tuple[CorpusHead, ...]
-    tokenizer: str  # digest over the serialised tokenizer
+    tokenizer: str  # `Encoder.digest`
     bos: int | None  # boundary token ids; None if none is added
     eos: int | None
     block_size: int
@@ -296,8 +296,8 @@ class DataPosition:
         )
 
     def with_weights(self, weights: tuple[float, ...]) -> DataPosition:
-        """This position with `weights` from its chunk on."""
-        if weights == self.weights:
+        """This position with `weights` from its chunk on; with its own, to the bit, if they are the same shares."""
+        if are_same_shares(weights, self.weights):
             return self
         earlier = tuple(change for change in self.schedule if change.chunk < self.chunk)
         return replace(self, schedule=(*earlier, WeightChange(self.chunk if earlier else 0, weights)))

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from colonnade.data.corpus import WINDOW_BYTES, DamagedUnit, Layout, Manifest, Shard, Units
-from colonnade.data.discovery import DEFAULT_GLOBS, discover_shards, find_default_shards, natural_key
+from colonnade.data.discovery import DEFAULT_GLOBS, default_data_glob, discover_shards, natural_key
 from colonnade.data.filesystems import local_path, open_source
 from colonnade.data.formats import DESCRIBE, detect_layout
 from colonnade.data.retries import UnreachableError
@@ -30,8 +30,8 @@ __all__ = [
     "Shard",
     "UnitReader",
     "Units",
+    "default_data_glob",
     "discover_shards",
-    "find_default_shards",
     "natural_key",
     "open_shard",
     "open_shards",

@@ -14,6 +14,7 @@ from colonnade.data.lane import Lane
 from colonnade.data.lane_reader import LaneReader
 from colonnade.data.mixture import Mixture
 from colonnade.data.order import deal_units, unit_order
+from colonnade.data.packing import Block
 from colonnade.data.position import DataPosition, LaneState, StreamHead
 from colonnade.data.shards import Units
 from colonnade.data.tokenization import EncoderPool
@@ -152,11 +153,7 @@ class TokenStream:
                 for lane in lanes.values():
                     lane.fill()
         number = self._next
-        corpus = self._mixture.corpus_of(number)
-        lane = self._lanes[corpus][number % self.position.head.lanes]
-        block = lane.next_block()
-        if block is None:
-            raise StopIteration
+        corpus, lane, block = self._next_block(number)
         skipped = self.position.skipped
         if found := lane.take_skipped():  # all of them are new: no other lane has these units
             skipped = tuple(sorted((*skipped, *found)))
@@ -167,6 +164,18 @@ class TokenStream:
             padding = np.arange(len(tokens)) >= block.filled
             tokens = pack_blocks(tokens, block.starts, padding)
         return TokenChunk(tokens, self.position, block.epoch, number)
+
+    def _next_block(self, number: int) -> tuple[int, Lane, Block]:
+        """Chunk `number`, its corpus and its lane. A corpus whose lane has ended leaves its chunks to the others."""
+        ended: set[int] = set()
+        while len(ended) < len(self._lanes):
+            corpus = self._mixture.corpus_of(number, ended)
+            lane = self._lanes[corpus][number % self.position.head.lanes]
+            block = lane.next_block()
+            if block is not None:
+                return corpus, lane, block
+            ended.add(corpus)
+        raise StopIteration
 
     def describe(self, position: DataPosition, count: int) -> str:
         """Describe the `count` chunks after `position` and where the text of each lane's first chunk begins.

@@ -6,11 +6,11 @@ token ids enter the stream only as requested boundary tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.data.control_tokens import ControlTokens, Encode
 from colonnade.data.fast_tokenization import BackendUnavailableError, FastEncoder, shared_encoder
 from colonnade.data.flat_ids import FlatIds, flatten, to_flat, to_lists
 from colonnade.errors import UsageError
@@ -41,9 +42,16 @@ KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", 
 
 # What transformers raises for a folder without a tokenizer depends on the folder's other contents.
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
+# What Python code raises for characters that its vocabulary lacks.
+_NOT_ENCODABLE = (ValueError, KeyError, TypeError, AttributeError)
+# Texts whose ids are part of the digest of a tokenizer written in Python.
+_PROBES = (
+    "The quick brown fox jumps over the lazy dog. IT'S 1,234.5 -- ISN'T IT?",
+    "  Two  spaces,\ttab,\n\nlines \r\n",
+    "na\u00efve cafe\u0301 \uff21\uff22\uff23 \ufb01n \u6f22\u5b57 \u041c\u043e\u0441\u043a\u0432\u0430 \U0001f600",
+    "def f(x_1):\n    return {'a': x_1 ** 2}  # <tag/>",
+)
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-
-_Encode = Callable[[list[str]], FlatIds]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -215,29 +223,30 @@ class Encoder:
 
     Attributes:
         digest: identifies the tokenizer in a data position, whichever library encodes.
+        earlier_digest: of a tokenizer written in Python, what earlier positions hold in its place; else None.
         control_tokens: spellings of the special tokens, except the unknown token.
         fast: the `fastokens` encoder if it is used, else None. Set by `colonnade.data.tokenizer_backend` after a check
             that it gives the same ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UsageError if text that spells a special token would be encoded as that token."""
+        """Raises UsageError if a single character of text would be encoded as a special token that it spells."""
         # Makes each call encode on the calling thread, so this rank uses exactly the threads set for it. The library's
         # own pool would use every core of the machine in each rank. A user's setting wins.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         rust = getattr(tokenizer, "backend_tokenizer", None)
         self._rust = None if rust is None else _private_copy(rust)
-        self._encode: _Encode
+        self._encode: Encode
+        self.earlier_digest = None
         if self._rust is not None:
             self.digest = hashlib.blake2b(self._rust.to_str().encode(), digest_size=16).hexdigest()
             self._encode = _rust_encoder(self._rust)
         else:
-            self._encode, self.digest = _python_encoder(tokenizer)
-        self.control_tokens = [*_control_tokens(tokenizer)]
+            self._encode = _python_encoder(tokenizer)
+            self.earlier_digest, self.digest = _python_digests(tokenizer, self._encode)
+        self._control = ControlTokens(_control_tokens(tokenizer), self._encode, tokenizer.name_or_path)
+        self.control_tokens = self._control.spellings
         self.fast: FastEncoder | None = None
-        self._leaking = _leaking_tokens(tokenizer, self._encode)
-        if self._leaking:
-            self._require_split_works(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
@@ -245,17 +254,7 @@ class Encoder:
 
     def flat(self, texts: list[str]) -> FlatIds:
         """Token ids of the texts, concatenated, without special tokens."""
-        if self._leaking is None or not any(map(self._leaking.search, texts)):
-            return self._encode_whole(texts)
-        # Cut the text after the first character of each spelling of a special token, so that none is recognised.
-        pieces: list[str] = []
-        first_pieces = []
-        for text in texts:
-            first_pieces.append(len(pieces))
-            cuts = [match.start() + 1 for match in self._leaking.finditer(text)]
-            pieces += [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids, lengths = self._encode_whole(pieces)
-        return FlatIds(ids, np.add.reduceat(lengths, first_pieces))
+        return self._control.encode(texts, self._encode_whole)
 
     def first_token_bytes(self, texts: list[str]) -> list[int]:
         """UTF-8 bytes of each text up to the end of its first token, or of the whole text if it has no token.
@@ -270,13 +269,7 @@ class Encoder:
                 "the tokenizer is written in Python and does not tell where its tokens end; give "
                 "--document-prefix token"
             )
-        if self._leaking is not None:  # the first piece, as in `flat`
-            found = [self._leaking.search(text) for text in texts]
-            pieces = [
-                text if match is None else text[: match.start() + 1] for text, match in zip(texts, found, strict=True)
-            ]
-        else:
-            pieces = texts
+        pieces = [self._control.first_piece(text, self._encode) for text in texts]
         encodings = self._rust.encode_batch(pieces, add_special_tokens=False)
         return [
             len((text[: encoding.offsets[0][1]] if encoding.offsets else text).encode())
@@ -302,14 +295,6 @@ class Encoder:
             # The regular expressions of `fastokens` have limits that those of `tokenizers` lack; the ids are the same.
             return self._encode(texts)
 
-    def _require_split_works(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        for token, index in _control_tokens(tokenizer).items():
-            if index in self([token])[0]:
-                raise UsageError(
-                    f"tokenizer {tokenizer.name_or_path!r} encodes the plain text {token!r} as its special token "
-                    f"{index}; use a tokenizer whose special tokens are not part of its ordinary vocabulary"
-                )
-
 
 def _private_copy(backend: Any) -> Any:
     from tokenizers import Tokenizer
@@ -323,7 +308,7 @@ def _private_copy(backend: Any) -> Any:
     return copy
 
 
-def _rust_encoder(copy: Any) -> _Encode:
+def _rust_encoder(copy: Any) -> Encode:
     copy.encode_special_tokens = True  # `to_str` does not include this setting
 
     def encode(texts: list[str]) -> FlatIds:
@@ -332,40 +317,35 @@ def _rust_encoder(copy: Any) -> _Encode:
     return encode
 
 
-def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[_Encode, str]:
-    """Encoding function and digest for a tokenizer written in Python. It holds the GIL, so more threads neither help
-    nor hurt."""
-    described = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+def _python_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Encoding function for a tokenizer written in Python. It holds the GIL, so more threads neither help nor hurt."""
 
     def encode(texts: list[str]) -> FlatIds:
         return to_flat([tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts])
 
-    return encode, digest
+    return encode
+
+
+def _python_digests(tokenizer: PreTrainedTokenizerBase, encode: Encode) -> tuple[str, str]:
+    """Two digests of a tokenizer written in Python: over class and vocabulary, and over these, the files it saves
+    (merges, a SentencePiece model) and the ids of `_PROBES`, which tell of settings such as lower case."""
+    described: list[Any] = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    earlier = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(NotImplementedError, OSError, *_NOT_ENCODABLE):  # not all have a method that works
+            tokenizer.save_vocabulary(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        described += [[path.name, hashlib.blake2b(path.read_bytes()).hexdigest()] for path in files]
+    for text in _PROBES:
+        with contextlib.suppress(*_NOT_ENCODABLE):
+            described.append(to_lists(encode([text])))
+    return earlier, hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The special tokens, except the unknown token, which represents any text outside the vocabulary."""
     special = _special_tokens(tokenizer)
     return {token: index for token, index in special.items() if token and index != tokenizer.unk_token_id}
-
-
-def _leaking_tokens(tokenizer: PreTrainedTokenizerBase, encode: _Encode) -> re.Pattern[str] | None:
-    """A pattern for the special tokens whose spelling is encoded as the token even in plain text; None if there are
-    none. This happens if they are also entries of the ordinary vocabulary (Unigram and word-level models)."""
-    tokens = _control_tokens(tokenizer)
-    encoded = (
-        to_lists(encode([f"a {token} b" for token in tokens])),
-        to_lists(encode([f"a{token}b" for token in tokens])),
-        to_lists(encode([*tokens])),
-    )
-    leaking = [
-        token
-        for (token, index), *ways in zip(tokens.items(), *encoded, strict=True)
-        if any(index in ids for ids in ways)
-    ]
-    longest_first = sorted(leaking, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if leaking else None
 
 
 @dataclass(frozen=True, slots=True)

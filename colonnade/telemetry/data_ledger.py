@@ -43,7 +43,7 @@ def data_summary(position: DataPosition) -> list[str]:
         share = f"{name}: {shares[name]:.1%} of the tokens; " if len(totals) > 1 else ""
         lines.append(
             f"{share}{counts.tokens_delivered:,} tokens delivered, {counts.tokens_repeated:,} of them again; "
-            f"{counts.rows:,} rows read to their end, filtered: {filtered}; {skipped} damaged row groups skipped"
+            f"{counts.rows:,} rows read to their end, filtered: {filtered}; {skipped} damaged units skipped"
         )
     return lines
 
