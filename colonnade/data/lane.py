@@ -61,20 +61,18 @@ class Lane:
         self._strict = strict
         self._ahead = ahead
         self._pool = pool
-        self._packer = create_packer(packing, block_size, state.cursor)
+        self._packer = create_packer(packing, block_size)
         self._by_portion = reader.by_portion
         self._counts = state.counts
         self._judged: deque[RowsJudged] = deque()
         cursor = state.cursor
-        # The token that a resumed stream has to find again; None once found. Best-fit finds a block by its number.
-        self._wanted: LaneCursor | None = cursor if cursor.token and not self._by_portion else None
+        # What a lane that resumes inside a document (best-fit: a portion) has to find again. None once it is found, or
+        # if its unit is skipped: the token (best-fit: block) that it names is one of this document alone.
+        self._wanted: LaneCursor | None = cursor if cursor.token else None
         self._epoch_is_whole = cursor[1:] == (0, 0, 0)
         self._epoch_blocks = self._epoch_tokens = 0
         self._source = reader.read(cursor, epochs, {skip.unit: skip for skip in skipped})
         self._pending: deque[Future[EncodedRows] | EncodedRows | Event] = deque()
-        # Best-fit counts a portion's rows with its first block. If the cursor is inside a portion, they are already
-        # counted.
-        self._counted = cursor[:3] if self._by_portion and cursor.token else None
 
     def fill(self) -> None:
         """Read ahead, so that the threads have work before the first block is requested."""
@@ -125,10 +123,12 @@ class Lane:
             self._epoch_tokens += len(event.tokens)
             self._packer.add(event, self._tokens_before_cursor(event))
         elif isinstance(event, RowsJudged):
-            if (event.epoch, event.unit, event.portion) != self._counted:
+            # Best-fit counts a portion's rows with its first block, so those of a portion that was begun are counted.
+            if not self._by_portion or self._wanted is None:
                 self._judged.append(event)
         elif isinstance(event, PortionEnded):
-            self._packer.end_portion(event)
+            if self._by_portion:
+                self._end_portion(event)
         elif isinstance(event, UnitSkipped):
             self._skip(event)
         else:
@@ -155,19 +155,27 @@ class Lane:
 
     def _tokens_before_cursor(self, encoded: EncodedRows) -> int:
         """Tokens of the first batch after a resume that were already delivered; 0 for all later batches."""
-        wanted, self._wanted = self._wanted, None
-        if wanted is None:
+        if self._by_portion or self._wanted is None:
             return 0
+        wanted, self._wanted = self._wanted, None
         found = encoded.epoch, encoded.unit, int(encoded.rows[0])
         if found != wanted[:3] or wanted.token >= encoded.ends[0]:
             raise self._changed_data(wanted)
         return wanted.token
 
+    def _end_portion(self, event: PortionEnded) -> None:
+        """Pack a portion; of the first one after a resume, without the blocks that were already delivered."""
+        wanted, self._wanted = self._wanted, None
+        self._packer.end_portion(event, 0 if wanted is None else wanted.token)
+        if wanted is not None and not (self._packer.ready and wanted[:3] == (event.epoch, event.unit, event.portion)):
+            raise self._changed_data(wanted)
+
     def _changed_data(self, wanted: LaneCursor) -> UsageError:
         where = self._reader.describe(wanted.epoch, wanted.unit)
+        token, row = ("block", "portion") if self._by_portion else ("token", "row")
         return UsageError(
-            f"the data changed since the position was saved: {where} has no token {wanted.token} in row {wanted.row}; "
-            "restore the file or start a new run"
+            f"the data changed since the position was saved: {where} has no {token} {wanted.token} in {row} "
+            f"{wanted.row}; restore the file or start a new run"
         )
 
     def _skip(self, event: UnitSkipped) -> None:
