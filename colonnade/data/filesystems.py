@@ -94,15 +94,18 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def open_source(path: str, size: int | None = None) -> LocalSource | RemoteSource:
-    """Open the file at `path`. If `size` is given, a remote file's size is not queried.
+def open_source(
+    path: str, size: int | None = None, stopped: threading.Event | None = None
+) -> LocalSource | RemoteSource:
+    """Open the file at `path`. If `size` is given, a remote file's size is not queried. Once `stopped` is set, a remote
+    file is not tried again.
 
     Raises:
         OSError: a local file cannot be opened.
         UnreachableError: a remote file cannot be opened.
         UsageError: the package for its scheme is missing.
     """
-    return RemoteSource(path, size) if is_remote(path) else LocalSource(local_path(path))
+    return RemoteSource(path, size, stopped) if is_remote(path) else LocalSource(local_path(path))
 
 
 class LocalSource:
@@ -155,10 +158,10 @@ class RemoteSource:
             with an error of their own.
     """
 
-    def __init__(self, url: str, size: int | None = None) -> None:
+    def __init__(self, url: str, size: int | None = None, stopped: threading.Event | None = None) -> None:
         self.path = url
         self.failure: UnreachableError | None = None
-        self._stopped = threading.Event()
+        self._stopped = stopped
         self._held: list[tuple[int, bytes]] = []
         self._span: tuple[int, int] | None = None  # a range that is read in blocks
         self._block: tuple[int, bytes] = (0, b"")
@@ -230,8 +233,7 @@ class RemoteSource:
         return pa.PythonFile(_PositionedFile(self), mode="r")
 
     def close(self) -> None:
-        """Stop retries and drop what is held in memory."""
-        self._stopped.set()
+        """Drop what is held in memory. A request in flight on another thread fails at its next attempt."""
         self.release()
         self._handle.close()
 

@@ -113,7 +113,12 @@ class Lane:
         found, self._found = self._found, []
         return found
 
+    def stop(self) -> None:
+        """Make a `next_block` that is in progress on another thread end soon, with RunError."""
+        self._reader.stop()
+
     def close(self) -> None:
+        """Close the files. Not while another thread is inside `next_block`."""
         self._source.close()
         self._reader.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,10 @@ class TokenStream:
         self.apart = math.gcd(position.head.lanes, readers)
         self._pool = pool
         self._marked = marked
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
+        # Held inside `next`. A stream is closed by whoever comes last: `close`, or a `next` that it found in progress.
+        self._in_use = threading.Lock()
+        self._is_closed = False
         self._mixture = Mixture(position.schedule)
         self._next = position.chunk + reader % self.apart
         head = position.head
@@ -135,15 +139,22 @@ class TokenStream:
         Raises:
             StopIteration: after the last epoch.
             UsageError: the data does not fill one block, or differs from what the position was made with.
-            RunError: a shard cannot be reached; or, with `strict`, a unit is damaged.
+            RunError: a shard cannot be reached; or, with `strict`, a unit is damaged; or the stream is closed.
         """
         if self._failure is not None:
             raise self._failure
         try:
-            return self._chunk()
-        except (UsageError, RunError) as error:
-            self._failure = error  # a stream that failed must not look like one that ended
+            with self._in_use:
+                return self._chunk()
+        except StopIteration:
             raise
+        except BaseException as error:
+            # Whatever it is: a stream that failed must not look like one that ended, which its lanes now do.
+            self._failure = self._failure or error
+            raise
+        finally:
+            if self._is_closed:
+                self._close_unless_in_use()
 
     def _chunk(self) -> TokenChunk:
         if not self._is_filled:
@@ -191,14 +202,32 @@ class TokenStream:
         more = f"; and {len(lanes) - len(places)} more lanes" if len(lanes) > len(places) else ""
         return f"chunks {first} to {first + count - 1} of the data: {'; '.join(places)}{more}"
 
-    def close(self) -> None:
-        """Stop the threads and close the files. `position` stays readable."""
-        if self._failure is None:
-            self._failure = RunError("the token stream is closed")
-        self._pool.close()
+    def stop(self) -> None:
+        """Make a `next` that is in progress on another thread end soon, and refuse later ones (RunError)."""
+        self._failure = self._failure or RunError("the token stream is closed")
         for lanes in self._lanes:
             for lane in lanes.values():
-                lane.close()
+                lane.stop()
+
+    def close(self) -> None:
+        """Stop the threads and close the files. `position` stays readable.
+
+        If another thread is inside `next`, where a slow read may hold it, that thread closes the stream as it leaves.
+        """
+        self.stop()
+        self._is_closed = True
+        self._close_unless_in_use()
+
+    def _close_unless_in_use(self) -> None:
+        if not self._in_use.acquire(blocking=False):
+            return
+        try:
+            self._pool.close()
+            for lanes in self._lanes:
+                for lane in lanes.values():
+                    lane.close()
+        finally:
+            self._in_use.release()
 
     def __enter__(self) -> TokenStream:
         return self

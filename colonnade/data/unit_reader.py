@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -47,6 +48,7 @@ class UnitReader:
         self._text_column = text_column
         self._file: ShardFile | None = None
         self._expected: list[_Expected] = []
+        self._stopped = threading.Event()
 
     def windows(self, shard: Shard, number: int) -> Iterator[pa.Array | npt.NDArray[np.unsignedinteger]]:
         """Unit `number` of `shard` in windows of about `WINDOW_BYTES` of text.
@@ -63,7 +65,8 @@ class UnitReader:
             DamagedUnit: only before the first window: the bytes can be read but are wrong (checksum, encoding,
                 truncation).
             RunError: the file cannot be reached (missing, no permission, I/O or network error), or it changed between
-                the two reads. Such a unit is never skipped: a lost mount would silently skip the rest of the corpus.
+                the two reads; or the reader was stopped. Such a unit is never skipped: a lost mount would silently skip
+                the rest of the corpus.
         """
         first, more = self._guarded(shard, lambda: self._first_window(shard, number))
         file = self._file
@@ -101,8 +104,14 @@ class UnitReader:
             self._expected.pop(0).fetch.then(_close)
         self._expected.append(_Expected(shard, number, Background(lambda: self._open(shard, number))))
 
+    def stop(self) -> None:
+        """Make a read that is in progress on another thread end soon, with RunError: it is not tried again. What comes
+        later ends like that as well."""
+        self._stopped.set()
+
     def close(self) -> None:
-        """Close what is open. A request in flight is left to its thread."""
+        """Stop, and close what is open. A request in flight is left to its thread."""
+        self.stop()
         while self._expected:
             self._expected.pop().fetch.then(_close)
         if self._file is not None:
@@ -113,14 +122,20 @@ class UnitReader:
         self, shard: Shard, number: int
     ) -> tuple[pa.Array | npt.NDArray[np.unsignedinteger] | None, bool]:
         """Read the whole unit. Returns (its window, False) if it has at most one window, else (None, True)."""
+        self._require_going_on(shard)
         file = self._ready(shard, number)
         if shard.layout == "tokens":
             return next(file.pieces(number), None), False
         windows = cut_windows(file.pieces(number), WINDOW_BYTES)
         first, more = next(windows, None), False
         for _ in windows:
+            self._require_going_on(shard)
             first, more = None, True
         return first, more
+
+    def _require_going_on(self, shard: Shard) -> None:
+        if self._stopped.is_set():
+            raise RunError(f"data shard {shard.path}: reading was stopped")
 
     def _ready(self, shard: Shard, number: int) -> ShardFile:
         """The open file, with the unit's bytes available or being fetched."""
@@ -141,7 +156,7 @@ class UnitReader:
         return self._file
 
     def _open(self, shard: Shard, number: int | None) -> ShardFile:
-        source = open_source(shard.path, shard.size)
+        source = open_source(shard.path, shard.size, self._stopped)
         try:
             if source.size != shard.size:
                 raise DamagedUnit(f"the file has {source.size} bytes now and had {shard.size}")
