@@ -20,9 +20,18 @@ from colonnade.data.feed import step_shares
 from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data_glob
 from colonnade.data.order import deal_units, default_lanes, keyed_permutation
 from colonnade.data.position import DataPosition
+from colonnade.data.tokenization import EncoderPool
 from colonnade.errors import UsageError
 from colonnade.telemetry.data_ledger import data_ledger, data_metrics
-from data_helpers import assert_same_blocks, plain_blocks, plain_tokens, stdlib_texts, tiny_tokenizer, write_corpus
+from data_helpers import (
+    assert_same_blocks,
+    plain_blocks,
+    plain_tokens,
+    stdlib_texts,
+    tiny_tokenizer,
+    write_corpus,
+    write_shard,
+)
 from data_processing import TokenStream, streaming_token_generator
 
 BLOCK = 16
@@ -278,6 +287,43 @@ def test_what_is_no_mixture_stays_a_pattern() -> None:
         ("web", "s3://bucket/x=1/*.parquet,d/*", 0.7),
         ("code", "c/*.parquet", 0.3),
     ]
+
+
+def test_a_corpus_or_lane_without_a_block_is_found_before_the_first_chunk(tmp_path: Path) -> None:
+    """However seldom its turn comes; by those readers that read it, of any number."""
+    write_corpus(tmp_path / "much", stdlib_texts()[:40], group=2)
+    write_corpus(tmp_path / "little", ["hello world", "good bye"], shards=1, group=1)
+    much, little = f"a={tmp_path}/much/*.parquet:0.999", f"b={tmp_path}/little/*.parquet:0.001"
+    tokens = len(plain_tokens(["hello world", "good bye"]))
+    message = f"corpus b holds {tokens} tokens, one block needs {BLOCK + 1}"
+    for reader in (0, 1):
+        with open_stream(f"{much},{little}", lanes=1, reader=reader, readers=2) as stream:
+            for _ in range(2):
+                with pytest.raises(UsageError, match=message):
+                    next(stream)
+    write_shard(tmp_path / "holed.parquet", [*stdlib_texts()[11:13], None, None], group=2)
+    for reader, fails in ((0, False), (1, True)):
+        with open_stream(str(tmp_path / "holed.parquet"), lanes=2, reader=reader, readers=2) as stream:
+            if not fails:
+                assert next(stream).number == 0
+                continue
+            with pytest.raises(UsageError, match=r"lane 1 of 2 of the data holds 0 tokens.*or fewer --data-lanes"):
+                next(stream)
+
+
+def test_what_is_read_to_try_the_corpora_is_not_read_again(mixture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: Counter[str] = Counter()
+    encode = EncoderPool._encode
+
+    def counting(pool: EncoderPool, batch: Any) -> Any:
+        encoded.update(batch.texts.to_pylist())
+        return encode(pool, batch)
+
+    monkeypatch.setattr(EncoderPool, "_encode", counting)
+    with open_stream(mixture, lanes=4, epochs=1) as stream:
+        assert len(list(stream)) > 50
+    assert set(encoded) <= set(stdlib_texts())
+    assert set(encoded.values()) == {1}
 
 
 def test_more_lanes_than_row_groups_are_refused(mixture: str) -> None:

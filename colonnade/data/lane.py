@@ -16,7 +16,7 @@ from colonnade.data.packing import Block, create_packer
 from colonnade.data.position import LaneCounts, LaneCursor, LaneState, SkippedUnit
 from colonnade.data.text_filter import REASONS
 from colonnade.data.tokenization import EncodedRows, EncoderPool, RowBatch
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import ColonnadeError, RunError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +72,23 @@ class Lane:
         self._epoch_is_whole = cursor[1:] == (0, 0, 0)
         self._epoch_blocks = self._epoch_tokens = 0
         self._source = reader.read(cursor, epochs, {skip.unit: skip for skip in skipped})
-        self._pending: deque[Future[EncodedRows] | EncodedRows | Event] = deque()
+        self._pending: deque[Future[EncodedRows] | EncodedRows | Event | Exception] = deque()
 
     def fill(self) -> None:
-        """Read ahead, so that the threads have work before the first block is requested."""
+        """Read ahead, so that the threads have work before the first block is requested. An error of the reader waits
+        for its turn, so that the blocks before it do not depend on how far ahead the lane reads."""
         while len(self._pending) <= self._ahead:
-            item = next(self._source, None)
+            try:
+                item = next(self._source, None)
+            except (ColonnadeError, OSError) as error:
+                self._pending.append(error)
+                return
             if item is None:
                 return
             self._pending.append(self._pool.submit(item) if isinstance(item, RowBatch) else item)
 
-    def next_block(self) -> Block | None:
-        """The next block; None after the last epoch.
+    def has_block(self) -> bool:
+        """Whether another block comes, which is then ready to be cut; False after the last epoch.
 
         Raises:
             UsageError: the data does not fill one block, or differs from what the position was made with.
@@ -92,9 +97,17 @@ class Lane:
         while not self._packer.ready:
             self.fill()
             if not self._pending:
-                return None
+                return False
             item = self._pending.popleft()
+            if isinstance(item, Exception):
+                raise item
             self._take_in(item.result() if isinstance(item, Future) else item)
+        return True
+
+    def next_block(self) -> Block | None:
+        """The next block; None after the last epoch. Raises what `has_block` raises."""
+        if not self.has_block():
+            return None
         block = self._packer.cut()
         self._epoch_blocks += 1
         self._commit_rows(block.cursor)
@@ -215,7 +228,7 @@ class Lane:
             f"{self._title} holds {self._epoch_tokens} tokens, one block needs {self._block_size + 1} "
             f"(block size {self._block_size}): {rows} rows read, {kept} kept{reasons}, "
             f"{self._skips} damaged row groups skipped; give more data or a smaller block size"
-            f"{', or fewer --data-lanes' if self._title != 'the data' else ''}"
+            f"{', or fewer --data-lanes' if self._title.startswith('lane ') else ''}"
         )
         return UsageError(message) if self.state.counts.tokens_delivered == 0 else RunError(message)
 

@@ -128,7 +128,7 @@ class TokenStream:
                     epochs=epochs,
                     strict=strict,
                 )
-        self._is_filled = False
+        self._is_begun = False
 
     def __iter__(self) -> TokenStream:
         return self
@@ -157,11 +157,9 @@ class TokenStream:
                 self._close_unless_in_use()
 
     def _chunk(self) -> TokenChunk:
-        if not self._is_filled:
-            self._is_filled = True
-            for lanes in self._lanes:
-                for lane in lanes.values():
-                    lane.fill()
+        if not self._is_begun:
+            self._is_begun = True
+            self._begin()
         number = self._next
         corpus = self._mixture.corpus_of(number)
         lane = self._lanes[corpus][number % self.position.head.lanes]
@@ -178,6 +176,15 @@ class TokenStream:
             padding = np.arange(len(tokens)) >= block.filled
             tokens = pack_blocks(tokens, block.starts, padding)
         return TokenChunk(tokens, self.position, block.epoch, number)
+
+    def _begin(self) -> None:
+        """Read every lane up to its first block, which waits there for its turn: a corpus or lane without one is found
+        at the start, however seldom its turn comes."""
+        lanes = [lane for lanes in self._lanes for lane in lanes.values()]
+        for lane in lanes:
+            lane.fill()
+        for lane in lanes:
+            lane.has_block()
 
     def describe(self, position: DataPosition, count: int) -> str:
         """Describe the `count` chunks after `position` and where the text of each lane's first chunk begins.

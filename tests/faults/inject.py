@@ -63,7 +63,7 @@ def reads_for_ever_at_the_end() -> None:
             next(lane._source)
         return next_block(lane)
 
-    Lane.next_block = hanging  # type: ignore[method-assign]
+    Lane.next_block = hanging  # type: ignore[assignment,method-assign]
 
 
 def short_grace() -> None:
