@@ -21,10 +21,11 @@ from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data
 from colonnade.data.order import deal_units, default_lanes, keyed_permutation
 from colonnade.data.position import DataPosition
 from colonnade.data.tokenization import EncoderPool
-from colonnade.errors import UsageError
+from colonnade.errors import RunError, UsageError
 from colonnade.telemetry.data_ledger import data_ledger, data_metrics
 from data_helpers import (
     assert_same_blocks,
+    flip_bit,
     plain_blocks,
     plain_tokens,
     stdlib_texts,
@@ -204,6 +205,22 @@ def check_chain(pattern: str, chain: list[Any], lanes: int, shuffle: bool, mixed
     with open_stream(pattern, **stream) as whole:
         list(islice(whole, len(served)))
         assert position == whole.position
+
+
+def test_readers_of_one_lane_that_disagree_are_an_error(tmp_path: Path) -> None:
+    """Four readers of two lanes; the file of the last one was damaged on its host."""
+    texts = [f"{text} (document {index})" for index, text in enumerate(stdlib_texts(20))]
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pattern = str(write_shard(tmp_path / "a.parquet", texts, group=2, **plain))
+    parts = []
+    for reader in range(4):
+        if reader == 3:
+            for document in (b"(document 0)", b"(document 2)", b"(document 4)"):
+                flip_bit(Path(pattern), document)
+        with open_stream(pattern, lanes=2, reader=reader, readers=4) as stream:
+            parts.append(list(islice(stream, 20))[-1].position)
+    with pytest.raises(RunError, match=r"lane 1 of corpus data is at .* rank 1 and at .* rank 3.*the same files"):
+        DataPosition.merged(parts, 0)
 
 
 def test_a_reader_opens_its_own_lanes_only(corpus: str) -> None:

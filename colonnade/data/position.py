@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from colonnade.data.mixture import ONLY_CORPUS, WeightChange
 from colonnade.data.shards import Manifest, Units
-from colonnade.errors import UsageError
+from colonnade.errors import RunError, UsageError
 
 POSITION_FORMAT = 2
 
@@ -317,9 +317,13 @@ class DataPosition:
             parts: one position per reader, all at the same chunk. Reader r of R reads the lanes l with
                 (l - start) mod G == r mod G, where G = gcd(R, lanes).
             start: number of the chunk the readers started with.
+
+        Raises:
+            RunError: readers of the same lane disagree on what it holds, so that they trained on different text.
         """
         first = parts[0]
         owners = [parts[owner] for owner in lane_owners(first.head.lanes, len(parts), start)]
+        _require_agreement(parts, start)
         states = tuple(
             tuple(owner.states[corpus][lane] for lane, owner in enumerate(owners))
             for corpus in range(len(first.head.corpora))
@@ -332,6 +336,25 @@ def lane_owners(lanes: int, readers: int, start: int) -> list[int]:
     """For each lane the first of `readers` that reads it, if chunk `start` is the first one they divide up."""
     apart = math.gcd(lanes, readers)
     return [(lane - start) % apart for lane in range(lanes)]
+
+
+def _require_agreement(parts: Sequence[DataPosition], start: int) -> None:
+    head = parts[0].head
+    apart = math.gcd(head.lanes, len(parts))
+    for lane, owner in enumerate(lane_owners(head.lanes, len(parts), start)):
+        for reader in range(owner + apart, len(parts), apart):
+            for corpus, ours, theirs in zip(head.corpora, parts[owner].states, parts[reader].states, strict=True):
+                if ours[lane] != theirs[lane]:
+                    raise RunError(
+                        f"lane {lane} of corpus {corpus.name} is at {_place(ours[lane])} for data-parallel rank "
+                        f"{owner} and at {_place(theirs[lane])} for rank {reader}: they do not see the same files; "
+                        "make them the same on all hosts and go on from the last checkpoint"
+                    )
+
+
+def _place(state: LaneState) -> str:
+    epoch, unit, row, token = state.cursor
+    return f"epoch {epoch}, unit {unit}, row {row}, token {token} after {state.counts.rows} rows"
 
 
 def _after_row(state: LaneState, *, by_portion: bool) -> LaneState:
