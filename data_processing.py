@@ -221,9 +221,8 @@ def _position_in(
     weights = normalized([corpus.weight for corpus in corpora])
     if position is None:
         return DataPosition.start(head, weights)
-    names = {corpus.name: corpus.file_names for corpus in corpora}
     if allow_data_change:
-        position = position.with_changed_data(head, weights, names)
+        position = position.with_changed_data(head, weights, {corpus.name: corpus.units for corpus in corpora})
     else:
-        position.require(head, names)
+        position.require(head, {corpus.name: corpus.file_names for corpus in corpora})
     return position.with_weights(weights)

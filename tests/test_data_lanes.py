@@ -392,11 +392,52 @@ def open_blocks(pattern: str, count: int, **changes: Any) -> Blocks:
     return uninterrupted(pattern, count, **changes)
 
 
-def test_another_block_size_goes_on_with_the_next_row(corpus: str) -> None:
+def test_other_blocks_or_tokens_go_on_where_they_mean_the_same(corpus: str) -> None:
+    """Another block size at the next token, other boundary tokens at the next row."""
     with open_stream(corpus, lanes=1) as stream:
         position = list(islice(stream, 30))[-1].position
-    cursor = position.states[0][0].cursor
-    row = 2 * cursor.unit + cursor.row + (cursor.token > 0)
+    _, unit, row, token = position.states[0][0].cursor
+    assert token > 0
+    here = stdlib_texts()[2 * unit + row :]
     with open_stream(corpus, block_size=32, position=position, allow_data_change=True, epochs=1) as stream:
         served = [chunk.tokens for chunk in stream]
-    assert_same_blocks(served, plain_blocks(plain_tokens(stdlib_texts()[row:]), 32))
+    assert_same_blocks(served, plain_blocks(plain_tokens(here)[token:], 32))
+    bounded: dict[str, Any] = {"add_document_boundary_tokens": True}
+    with open_stream(corpus, position=position, allow_data_change=True, epochs=1, **bounded) as stream:
+        served = [chunk.tokens for chunk in stream]
+    assert_same_blocks(served, plain_blocks(plain_tokens(here[1:], bos=1, eos=0), BLOCK))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_a_corpus_that_did_not_change_goes_on_exactly(tmp_path: Path, packing: str) -> None:
+    """The other one did: what is served of the first is what an uninterrupted stream of it alone serves."""
+    settings: dict[str, Any] = {"lanes": 2, "shuffle": True, "packing": packing}
+    write_corpus(tmp_path / "a", stdlib_texts(), group=5)
+    write_corpus(tmp_path / "b", stdlib_texts(20), group=2)
+    write_corpus(tmp_path / "c", stdlib_texts(30), group=2)
+    old, new = (f"a={tmp_path}/a/*:1,b={tmp_path}/{other}/*:1" for other in "bc")
+    with open_stream(old, **settings) as stream:
+        chunks = list(islice(stream, 60))
+    cursors = [state.cursor for state in chunks[-1].position.states[0]]
+    assert all(cursor.token > 0 for cursor in cursors)
+    with open_stream(new, position=chunks[-1].position, allow_data_change=True, **settings) as stream:
+        assert [state.cursor for state in stream.start.states[0]] == cursors
+        assert {state.cursor for state in stream.start.states[1]} == {(0, 0, 0, 0)}
+        chunks += islice(stream, 60)
+    turns = Mixture(chunks[-1].position.schedule)
+    served = [[c.tokens for c in chunks if turns.corpus_of(c.number) == 0 and c.number % 2 == lane] for lane in (0, 1)]
+    with open_stream(old, **settings) as stream:
+        alone = list(islice(stream, 200))
+    for lane in (0, 1):
+        whole = [c.tokens for c in alone if turns.corpus_of(c.number) == 0 and c.number % 2 == lane]
+        assert_same_blocks(served[lane], whole[: len(served[lane])])
+
+
+def test_a_token_shard_keeps_its_place_under_another_tokenizer(tmp_path: Path) -> None:
+    ids = (np.arange(5000) % 300 + 5).astype(np.uint16)
+    np.save(tmp_path / "ids.npy", ids)
+    with open_stream(f"{tmp_path}/ids.npy", lanes=1) as stream:
+        position = list(islice(stream, 30))[-1].position
+    bounded: dict[str, Any] = {"add_document_boundary_tokens": True, "epochs": 1}
+    with open_stream(f"{tmp_path}/ids.npy", position=position, allow_data_change=True, **bounded) as stream:
+        assert_same_blocks([c.tokens for c in stream], plain_blocks(ids.astype(np.int32).tolist(), BLOCK)[30:])

@@ -14,7 +14,7 @@ from colonnade.data.blocks import pack_blocks
 from colonnade.data.lane import Lane
 from colonnade.data.lane_reader import LaneReader
 from colonnade.data.mixture import Mixture
-from colonnade.data.order import deal_units, unit_order
+from colonnade.data.order import deal_units
 from colonnade.data.position import DataPosition, LaneState, StreamHead
 from colonnade.data.shards import Units
 from colonnade.data.tokenization import EncoderPool
@@ -200,12 +200,11 @@ class TokenStream:
         places = []
         for corpus, lane in [*lanes][:_PLACES_SHOWN]:
             units, name = self.units[corpus], head.corpora[corpus].name
-            epoch, unit, row, _ = position.states[corpus][lane].cursor
-            dealt = deal_units(units.unit_bytes, head.lanes, head.seed, name, shuffled=head.shuffle)[lane]
-            order = unit_order(dealt, head.seed, name, epoch, shuffled=head.shuffle)
+            cursor = position.states[corpus][lane].cursor
+            where = units.describe(head.unit_at(name, units, lane, cursor))
             part = "portion" if head.packing == "best-fit" else "row"
             shuffled = " of its shuffled order" if head.shuffle and part == "row" else ""
-            places.append(f"{units.describe(int(order[unit]))} from {part} {row}{shuffled} on, epoch {epoch}")
+            places.append(f"{where} from {part} {cursor.row}{shuffled} on, epoch {cursor.epoch}")
         more = f"; and {len(lanes) - len(places)} more lanes" if len(lanes) > len(places) else ""
         return f"chunks {first} to {first + count - 1} of the data: {'; '.join(places)}{more}"
 
