@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colonnade.data.blocks import unpack_blocks
+from colonnade.data.filesystems import allow_many_files
 from colonnade.data.mixture import normalized, parse_data_glob
 from colonnade.data.position import DataPosition
 from colonnade.data.shards import BadShardError, Shard, Units, open_shard
@@ -179,6 +180,7 @@ def open_stream(
     """The endless training stream of a reading rank, and its chunks: the first one shows that the data yields any."""
     assert settings.data_glob is not None
     require_vocabulary(settings, vocabulary_size(tokenizer), config)
+    allow_many_files()
     stream = _stream_of(
         settings,
         settings.data_glob,

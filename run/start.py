@@ -286,6 +286,7 @@ def replay_run(
             data_parallel_replicate_size=1,  # whatever the run had: on these ranks the least memory
             checkpoint_dir=str(directory),
             validation_glob=None,
+            data_lanes=DataPosition.from_dict(record["data_position"]).head.lanes,  # not what is the default by now
             cuda_graphs=False,  # the same kernels, on a machine that may have no graphs, or parameters shared out
             trust_remote_code=trust_remote_code,
             **{name: value for name, value in moved.items() if value is not None},

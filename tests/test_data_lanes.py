@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 from collections import Counter
 from contextlib import ExitStack
 from itertools import islice
@@ -17,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from colonnade.data.feed import step_shares
+from colonnade.data.filesystems import allow_many_files
 from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data_glob
 from colonnade.data.order import deal_units, default_lanes, keyed_permutation
 from colonnade.data.position import DataPosition
@@ -97,6 +101,13 @@ def test_units_are_dealt_evenly() -> None:
 def test_default_lanes_follow_from_the_data(units: int, size: int, expected: int) -> None:
     assert default_lanes([[size] * units], 1024) == expected
     assert default_lanes([[10**9] * 10**4, [size] * units], 1024) == expected  # the smallest corpus decides
+
+
+@pytest.mark.parametrize(("corpora", "expected"), [(1, 48), (8, 48), (9, 24), (16, 24), (17, 12), (48, 8), (64, 4)])
+def test_default_lanes_leave_room_for_many_corpora(corpora: int, expected: int) -> None:
+    lanes = default_lanes([[10**9] * 1000] * corpora, 1024)
+    assert lanes == expected
+    assert 2 * lanes * corpora < 1000
 
 
 def test_every_epoch_holds_every_document_once_in_an_order_of_its_own(corpus: str) -> None:
@@ -326,6 +337,28 @@ def test_a_corpus_or_lane_without_a_block_is_found_before_the_first_chunk(tmp_pa
                 continue
             with pytest.raises(UsageError, match=r"lane 1 of 2 of the data holds 0 tokens.*or fewer --data-lanes"):
                 next(stream)
+
+
+def test_too_many_open_files_say_what_to_do(mixture: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        with open_stream(mixture, lanes=20) as stream, pytest.raises(RunError) as caught:
+            next(stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert re.search(r"Too many open files.*raise ulimit -n, or give fewer --data-lanes", str(caught.value))
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = min(512, limits[0]), limits[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard % (1 << 64), 1 << 16), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_what_is_read_to_try_the_corpora_is_not_read_again(mixture: str, monkeypatch: pytest.MonkeyPatch) -> None:

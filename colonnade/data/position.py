@@ -269,7 +269,8 @@ class DataPosition:
         A corpus with the same files resumes if lanes, seed, shuffle, packing, filter version and text column are the
         same. It resumes exactly if its text becomes the same tokens (with best-fit packing, the same blocks). Else it
         resumes with the first row not yet begun, or with best-fit packing at the beginning of the current portion,
-        which is packed anew; in a token shard, exactly. Any other corpus starts over. `units`: of each corpus of `head`.
+        which is packed anew; in a token shard, exactly. Any other corpus starts over. `units` are those of each corpus
+        of `head`.
         """
         names = {corpus: [shard.name for shard in its.shards] for corpus, its in units.items()}
         differences = self.head.differences(head, names)

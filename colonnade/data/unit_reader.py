@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -190,6 +191,11 @@ class UnitReader:
                 raise
             reason = " ".join(str(error).split())
             # pyarrow raises OSError for bad data as well; only errors from the system carry an errno.
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise RunError(
+                    f"data shard {shard.path} cannot be opened: {reason}; every lane of every corpus keeps two files "
+                    "open: raise ulimit -n, or give fewer --data-lanes"
+                ) from error
             if isinstance(error, OSError) and error.errno is not None:
                 raise RunError(f"data shard {shard.path} cannot be reached: {reason}") from error
             raise DamagedUnit(reason) from error
