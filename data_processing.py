@@ -149,7 +149,7 @@ def streaming_token_generator(
         bos=boundaries.bos if boundaries else None,
         eos=boundaries.eos if boundaries else None,
         block_size=block_size,
-        lanes=lanes or default_lanes([corpus.units.unit_bytes for corpus in corpora], block_size),
+        lanes=default_lanes([corpus.units.unit_bytes for corpus in corpora], block_size) if lanes is None else lanes,
         seed=seed,
         shuffle=shuffle,
         packing=packing,

@@ -339,6 +339,12 @@ def test_a_corpus_or_lane_without_a_block_is_found_before_the_first_chunk(tmp_pa
                 next(stream)
 
 
+@pytest.mark.parametrize("lanes", [0, -1, 4097])
+def test_lanes_out_of_range_are_refused(corpus: str, lanes: int) -> None:
+    with pytest.raises(UsageError, match=rf"--data-lanes is {lanes}; it must be from 1 to 4096"):
+        open_stream(corpus, lanes=lanes)
+
+
 def test_too_many_open_files_say_what_to_do(mixture: str) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
