@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     from colonnade.parallel.vote import on_first_rank
     from run.audit import audit, check_start, last_step, read_recorded
     from run.start import replay_run
+    from run.state import close_data
 
     layout = init_parallel(stretch.tensor_parallel_size)
     end = on_first_rank(lambda: last_step(stretch.directory, stretch.first, stretch.last))
@@ -111,9 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_start(run, recorded)
         verdict = audit(run, recorded, end)
     finally:
-        run.feed.close()
-        if run.stream is not None:
-            run.stream.close()
+        close_data(run)
     if run.layout.is_main:
         print(verdict)
 

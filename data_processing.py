@@ -156,7 +156,7 @@ def streaming_token_generator(
         bos=boundaries.bos if boundaries else None,
         eos=boundaries.eos if boundaries else None,
         block_size=block_size,
-        lanes=lanes or default_lanes([corpus.units.unit_bytes for corpus in corpora], block_size),
+        lanes=default_lanes([corpus.units.unit_bytes for corpus in corpora], block_size) if lanes is None else lanes,
         seed=seed,
         shuffle=shuffle,
         packing=packing,
@@ -245,9 +245,8 @@ def _position_in(
     weights = normalized([corpus.weight for corpus in corpora])
     if position is None:
         return DataPosition.start(head, weights)
-    names = {corpus.name: corpus.file_names for corpus in corpora}
     if allow_data_change:
-        position = position.with_changed_data(head, weights, names)
+        position = position.with_changed_data(head, weights, {corpus.name: corpus.units for corpus in corpora})
     else:
-        position.require(head, names)
+        position.require(head, {corpus.name: corpus.file_names for corpus in corpora})
     return position.with_weights(weights)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colonnade.data.blocks import unpack_blocks
+from colonnade.data.filesystems import allow_many_files
 from colonnade.data.mixture import are_same_shares, normalized, parse_data_glob
 from colonnade.data.position import DataPosition
 from colonnade.data.shards import BadShardError, Shard, Units, open_shard
@@ -184,6 +185,7 @@ def open_stream(
     """The endless training stream of a reading rank, and its chunks. Reads one ahead, to check that there are any."""
     assert settings.data_glob is not None
     require_vocabulary(settings, vocabulary_size(tokenizer), config)
+    allow_many_files()
     stream = _stream_of(
         settings,
         settings.data_glob,

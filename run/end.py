@@ -20,7 +20,7 @@ from colonnade.telemetry.metrics import perplexity_of
 from colonnade.telemetry.pictures import PLOT_NAME
 from colonnade.telemetry.report import METRICS_NAME, REPORT_NAME
 from colonnade.telemetry.sinks import Tracker
-from run.state import LEDGER_NAME, Run, prune, whole_position
+from run.state import LEDGER_NAME, Run, close_data, prune, whole_position
 
 LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMPLETE.json"
 # Seconds that the end of a run waits for its sinks and for checkpoint uploads. Less for uploads if the run was asked to
@@ -31,9 +31,7 @@ CLOSE_SECONDS, UPLOAD_SECONDS, UPLOAD_SECONDS_STOPPED = 30.0, 300.0, 20.0
 def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:
     """Close feed, stream, uploads and sinks (which draw the pictures); report and record the end. Collective."""
     position = whole_position(run)
-    run.feed.close()
-    if run.stream is not None:
-        run.stream.close()
+    close_data(run)
     if not run.layout.is_main:
         return
     record_end(run, stop_reason, saved_step)

@@ -287,6 +287,7 @@ def replay_run(
             data_parallel_replicate_size=1,  # settled below for these ranks, whatever the run had
             checkpoint_dir=str(directory),
             validation_glob=None,
+            data_lanes=DataPosition.from_dict(record["data_position"]).head.lanes,  # not today's default
             cuda_graphs=False,  # same kernels; graphs may be unavailable here, or not work with sharded parameters
             trust_remote_code=trust_remote_code,
             **{name: value for name, value in moved.items() if value is not None},

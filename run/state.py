@@ -193,6 +193,18 @@ def merged_position(run: Run, position: DataPosition | None) -> DataPosition | N
     return DataPosition.merged(parts, run.stream.start.chunk)
 
 
+def close_data(run: Run) -> None:
+    """Stop reading: first the reader's waits and tries, then the thread that reads ahead, then the files.
+
+    A read that takes longer than the thread is waited for is left to it.
+    """
+    if run.stream is not None:
+        run.stream.stop()
+    run.feed.close()
+    if run.stream is not None:
+        run.stream.close()
+
+
 def manifest_of(run: Run, position: DataPosition | None, fingerprint: Fingerprint | None = None) -> dict[str, Any]:
     """All state of a run that is not a tensor, as JSON values."""
     layout = run.layout

@@ -151,6 +151,7 @@ def write_shards(folder: Path, texts: Sequence[str]) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "no_rows.parquet")
     write_shard(folder / "nulls.parquet", pa.array([None] * 40, pa.string()))
     write_shard(folder / "small.parquet", ["tiny text"])
+    write_shard(folder / "half_nulls.parquet", [*texts[:10], *[None] * 10])
     write_shard(folder / "some_nulls.parquet", pa.array([None] * 10 + list(texts), pa.string()))
 
 
@@ -189,6 +190,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data_glob": "{}/no_rows.parquet"}, ("no_rows.parquet has 0 rows",)),
     ({"data_glob": "{}/nulls.parquet"}, ("holds 0 tokens, one block needs 33", "40 missing", "give more data")),
     ({"data_glob": "{}/small.parquet"}, ("one block needs 33", "1 kept", "smaller block size")),
+    ({"data_glob": "a={}/good/*:0.99,b={}/small.parquet:0.01"}, ("corpus b holds 4 tokens, one block needs 33",)),
     ({"data_glob": "a\nb"}, ("--data-glob",)),
     ({"validation_glob": "{}/none*"}, ("--validation-glob", "matches no file")),
     ({"validation_glob": "{}/small.parquet"}, ("--validation-glob", "one block needs 33")),
@@ -340,7 +342,12 @@ def test_parameters_are_counted_as_transformers_does() -> None:
         (3, {}, ("--tensor-parallel-size 3: 4 attention heads cannot be cut into 3", "sizes that work: 1, 2, 4")),
         (3, {"tensor_parallel_size": 2}, ("2 does not divide the 3 ranks", "sizes that do: 1, 3")),
         (2, {"tensor_parallel_size": 1, "tokens_per_step": 96}, ("2 data-parallel ranks", "3 sequences", "1, 3")),
-        (2, {"tensor_parallel_size": 1, "data_glob": "{}/small.parquet"}, ("one block needs 33",)),
+        # The second rank alone reads lane 1.
+        (
+            2,
+            {"tensor_parallel_size": 1, "data_glob": "{}/half_nulls.parquet", "data_lanes": 2},
+            ("lane 1 of 2 of the data holds 0 tokens", "one block needs 33", "fewer --data-lanes"),
+        ),
         (2, {"data_glob": "{}/nulls.parquet"}, ("one block needs 33",)),
         (2, {"validation_glob": "{}/small.parquet"}, ("--validation-glob",)),
         (2, {"tensor_slices": 1}, ("--tensor-slices 1 cannot be shared out over 2", "a multiple of 2")),

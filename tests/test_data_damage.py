@@ -328,6 +328,46 @@ def test_the_skipped_row_group_can_be_the_one_the_cursor_stands_in(tmp_path: Pat
     assert_same_blocks(rest, plain_blocks(plain_tokens(texts[2 * GROUP :]), BLOCK))
 
 
+def test_best_fit_forgets_the_block_it_stood_at_when_that_row_group_is_skipped(tmp_path: Path) -> None:
+    """The other row groups come whole: their blocks are those of a shard that holds each of them alone."""
+    texts = [f"{text} (document {index})" for index, text in enumerate(stdlib_texts(3 * GROUP))]
+    shard = write_shard(tmp_path / "a.parquet", texts, group=GROUP, **PLAIN)
+    with open_stream([shard], packing="best-fit") as stream:
+        positions = [chunk.position for chunk in islice(stream, 40)]
+    begun = [position for position in positions if position.states[0][0].cursor.unit == 0]
+    position = begun[-1]  # before the last block of the first row group
+    assert position.states[0][0].cursor.token > 1
+    flip_bit(shard, b"(document 1)")
+    with open_stream([shard], packing="best-fit", epochs=1, position=position) as stream:
+        served = [chunk.tokens.tolist() for chunk in stream]
+        assert [skip.unit for skip in stream.position.skipped] == [0]
+        counts, before = stream.position.totals()["data"], position.totals()["data"]
+    for number in (1, 2):
+        rest = write_shard(tmp_path / f"{number}.parquet", texts[number * GROUP : (number + 1) * GROUP], group=GROUP)
+        expected = sorted(block.tolist() for block in blocks_of([rest], packing="best-fit"))
+        here, served = served[: len(expected)], served[len(expected) :]
+        assert sorted(here) == expected
+    assert not served
+    assert counts.rows - before.rows == 2 * GROUP
+
+
+def test_best_fit_notices_a_portion_that_has_fewer_blocks_than_were_delivered(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.parquet", stdlib_texts(2 * GROUP), group=GROUP)
+    first = write_shard(tmp_path / "first.parquet", stdlib_texts(GROUP), group=GROUP)
+    bins = len(blocks_of([first], packing="best-fit"))
+    with open_stream([shard], packing="best-fit") as stream:
+        position = next(stream).position
+    state = position.to_dict()
+    for token in (bins - 1, bins, bins + 1):
+        state["states"][0][0][0] = [0, 0, 0, token]
+        with open_stream([shard], packing="best-fit", position=DataPosition.from_dict(state)) as stream:
+            if token < bins:
+                assert next(stream).position.states[0][0].cursor == (0, 0, 1, 0)
+            else:
+                with pytest.raises(UsageError, match=rf"row group 0 of .* has no block {token} in portion 0"):
+                    next(stream)
+
+
 def test_a_corpus_that_is_damaged_throughout_ends_with_an_error(tmp_path: Path) -> None:
     filler = "a text long enough to fill more than one block on its own; " * 5
     texts = [f"{filler} number {index}" for index in range(4)]

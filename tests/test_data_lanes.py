@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 from collections import Counter
 from contextlib import ExitStack
 from itertools import islice
@@ -17,13 +20,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from colonnade.data.feed import step_shares
+from colonnade.data.filesystems import allow_many_files
 from colonnade.data.mixture import Mixture, WeightChange, normalized, parse_data_glob
 from colonnade.data.order import deal_units, default_lanes, keyed_permutation
 from colonnade.data.position import DataPosition
-from colonnade.errors import UsageError
+from colonnade.data.tokenization import EncoderPool
+from colonnade.errors import RunError, UsageError
 from colonnade.run_settings import RunSettings
 from colonnade.telemetry.data_ledger import data_ledger, data_metrics
-from data_helpers import assert_same_blocks, plain_blocks, plain_tokens, stdlib_texts, tiny_tokenizer, write_corpus
+from data_helpers import (
+    assert_same_blocks,
+    flip_bit,
+    plain_blocks,
+    plain_tokens,
+    stdlib_texts,
+    tiny_tokenizer,
+    write_corpus,
+    write_shard,
+)
 from data_processing import Backend, TokenStream, streaming_token_generator
 from run.data import read_validation, weight_changes
 
@@ -89,6 +103,13 @@ def test_units_are_dealt_evenly() -> None:
 def test_default_lanes_follow_from_the_data(units: int, size: int, expected: int) -> None:
     assert default_lanes([[size] * units], 1024) == expected
     assert default_lanes([[10**9] * 10**4, [size] * units], 1024) == expected  # the smallest corpus decides
+
+
+@pytest.mark.parametrize(("corpora", "expected"), [(1, 48), (8, 48), (9, 24), (16, 24), (17, 12), (48, 8), (64, 4)])
+def test_default_lanes_leave_room_for_many_corpora(corpora: int, expected: int) -> None:
+    lanes = default_lanes([[10**9] * 1000] * corpora, 1024)
+    assert lanes == expected
+    assert 2 * lanes * corpora < 1000
 
 
 def test_every_epoch_holds_every_document_once_in_an_order_of_its_own(corpus: str) -> None:
@@ -197,6 +218,22 @@ def check_chain(pattern: str, chain: list[Any], lanes: int, shuffle: bool, mixed
     with open_stream(pattern, **stream) as whole:
         list(islice(whole, len(served)))
         assert position == whole.position
+
+
+def test_readers_of_one_lane_that_disagree_are_an_error(tmp_path: Path) -> None:
+    """Four readers of two lanes; the file of the last one was damaged on its host."""
+    texts = [f"{text} (document {index})" for index, text in enumerate(stdlib_texts(20))]
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pattern = str(write_shard(tmp_path / "a.parquet", texts, group=2, **plain))
+    parts = []
+    for reader in range(4):
+        if reader == 3:
+            for document in (b"(document 0)", b"(document 2)", b"(document 4)"):
+                flip_bit(Path(pattern), document)
+        with open_stream(pattern, lanes=2, reader=reader, readers=4) as stream:
+            parts.append(list(islice(stream, 20))[-1].position)
+    with pytest.raises(RunError, match=r"lane 1 of corpus data is at .* rank 1 and at .* rank 3.*the same files"):
+        DataPosition.merged(parts, 0)
 
 
 def test_a_reader_opens_its_own_lanes_only(corpus: str) -> None:
@@ -347,6 +384,71 @@ def test_what_is_no_mixture_stays_a_pattern() -> None:
     ]
 
 
+def test_a_corpus_or_lane_without_a_block_is_found_before_the_first_chunk(tmp_path: Path) -> None:
+    """However seldom its turn comes; by those readers that read it, of any number."""
+    write_corpus(tmp_path / "much", stdlib_texts()[:40], group=2)
+    write_corpus(tmp_path / "little", ["hello world", "good bye"], shards=1, group=1)
+    much, little = f"a={tmp_path}/much/*.parquet:0.999", f"b={tmp_path}/little/*.parquet:0.001"
+    tokens = len(plain_tokens(["hello world", "good bye"]))
+    message = f"corpus b holds {tokens} tokens, one block needs {BLOCK + 1}"
+    for reader in (0, 1):
+        with open_stream(f"{much},{little}", lanes=1, reader=reader, readers=2) as stream:
+            for _ in range(2):
+                with pytest.raises(UsageError, match=message):
+                    next(stream)
+    write_shard(tmp_path / "holed.parquet", [*stdlib_texts()[11:13], None, None], group=2)
+    for reader, fails in ((0, False), (1, True)):
+        with open_stream(str(tmp_path / "holed.parquet"), lanes=2, reader=reader, readers=2) as stream:
+            if not fails:
+                assert next(stream).number == 0
+                continue
+            with pytest.raises(UsageError, match=r"lane 1 of 2 of the data holds 0 tokens.*or fewer --data-lanes"):
+                next(stream)
+
+
+@pytest.mark.parametrize("lanes", [0, -1, 4097])
+def test_lanes_out_of_range_are_refused(corpus: str, lanes: int) -> None:
+    with pytest.raises(UsageError, match=rf"--data-lanes is {lanes}; it must be from 1 to 4096"):
+        open_stream(corpus, lanes=lanes)
+
+
+def test_too_many_open_files_say_what_to_do(mixture: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        with open_stream(mixture, lanes=20) as stream, pytest.raises(RunError) as caught:
+            next(stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert re.search(r"Too many open files.*raise ulimit -n, or give fewer --data-lanes", str(caught.value))
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = min(512, limits[0]), limits[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard % (1 << 64), 1 << 16), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_is_read_to_try_the_corpora_is_not_read_again(mixture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: Counter[str] = Counter()
+    encode = EncoderPool._encode
+
+    def counting(pool: EncoderPool, batch: Any) -> Any:
+        encoded.update(batch.texts.to_pylist())
+        return encode(pool, batch)
+
+    monkeypatch.setattr(EncoderPool, "_encode", counting)
+    with open_stream(mixture, lanes=4, epochs=1) as stream:
+        assert len(list(stream)) > 50
+    assert set(encoded) <= set(stdlib_texts())
+    assert set(encoded.values()) == {1}
+
+
 def test_more_lanes_than_row_groups_are_refused(mixture: str) -> None:
     with pytest.raises(UsageError, match=r"--data-lanes 21 is more than the 20 units .* of corpus"):
         open_stream(mixture, lanes=21)
@@ -396,11 +498,52 @@ def open_blocks(pattern: str, count: int, **changes: Any) -> Blocks:
     return uninterrupted(pattern, count, **changes)
 
 
-def test_another_block_size_goes_on_with_the_next_row(corpus: str) -> None:
+def test_other_blocks_or_tokens_go_on_where_they_mean_the_same(corpus: str) -> None:
+    """Another block size at the next token, other boundary tokens at the next row."""
     with open_stream(corpus, lanes=1) as stream:
         position = list(islice(stream, 30))[-1].position
-    cursor = position.states[0][0].cursor
-    row = 2 * cursor.unit + cursor.row + (cursor.token > 0)
+    _, unit, row, token = position.states[0][0].cursor
+    assert token > 0
+    here = stdlib_texts()[2 * unit + row :]
     with open_stream(corpus, block_size=32, position=position, allow_data_change=True, epochs=1) as stream:
         served = [chunk.tokens for chunk in stream]
-    assert_same_blocks(served, plain_blocks(plain_tokens(stdlib_texts()[row:]), 32))
+    assert_same_blocks(served, plain_blocks(plain_tokens(here)[token:], 32))
+    bounded: dict[str, Any] = {"add_document_boundary_tokens": True}
+    with open_stream(corpus, position=position, allow_data_change=True, epochs=1, **bounded) as stream:
+        served = [chunk.tokens for chunk in stream]
+    assert_same_blocks(served, plain_blocks(plain_tokens(here[1:], bos=1, eos=0), BLOCK))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_a_corpus_that_did_not_change_goes_on_exactly(tmp_path: Path, packing: str) -> None:
+    """The other one did: what is served of the first is what an uninterrupted stream of it alone serves."""
+    settings: dict[str, Any] = {"lanes": 2, "shuffle": True, "packing": packing}
+    write_corpus(tmp_path / "a", stdlib_texts(), group=5)
+    write_corpus(tmp_path / "b", stdlib_texts(20), group=2)
+    write_corpus(tmp_path / "c", stdlib_texts(30), group=2)
+    old, new = (f"a={tmp_path}/a/*:1,b={tmp_path}/{other}/*:1" for other in "bc")
+    with open_stream(old, **settings) as stream:
+        chunks = list(islice(stream, 60))
+    cursors = [state.cursor for state in chunks[-1].position.states[0]]
+    assert all(cursor.token > 0 for cursor in cursors)
+    with open_stream(new, position=chunks[-1].position, allow_data_change=True, **settings) as stream:
+        assert [state.cursor for state in stream.start.states[0]] == cursors
+        assert {state.cursor for state in stream.start.states[1]} == {(0, 0, 0, 0)}
+        chunks += islice(stream, 60)
+    turns = Mixture(chunks[-1].position.schedule)
+    served = [[c.tokens for c in chunks if turns.corpus_of(c.number) == 0 and c.number % 2 == lane] for lane in (0, 1)]
+    with open_stream(old, **settings) as stream:
+        alone = list(islice(stream, 200))
+    for lane in (0, 1):
+        whole = [c.tokens for c in alone if turns.corpus_of(c.number) == 0 and c.number % 2 == lane]
+        assert_same_blocks(served[lane], whole[: len(served[lane])])
+
+
+def test_a_token_shard_keeps_its_place_under_another_tokenizer(tmp_path: Path) -> None:
+    ids = (np.arange(5000) % 300 + 5).astype(np.uint16)
+    np.save(tmp_path / "ids.npy", ids)
+    with open_stream(f"{tmp_path}/ids.npy", lanes=1) as stream:
+        position = list(islice(stream, 30))[-1].position
+    bounded: dict[str, Any] = {"add_document_boundary_tokens": True, "epochs": 1}
+    with open_stream(f"{tmp_path}/ids.npy", position=position, allow_data_change=True, **bounded) as stream:
+        assert_same_blocks([c.tokens for c in stream], plain_blocks(ids.astype(np.int32).tolist(), BLOCK)[30:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,10 +10,15 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from colonnade.data import prefetch
 from colonnade.data.prefetch import Prefetcher
+from colonnade.data.unit_reader import UnitReader
+from colonnade.errors import RunError
+from data_helpers import open_stream, stdlib_texts, write_corpus
 
 
 def test_items_come_in_order_and_then_the_end() -> None:
@@ -95,6 +101,43 @@ def test_close_wakes_a_consumer_that_waits() -> None:
     release.set()
     closer.join(5)
     assert not closer.is_alive()
+
+
+def test_a_stream_that_is_closed_inside_a_slow_read_is_closed_once_that_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither close raises or waits for the read. The thread that reads then closes the files as it leaves."""
+    monkeypatch.setattr(prefetch, "_JOIN_SECONDS", 0.2)
+    inside, over = threading.Event(), threading.Event()
+    real = UnitReader._first_window
+
+    def slow(reader: UnitReader, *args: Any) -> Any:
+        window = real(reader, *args)
+        if threading.current_thread().name == "prefetch":
+            inside.set()
+            over.wait(20)
+        return window
+
+    def descriptors() -> int:
+        return sum(str(tmp_path) in os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+
+    stream = open_stream(write_corpus(tmp_path, stdlib_texts()))
+    next(stream)
+    monkeypatch.setattr(UnitReader, "_first_window", slow)
+    prefetcher = Prefetcher(stream, depth=100)
+    assert inside.wait(10)
+    begin = time.perf_counter()
+    stream.stop()
+    prefetcher.close()
+    stream.close()
+    assert time.perf_counter() - begin < 5
+    assert descriptors() > 0
+    over.set()
+    prefetcher._thread.join(10)
+    assert not prefetcher._thread.is_alive()
+    assert descriptors() == 0
+    with pytest.raises(RunError, match="the token stream is closed"):
+        next(stream)
 
 
 def test_depth_below_one_is_refused() -> None:

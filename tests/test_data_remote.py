@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from colonnade.data import filesystems, retries
-from colonnade.data.filesystems import RemoteSource
 from colonnade.data.formats import parquet
 from colonnade.data.shards import DamagedUnit, UnitReader, Units, discover_shards, open_shards
 from colonnade.errors import RunError, UsageError
@@ -335,18 +334,22 @@ def test_damage_in_a_remote_file_is_damage(memory: Any, tmp_path: Path) -> None:
     assert rows_of(reader, shard, 2) == [f"document {index}" for index in range(20, 30)]
 
 
-def test_closing_a_reader_ends_the_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_a_reader_ends_the_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = retries.RetryPolicy(first_delay=30.0, longest_delay=30.0)
     monkeypatch.setattr(retries, "POLICY", patient)
     path = write_shard(tmp_path / "a.parquet", stdlib_texts())
     broken = threading.Event()
     server = RangeServer({"a.parquet": path}, lambda method, name: "500" if broken.is_set() else None)
     with serving(server):
-        source = RemoteSource(f"{server.url}/a.parquet")
+        (shard,) = open_shards([f"{server.url}/a.parquet"], "text")
+        reader = UnitReader("text")
         broken.set()
-        fetch = filesystems.Background(lambda: source.read_at(0, 10))
+        read = filesystems.Background(lambda: rows_of(reader, shard, 0))
         while not server.faults:
             time.sleep(0.01)
-        source.close()
+        reader.stop()
         with pytest.raises(RunError, match="stopped"):
-            fetch.result()
+            read.result()
+        with pytest.raises(RunError, match="stopped"):
+            rows_of(reader, shard, 0)
+        reader.close()

@@ -325,6 +325,38 @@ def test_a_closed_stream_does_not_look_like_one_that_ended(corpus: list[Path]) -
         next(stream)
 
 
+@pytest.mark.parametrize("workers", [1, 16])
+def test_the_blocks_before_a_bad_unit_leave_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """However far ahead is read: a second range of tokens with ids that the tokenizer has not."""
+    monkeypatch.setattr("colonnade.data.formats.tokens.UNIT_TOKENS", 1000)
+    ids = (np.arange(2000) % 300).astype(np.uint16)
+    good = plain_blocks(ids[:1000].astype(np.int32).tolist(), BLOCK)
+    ids[1000:] = 9999
+    np.save(tmp_path / "ids.npy", ids)
+    with open_stream([tmp_path / "ids.npy"], workers=workers) as stream:
+        assert_same_blocks([chunk.tokens for chunk in islice(stream, len(good))], good)
+        with pytest.raises(UsageError, match="token id 9999"):
+            next(stream)
+
+
+def test_no_error_looks_like_the_end(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that nobody foresaw, in the thread that reads ahead or in one that encodes."""
+    for place in ("colonnade.data.lane_reader.judge", "colonnade.data.tokenization.flatten"):
+        with open_stream(corpus, epochs=1, batch_rows=1) as stream, monkeypatch.context() as patch:
+            next(stream)
+
+            def fail(*_: Any) -> Any:
+                raise MemoryError("no room")
+
+            patch.setattr(place, fail)
+            with pytest.raises(MemoryError):
+                list(stream)
+            with pytest.raises(MemoryError):
+                next(stream)
+
+
 @pytest.mark.parametrize(("name", "value"), [("block_size", 0), ("epochs", -1), ("batch_rows", 0), ("workers", 10**6)])
 def test_sizes_out_of_range_are_refused(corpus: list[Path], name: str, value: int) -> None:
     with pytest.raises(UsageError, match=name):

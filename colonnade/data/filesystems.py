@@ -7,6 +7,7 @@ memory as a whole, a larger one is read in blocks with one block of read-ahead. 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -33,10 +34,23 @@ WHOLE_BYTES = 8 << 20
 HELD_BYTES = (8 << 20) + (256 << 10)
 # Block size for longer ranges: the block being read and the next one are in memory.
 _BLOCK_BYTES = 4 << 20
+# How many open files a reading process allows itself. Some programs that it may start look at every possible one.
+_OPEN_FILES = 1 << 16
 
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 _memory_lock = threading.Lock()
+
+
+def allow_many_files() -> None:
+    """Raise this process's own limit on open files, as servers do: every lane of every corpus keeps two open."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # then it stays as it is, and may be enough
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def is_remote(path: str) -> bool:
@@ -101,15 +115,18 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def open_source(path: str, size: int | None = None) -> LocalSource | RemoteSource:
-    """Open the file at `path`. If `size` is given, a remote file's size is not queried.
+def open_source(
+    path: str, size: int | None = None, stopped: threading.Event | None = None
+) -> LocalSource | RemoteSource:
+    """Open the file at `path`. If `size` is given, a remote file's size is not queried. Once `stopped` is set, a remote
+    file is not tried again.
 
     Raises:
         OSError: a local file cannot be opened.
         UnreachableError: a remote file cannot be opened.
         UsageError: the package for its scheme is missing.
     """
-    return RemoteSource(path, size) if is_remote(path) else LocalSource(local_path(path))
+    return RemoteSource(path, size, stopped) if is_remote(path) else LocalSource(local_path(path))
 
 
 class LocalSource:
@@ -163,10 +180,10 @@ class RemoteSource:
             with an error of their own.
     """
 
-    def __init__(self, url: str, size: int | None = None) -> None:
+    def __init__(self, url: str, size: int | None = None, stopped: threading.Event | None = None) -> None:
         self.path = url
         self.failure: UnreachableError | None = None
-        self._stopped = threading.Event()
+        self._stopped = stopped
         self._held: list[tuple[int, bytes]] = []
         self._span: tuple[int, int] | None = None  # a range that is read in blocks
         self._block: tuple[int, bytes] = (0, b"")
@@ -239,8 +256,7 @@ class RemoteSource:
         return pa.PythonFile(PositionedFile(self), mode="r")
 
     def close(self) -> None:
-        """Stop retries and drop what is held in memory."""
-        self._stopped.set()
+        """Drop what is held in memory. A request in flight on another thread fails at its next attempt."""
         self.release()
         self._handle.close()
 

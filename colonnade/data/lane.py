@@ -16,7 +16,7 @@ from colonnade.data.packing import Block, create_packer
 from colonnade.data.position import LaneCounts, LaneCursor, LaneState, SkippedUnit
 from colonnade.data.text_filter import REASONS
 from colonnade.data.tokenization import EncodedRows, EncoderPool, RowBatch
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import ColonnadeError, RunError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -62,31 +62,34 @@ class Lane:
         self._is_endless = epochs is None
         self._ahead = ahead
         self._pool = pool
-        self._packer = create_packer(packing, block_size, state.cursor)
+        self._packer = create_packer(packing, block_size)
         self._by_portion = reader.by_portion
         self._counts = state.counts
         self._judged: deque[RowsJudged] = deque()
         cursor = state.cursor
-        # The token that a resumed stream has to find again; None once found. Best-fit finds a block by its number.
-        self._wanted: LaneCursor | None = cursor if cursor.token and not self._by_portion else None
+        # What a lane that resumes inside a document (best-fit: a portion) has to find again. None once it is found, or
+        # if its unit is skipped: the token (best-fit: block) that it names is one of this document alone.
+        self._wanted: LaneCursor | None = cursor if cursor.token else None
         self._epoch_is_whole = cursor[1:] == (0, 0, 0)
         self._epoch_blocks = self._epoch_tokens = 0
         self._source = reader.read(cursor, epochs, {skip.unit: skip for skip in skipped})
-        self._pending: deque[Future[EncodedRows] | EncodedRows | Event] = deque()
-        # Best-fit counts a portion's rows with its first block. If the cursor is inside a portion, they are already
-        # counted.
-        self._counted = cursor[:3] if self._by_portion and cursor.token else None
+        self._pending: deque[Future[EncodedRows] | EncodedRows | Event | Exception] = deque()
 
     def fill(self) -> None:
-        """Read ahead, so that the threads have work before the first block is requested."""
+        """Read ahead, so that the threads have work before the first block is requested. An error of the reader waits
+        for its turn, so that the blocks before it do not depend on how far ahead the lane reads."""
         while len(self._pending) <= self._ahead:
-            item = next(self._source, None)
+            try:
+                item = next(self._source, None)
+            except (ColonnadeError, OSError) as error:
+                self._pending.append(error)
+                return
             if item is None:
                 return
             self._pending.append(self._pool.submit(item) if isinstance(item, RowBatch) else item)
 
-    def next_block(self) -> Block | None:
-        """The next block; None after the last epoch.
+    def has_block(self) -> bool:
+        """Whether another block comes, which is then ready to be cut; False after the last epoch.
 
         Raises:
             UsageError: the data does not fill one block, or differs from what the position was made with.
@@ -95,9 +98,17 @@ class Lane:
         while not self._packer.ready:
             self.fill()
             if not self._pending:
-                return None
+                return False
             item = self._pending.popleft()
+            if isinstance(item, Exception):
+                raise item
             self._take_in(item.result() if isinstance(item, Future) else item)
+        return True
+
+    def next_block(self) -> Block | None:
+        """The next block; None after the last epoch. Raises what `has_block` raises."""
+        if not self.has_block():
+            return None
         block = self._packer.cut()
         self._epoch_blocks += 1
         self._commit_rows(block.cursor)
@@ -116,7 +127,12 @@ class Lane:
         found, self._found = self._found, []
         return found
 
+    def stop(self) -> None:
+        """Make a `next_block` that is in progress on another thread end soon, with RunError."""
+        self._reader.stop()
+
     def close(self) -> None:
+        """Close the files. Not while another thread is inside `next_block`."""
         self._source.close()
         self._reader.close()
 
@@ -126,10 +142,12 @@ class Lane:
             self._epoch_tokens += len(event.tokens)
             self._packer.add(event, self._tokens_before_cursor(event))
         elif isinstance(event, RowsJudged):
-            if (event.epoch, event.unit, event.portion) != self._counted:
+            # Best-fit counts a portion's rows with its first block, so those of a portion that was begun are counted.
+            if not self._by_portion or self._wanted is None:
                 self._judged.append(event)
         elif isinstance(event, PortionEnded):
-            self._packer.end_portion(event)
+            if self._by_portion:
+                self._end_portion(event)
         elif isinstance(event, UnitSkipped):
             self._skip(event)
         else:
@@ -156,19 +174,27 @@ class Lane:
 
     def _tokens_before_cursor(self, encoded: EncodedRows) -> int:
         """Tokens of the first batch after a resume that were already delivered; 0 for all later batches."""
-        wanted, self._wanted = self._wanted, None
-        if wanted is None:
+        if self._by_portion or self._wanted is None:
             return 0
+        wanted, self._wanted = self._wanted, None
         found = encoded.epoch, encoded.unit, int(encoded.rows[0])
         if found != wanted[:3] or wanted.token >= encoded.ends[0]:
             raise self._changed_data(wanted)
         return wanted.token
 
+    def _end_portion(self, event: PortionEnded) -> None:
+        """Pack a portion; of the first one after a resume, without the blocks that were already delivered."""
+        wanted, self._wanted = self._wanted, None
+        self._packer.end_portion(event, 0 if wanted is None else wanted.token)
+        if wanted is not None and not (self._packer.ready and wanted[:3] == (event.epoch, event.unit, event.portion)):
+            raise self._changed_data(wanted)
+
     def _changed_data(self, wanted: LaneCursor) -> UsageError:
         where = self._reader.describe(wanted.epoch, wanted.unit)
+        token, row = ("block", "portion") if self._by_portion else ("token", "row")
         return UsageError(
-            f"the data changed since the position was saved: {where} has no token {wanted.token} in row {wanted.row}; "
-            "restore the file or start a new run"
+            f"the data changed since the position was saved: {where} has no {token} {wanted.token} in {row} "
+            f"{wanted.row}; restore the file or start a new run"
         )
 
     def _skip(self, event: UnitSkipped) -> None:
@@ -204,7 +230,7 @@ class Lane:
             f"{self._title} holds {self._epoch_tokens} tokens, one block needs {self._block_size + 1} "
             f"(block size {self._block_size}): {rows} rows read, {kept} kept{reasons}, "
             f"{self._skips} damaged units skipped; give more data or a smaller block size"
-            f"{', or fewer --data-lanes' if self._title != 'the data' else ''}"
+            f"{', or fewer --data-lanes' if self._title.startswith('lane ') else ''}"
         )
         return UsageError(message) if self.state.counts.tokens_delivered == 0 else RunError(message)
 

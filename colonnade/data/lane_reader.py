@@ -121,6 +121,10 @@ class LaneReader:
         """The `unit`-th unit of an epoch, for messages."""
         return self.units.describe(int(self.order(epoch)[unit]))
 
+    def stop(self) -> None:
+        """Make a read that is in progress on another thread end soon (`UnitReader.stop`)."""
+        self._reader.stop()
+
     def close(self) -> None:
         self._reader.close()
 

@@ -23,6 +23,8 @@ _UNITS_A_LANE = 16
 # four bytes.
 _BLOCKS_A_LANE = 64
 _BYTES_A_TOKEN = 4
+# Most lanes of all corpora together. Each keeps two files open, and a process may often open 1024.
+_LANES_OF_ALL_CORPORA = 384
 
 
 def keyed_permutation(count: int, *key: int | str) -> npt.NDArray[np.int64]:
@@ -57,14 +59,14 @@ def unit_order(
 
 
 def default_lanes(corpora: Sequence[Sequence[int]], block_size: int) -> int:
-    """Number of lanes for a new run, from the sizes in bytes of each corpus's units.
+    """Number of lanes of each corpus for a new run, from the sizes in bytes of each corpus's units.
 
     It depends on the data and the block size, never on the number of ranks: the token stream of a run must not depend
     on the machines it was started on.
     """
 
     def suits(lanes: int) -> bool:
-        return all(
+        return lanes * len(corpora) <= _LANES_OF_ALL_CORPORA and all(
             len(units) >= _UNITS_A_LANE * lanes and sum(units) >= _BLOCKS_A_LANE * _BYTES_A_TOKEN * block_size * lanes
             for units in corpora
         )

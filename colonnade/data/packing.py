@@ -49,8 +49,9 @@ class Packer(Protocol):
     def add(self, encoded: EncodedRows, begin: int = 0) -> None:
         """Append documents without their first `begin` tokens (which makes sense only if nothing is held yet)."""
 
-    def end_portion(self, event: PortionEnded) -> None:
-        """Signal that all documents of a portion, which are packed together, have been added."""
+    def end_portion(self, event: PortionEnded, begin: int = 0) -> None:
+        """Signal that all documents of a portion, which are packed together, have been added. Its first `begin` blocks
+        are left out; if it has no more than that, the packer is not `ready` afterwards."""
 
     def cut(self) -> Block:
         """The next block. Call it only when `ready`."""
@@ -59,9 +60,9 @@ class Packer(Protocol):
         """Discard what is left and return how many tokens that was."""
 
 
-def create_packer(packing: str, block_size: int, cursor: LaneCursor) -> Packer:
-    """The packer for a lane that resumes from `cursor`."""
-    return BestFitPacker(block_size, cursor) if packing == "best-fit" else ConcatPacker(block_size)
+def create_packer(packing: str, block_size: int) -> Packer:
+    """The packer of a lane; `packing` is one of `PACKINGS`."""
+    return BestFitPacker(block_size) if packing == "best-fit" else ConcatPacker(block_size)
 
 
 class ConcatPacker:
@@ -83,7 +84,7 @@ class ConcatPacker:
             self._begin = begin if len(self._queue) == 1 else self._begin
             self._available += len(encoded.tokens) - begin
 
-    def end_portion(self, event: PortionEnded) -> None:
+    def end_portion(self, event: PortionEnded, begin: int = 0) -> None:
         pass
 
     def cut(self) -> Block:
@@ -131,10 +132,9 @@ class BestFitPacker:
     It holds a portion's tokens only once; a block is assembled when it is cut.
     """
 
-    def __init__(self, block_size: int, cursor: LaneCursor) -> None:
+    def __init__(self, block_size: int) -> None:
         self._width = block_size + 1
         self._held: list[EncodedRows] = []
-        self._resume = cursor.token
         # Of the portion being delivered:
         self._batch_of = self._start_of = np.zeros(0, np.int64)  # each document's batch, and its first token in it
         self._bins: list[npt.NDArray[np.int64]] = []
@@ -149,7 +149,7 @@ class BestFitPacker:
     def add(self, encoded: EncodedRows, begin: int = 0) -> None:
         self._held.append(encoded)
 
-    def end_portion(self, event: PortionEnded) -> None:
+    def end_portion(self, event: PortionEnded, begin: int = 0) -> None:
         lengths = [np.diff(encoded.ends, prepend=0) for encoded in self._held]
         if not lengths:
             return
@@ -159,7 +159,7 @@ class BestFitPacker:
         )
         self._bins = best_fit_bins(np.concatenate(lengths), self._width)
         self._order = keyed_permutation(len(self._bins), "blocks", *event.key)
-        self._next, self._resume = self._resume, 0
+        self._next = begin
         self._place = LaneCursor(event.epoch, event.unit, event.portion, 0)
         self._drop_delivered()
 

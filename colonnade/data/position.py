@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from colonnade.data.mixture import ONLY_CORPUS, WeightChange, are_same_shares
+from colonnade.data.order import deal_units, unit_order
 from colonnade.data.shards import Manifest, Units
-from colonnade.errors import UsageError
+from colonnade.errors import RunError, UsageError
 
 POSITION_FORMAT = 2
 
@@ -126,6 +127,15 @@ class StreamHead:
     def by_portion(self) -> bool:
         """Whether cursors count portions of a unit that are packed together, instead of rows."""
         return self.packing == "best-fit"
+
+    def unit_at(self, corpus: str, units: Units, lane: int, cursor: LaneCursor) -> int:
+        """The unit of `corpus`, one of its `units`, that a lane's cursor stands in."""
+        dealt = deal_units(units.unit_bytes, self.lanes, self.seed, corpus, shuffled=self.shuffle)[lane]
+        return int(unit_order(dealt, self.seed, corpus, cursor.epoch, shuffled=self.shuffle)[cursor.unit])
+
+    def has_same(self, other: StreamHead, *names: str) -> bool:
+        """Whether the fields `names` are equal."""
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def differences(self, other: StreamHead, names: Mapping[str, Sequence[str]] | None = None) -> list[str]:
         """What differs in `other`, as `name old -> new`; `names` are the file names of each corpus."""
@@ -252,20 +262,23 @@ class DataPosition:
             )
 
     def with_changed_data(
-        self, head: StreamHead, weights: tuple[float, ...], names: Mapping[str, Sequence[str]] | None = None
+        self, head: StreamHead, weights: tuple[float, ...], units: Mapping[str, Units]
     ) -> DataPosition:
         """This position transferred to a stream with `head`, with the change recorded. Chunk numbers continue.
 
         A corpus with the same files resumes if lanes, seed, shuffle, packing, filter version and text column are the
-        same: with the first row not yet begun, or with best-fit packing at the beginning of the current portion, which
-        is packed anew. Any other corpus starts over.
+        same. It resumes exactly if its text becomes the same tokens (with best-fit packing, the same blocks). Else it
+        resumes with the first row not yet begun, or with best-fit packing at the beginning of the current portion,
+        which is packed anew; in a token shard, exactly. Any other corpus starts over. `units` are those of each corpus
+        of `head`.
         """
+        names = {corpus: [shard.name for shard in its.shards] for corpus, its in units.items()}
         differences = self.head.differences(head, names)
         if not differences:
             return self
         own = {corpus.name: index for index, corpus in enumerate(self.head.corpora)}
-        comparable = ("lanes", "seed", "shuffle", "packing", "filter_version", "text_column")
-        keeps_order = all(getattr(self.head, name) == getattr(head, name) for name in comparable)
+        keeps_order = self.head.has_same(head, "lanes", "seed", "shuffle", "packing", "filter_version", "text_column")
+        keeps_tokens = self.head.has_same(head, "tokenizer", "bos", "eos", *["block_size"] * head.by_portion)
         totals, retired = self.totals(), dict(self.retired)
         states: list[tuple[LaneState, ...]] = []
         same_files: dict[int, int] = {}
@@ -274,7 +287,7 @@ class DataPosition:
             if index is not None and self.head.corpora[index].manifest == corpus.manifest:
                 same_files[index] = place
             if index is not None and index in same_files and keeps_order:
-                states.append(tuple(_after_row(state, by_portion=head.by_portion) for state in self.states[index]))
+                states.append(self.states[index] if keeps_tokens else self._between_rows(index, units[corpus.name]))
             else:
                 counted = LaneState(counts=totals.get(corpus.name) or retired.pop(corpus.name, LaneCounts()))
                 states.append((counted, *(LaneState(),) * (head.lanes - 1)))
@@ -294,6 +307,22 @@ class DataPosition:
             ),
             changes=(*self.changes, DataChange(self.chunk, "; ".join(differences))),
         )
+
+    def _between_rows(self, corpus: int, units: Units) -> tuple[LaneState, ...]:
+        """The states of a corpus, moved to a place that means the same with other tokens."""
+        name = self.head.corpora[corpus].name
+        has_ids = any(shard.layout == "tokens" for shard in units.shards)
+
+        def moved(lane: int, state: LaneState) -> LaneState:
+            epoch, unit, row, token = state.cursor
+            if token and has_ids:
+                shard, _ = units.locate(self.head.unit_at(name, units, lane, state.cursor))
+                if shard.layout == "tokens":  # its tokens come from no tokenizer
+                    return state
+            begun = token > 0 and not self.head.by_portion
+            return LaneState(LaneCursor(epoch, unit, row + begun, 0), state.counts)
+
+        return tuple(moved(lane, state) for lane, state in enumerate(self.states[corpus]))
 
     def with_weights(self, weights: tuple[float, ...]) -> DataPosition:
         """This position with `weights` from its chunk on; with its own, to the bit, if they are the same shares."""
@@ -317,9 +346,13 @@ class DataPosition:
             parts: one position per reader, all at the same chunk. Reader r of R reads the lanes l with
                 (l - start) mod G == r mod G, where G = gcd(R, lanes).
             start: number of the chunk the readers started with.
+
+        Raises:
+            RunError: readers of the same lane disagree on what it holds, so that they trained on different text.
         """
         first = parts[0]
         owners = [parts[owner] for owner in lane_owners(first.head.lanes, len(parts), start)]
+        _require_agreement(parts, start)
         states = tuple(
             tuple(owner.states[corpus][lane] for lane, owner in enumerate(owners))
             for corpus in range(len(first.head.corpora))
@@ -334,10 +367,18 @@ def lane_owners(lanes: int, readers: int, start: int) -> list[int]:
     return [(lane - start) % apart for lane in range(lanes)]
 
 
-def _after_row(state: LaneState, *, by_portion: bool) -> LaneState:
-    epoch, unit, row, token = state.cursor
-    begun = not by_portion and token > 0
-    return LaneState(LaneCursor(epoch, unit, row + begun, 0), state.counts)
+def _require_agreement(parts: Sequence[DataPosition], start: int) -> None:
+    head = parts[0].head
+    apart = math.gcd(head.lanes, len(parts))
+    for lane, owner in enumerate(lane_owners(head.lanes, len(parts), start)):
+        for reader in range(owner + apart, len(parts), apart):
+            for corpus, ours, theirs in zip(head.corpora, parts[owner].states, parts[reader].states, strict=True):
+                if ours[lane] != theirs[lane]:
+                    raise RunError(
+                        f"lane {lane} of corpus {corpus.name} is at {[*ours[lane].cursor]} for data-parallel rank "
+                        f"{owner} and at {[*theirs[lane].cursor]} for rank {reader}: they do not see the same files; "
+                        "make them the same on all hosts and go on from the last checkpoint"
+                    )
 
 
 def _parsed(state: Mapping[str, Any]) -> DataPosition:

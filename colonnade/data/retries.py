@@ -72,11 +72,15 @@ def with_retries(what: str, request: Callable[[], T], stopped: threading.Event |
 
     Raises:
         UnreachableError: at once for a wrong path, missing credentials or a server without range requests; for other
-            errors after the last attempt, or when `stopped` is set during a delay. Its text is one line.
+            errors after the last attempt; and before an attempt, or in a delay, once `stopped` is set. Its text is one
+        line.
     """
     policy, random_part = POLICY, random.Random()
     begin = time.monotonic()
+    stopped = stopped or threading.Event()
     for attempt in range(1, policy.attempts + 1):
+        if stopped.is_set():
+            raise UnreachableError(f"{what}: reading was stopped")
         try:
             return request()
         except network_errors() as error:
@@ -90,8 +94,7 @@ def with_retries(what: str, request: Callable[[], T], stopped: threading.Event |
                     "the same command again"
                 ) from error
             logger.warning("%s: %s; trying again in %.1f s", what, _reason(error), delay)
-            if (stopped or threading.Event()).wait(delay):
-                raise UnreachableError(f"{what}: reading was stopped") from error
+            stopped.wait(delay)
     raise AssertionError("the last try returns or raises")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from colonnade.data.blocks import pack_blocks
 from colonnade.data.lane import Lane
 from colonnade.data.lane_reader import LaneReader
 from colonnade.data.mixture import Mixture
-from colonnade.data.order import deal_units, unit_order
+from colonnade.data.order import deal_units
 from colonnade.data.packing import Block
 from colonnade.data.position import DataPosition, LaneState, StreamHead
 from colonnade.data.shards import Units
@@ -87,7 +88,10 @@ class TokenStream:
         self.apart = math.gcd(position.head.lanes, readers)
         self._pool = pool
         self._marked = marked
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
+        # Held inside `next`. A stream is closed by whoever comes last: `close`, or a `next` that it found in progress.
+        self._in_use = threading.Lock()
+        self._is_closed = False
         self._mixture = Mixture(position.schedule)
         self._next = position.chunk + reader % self.apart
         head = position.head
@@ -125,7 +129,7 @@ class TokenStream:
                     epochs=epochs,
                     strict=strict,
                 )
-        self._is_filled = False
+        self._is_begun = False
 
     def __iter__(self) -> TokenStream:
         return self
@@ -136,22 +140,27 @@ class TokenStream:
         Raises:
             StopIteration: after the last epoch.
             UsageError: the data does not fill one block, or differs from what the position was made with.
-            RunError: a shard cannot be reached; or, with `strict`, a unit is damaged.
+            RunError: a shard cannot be reached; or, with `strict`, a unit is damaged; or the stream is closed.
         """
         if self._failure is not None:
             raise self._failure
         try:
-            return self._chunk()
-        except (UsageError, RunError) as error:
-            self._failure = error  # a stream that failed must not look like one that ended
+            with self._in_use:
+                return self._chunk()
+        except StopIteration:
             raise
+        except BaseException as error:
+            # Whatever it is: a stream that failed must not look like one that ended, which its lanes now do.
+            self._failure = self._failure or error
+            raise
+        finally:
+            if self._is_closed:
+                self._close_unless_in_use()
 
     def _chunk(self) -> TokenChunk:
-        if not self._is_filled:
-            self._is_filled = True
-            for lanes in self._lanes:
-                for lane in lanes.values():
-                    lane.fill()
+        if not self._is_begun:
+            self._is_begun = True
+            self._begin()
         number = self._next
         corpus, lane, block = self._next_block(number)
         skipped = self.position.skipped
@@ -164,6 +173,15 @@ class TokenStream:
             padding = np.arange(len(tokens)) >= block.filled
             tokens = pack_blocks(tokens, block.starts, padding)
         return TokenChunk(tokens, self.position, block.epoch, number)
+
+    def _begin(self) -> None:
+        """Read every lane up to its first block, which waits there for its turn: a corpus or lane without one is found
+        at the start, however seldom its turn comes."""
+        lanes = [lane for lanes in self._lanes for lane in lanes.values()]
+        for lane in lanes:
+            lane.fill()
+        for lane in lanes:
+            lane.has_block()
 
     def _next_block(self, number: int) -> tuple[int, Lane, Block]:
         """Chunk `number`, its corpus and its lane. A corpus whose lane has ended leaves its chunks to the others."""
@@ -191,23 +209,40 @@ class TokenStream:
         places = []
         for corpus, lane in [*lanes][:_PLACES_SHOWN]:
             units, name = self.units[corpus], head.corpora[corpus].name
-            epoch, unit, row, _ = position.states[corpus][lane].cursor
-            dealt = deal_units(units.unit_bytes, head.lanes, head.seed, name, shuffled=head.shuffle)[lane]
-            order = unit_order(dealt, head.seed, name, epoch, shuffled=head.shuffle)
+            cursor = position.states[corpus][lane].cursor
+            where = units.describe(head.unit_at(name, units, lane, cursor))
             part = "portion" if head.packing == "best-fit" else "row"
             shuffled = " of its shuffled order" if head.shuffle and part == "row" else ""
-            places.append(f"{units.describe(int(order[unit]))} from {part} {row}{shuffled} on, epoch {epoch}")
+            places.append(f"{where} from {part} {cursor.row}{shuffled} on, epoch {cursor.epoch}")
         more = f"; and {len(lanes) - len(places)} more lanes" if len(lanes) > len(places) else ""
         return f"chunks {first} to {first + count - 1} of the data: {'; '.join(places)}{more}"
 
-    def close(self) -> None:
-        """Stop the threads and close the files. `position` stays readable."""
-        if self._failure is None:
-            self._failure = RunError("the token stream is closed")
-        self._pool.close()
+    def stop(self) -> None:
+        """Make a `next` that is in progress on another thread end soon, and refuse later ones (RunError)."""
+        self._failure = self._failure or RunError("the token stream is closed")
         for lanes in self._lanes:
             for lane in lanes.values():
-                lane.close()
+                lane.stop()
+
+    def close(self) -> None:
+        """Stop the threads and close the files. `position` stays readable.
+
+        If another thread is inside `next`, where a slow read may hold it, that thread closes the stream as it leaves.
+        """
+        self.stop()
+        self._is_closed = True
+        self._close_unless_in_use()
+
+    def _close_unless_in_use(self) -> None:
+        if not self._in_use.acquire(blocking=False):
+            return
+        try:
+            self._pool.close()
+            for lanes in self._lanes:
+                for lane in lanes.values():
+                    lane.close()
+        finally:
+            self._in_use.release()
 
     def __enter__(self) -> TokenStream:
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -47,6 +49,7 @@ class UnitReader:
         self._text_column = text_column
         self._file: ShardFile | None = None
         self._expected: list[_Expected] = []
+        self._stopped = threading.Event()
 
     def windows(self, shard: Shard, number: int) -> Iterator[pa.Array | npt.NDArray[np.unsignedinteger]]:
         """Unit `number` of `shard` in windows of about `WINDOW_BYTES` of text.
@@ -63,8 +66,8 @@ class UnitReader:
             DamagedUnit: only before the first window: the bytes can be read but are wrong (checksum, encoding,
                 truncation).
             RunError: the file cannot be reached (missing, no permission, I/O or network error), it changed between the
-                two reads, or it grew since the run began. Such a unit is never skipped: a lost mount, or a program that
-                appends to the file, would silently cost the rest of the corpus.
+                two reads, or it grew since the run began; or the reader was stopped. Such a unit is never skipped: a
+                lost mount, or a program that appends to the file, would silently cost the rest of the corpus.
         """
         first, more = self._guarded(shard, lambda: self._first_window(shard, number))
         file = self._file
@@ -99,8 +102,14 @@ class UnitReader:
             self._expected.pop(0).fetch.then(_close)
         self._expected.append(_Expected(shard, number, Background(lambda: self._open(shard, number))))
 
+    def stop(self) -> None:
+        """Make a read that is in progress on another thread end soon, with RunError: it is not tried again. What comes
+        later ends like that as well."""
+        self._stopped.set()
+
     def close(self) -> None:
-        """Close what is open. A request in flight is left to its thread."""
+        """Stop, and close what is open. A request in flight is left to its thread."""
+        self.stop()
         while self._expected:
             self._expected.pop().fetch.then(_close)
         if self._file is not None:
@@ -111,14 +120,20 @@ class UnitReader:
         self, shard: Shard, number: int
     ) -> tuple[pa.Array | npt.NDArray[np.unsignedinteger] | None, bool]:
         """Read the whole unit. Returns (its window, False) if it has at most one window, else (None, True)."""
+        self._require_going_on(shard)
         file = self._ready(shard, number)
         if shard.layout == "tokens":
             return next(file.pieces(number), None), False
         windows = cut_windows(file.pieces(number), WINDOW_BYTES)
         first, more = next(windows, None), False
         for _ in windows:
+            self._require_going_on(shard)
             first, more = None, True
         return first, more
+
+    def _require_going_on(self, shard: Shard) -> None:
+        if self._stopped.is_set():
+            raise RunError(f"data shard {shard.path}: reading was stopped")
 
     def _ready(self, shard: Shard, number: int) -> ShardFile:
         """The open file, with the unit's bytes available or being fetched."""
@@ -139,7 +154,7 @@ class UnitReader:
         return self._file
 
     def _open(self, shard: Shard, number: int | None) -> ShardFile:
-        source = open_source(shard.path, shard.size)
+        source = open_source(shard.path, shard.size, self._stopped)
         try:
             if source.size > shard.size:
                 raise _changed(shard, f"it has {source.size} bytes now and had {shard.size}")
@@ -175,6 +190,11 @@ class UnitReader:
                 raise
             reason = " ".join(str(error).split())
             # pyarrow raises OSError for bad data as well; only errors from the system carry an errno.
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise RunError(
+                    f"data shard {shard.path} cannot be opened: {reason}; every lane of every corpus keeps two files "
+                    "open: raise ulimit -n, or give fewer --data-lanes"
+                ) from error
             if isinstance(error, OSError) and error.errno is not None:
                 raise RunError(f"data shard {shard.path} cannot be reached: {reason}") from error
             raise DamagedUnit(reason) from error

@@ -46,6 +46,29 @@ def rank_1_reads_for_ever() -> None:
     BatchFeed.take = hanging  # type: ignore[assignment,method-assign]
 
 
+def reads_for_ever_at_the_end() -> None:
+    """The thread that reads ahead of step 24, the last one, never comes back from its file."""
+    from colonnade.data import prefetch
+    from colonnade.data.lane import Lane
+
+    prefetch._JOIN_SECONDS = 0.5
+    next_block = Lane.next_block
+    calls: list[int] = []
+
+    def for_ever() -> Any:
+        time.sleep(600)
+        yield
+
+    def hanging(lane: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 24 * 4 + 2:
+            lane._source = for_ever()
+            next(lane._source)
+        return next_block(lane)
+
+    Lane.next_block = hanging  # type: ignore[assignment,method-assign]
+
+
 def short_grace() -> None:
     from colonnade.parallel import watchdog
 

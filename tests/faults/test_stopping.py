@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from colonnade.checkpoint.run_lock import RunLock
 from faults import inject
 from faults.conftest import STEPS
 from faults.runs import assert_same_end, restarting
@@ -105,6 +106,19 @@ def test_a_second_interrupt_leaves_at_once(flags: list[str], tmp_path: Path) -> 
     (outcome,) = running.finish(30)
     assert outcome.code == 130
     assert "left without a save" in outcome.errors
+
+
+def test_a_run_ends_although_its_reader_is_inside_a_slow_read(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    (outcome,) = start(
+        "training", [*flags, "--checkpoint-dir", str(directory)], prepare=inject.reads_for_ever_at_the_end
+    )
+    assert outcome.code == 0, outcome.errors
+    assert end_of(directory, "COMPLETE.json")["step"] == STEPS
+    assert (directory / "report.html").exists()
+    lock = RunLock(directory)
+    lock.take()  # refused while another process holds it
+    lock.release()
 
 
 def test_a_finished_run_is_complete_until_it_is_made_longer(
