@@ -6,7 +6,7 @@ recomputation, and a micro-batch size. Settings that were given explicitly are n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,18 +15,21 @@ import torch
 from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.optim.shard_limits import Ranks, check_shards
+from colonnade.optim.shard_limits import Ranks
 from colonnade.parallel.column_parallel import can_hide_sums
-from colonnade.parallel.determinism import halving_sizes
-from colonnade.parallel.float8 import check_float8_sizes, require_bf16_beside_float8
-from colonnade.parallel.sharding import check_slices, default_slices, slice_counts
+from colonnade.parallel.float8 import require_bf16_beside_float8
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
-from colonnade.setting_values import divisors
-from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.communication import step_traffic
 from colonnade.tuning.cost_model import Memory, ParallelConfig, step_memory
 from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
 from colonnade.tuning.memory import GIB, accelerator_memory_limit
+from colonnade.tuning.search_space import (
+    micro_batches,
+    placements,
+    refusal_to_share,
+    tensor_sizes,
+    that_share_out,
+)
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
     LATENCY_IN_NODE,
@@ -133,21 +136,21 @@ def recommend(
     start = _start(asked, settings)
     machine = _machine(asked, start.precision)
     chunks = per_step // block
-    sizes = _tensor_sizes(asked, settings, config, block)
-    shared = _that_share_out(chunks, sizes, asked, settings, block)
+    sizes = tensor_sizes(asked, settings, config, block)
+    shared = that_share_out(chunks, sizes, asked, settings, block)
     device = torch.device("cpu" if asked.gpu is None else "cuda")
     best, refused = [], None
     for tp in shared:
         dp = asked.gpus // tp
-        refusal = _refusal_to_share(settings, config, Ranks(dp, tp, device))
+        refusal = refusal_to_share(settings, config, Ranks(dp, tp, device))
         if refusal is not None:
             refused = refused or refusal  # keep the first: it has the lowest tp, so the most ranks to shard over
             continue
-        micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
-        for parallel in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
+        sizes_of_rank = micro_batches(asked, settings, chunks // dp, limit)
+        for parallel in placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
             tried = [
                 _candidate(config, parallel, size, chunks // dp // size, block, limit, machine)
-                for size in micro_batches
+                for size in sizes_of_rank
             ]
             # If none fits, keep the one that comes closest, the last.
             fitting = [one for one in tried if one.fits]
@@ -250,129 +253,3 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
         return None
     lower = peak_flops(asked.gpu, "bf16") if precision == "fp32" and asked.gpu is not None else None
     return Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network, lower)
-
-
-def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
-    tp, slices = settings.tensor_parallel_size, _fixed_slices(settings, config)
-    if tp is None:
-        check_slices(config, 1, slices)
-        node = min(asked.gpus, asked.gpus_per_node)
-        sizes = [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
-        sizes = [size for size in sizes if slices is None or slices % size == 0]
-    else:
-        if asked.gpus % tp:
-            raise UsageError(
-                f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}; sizes that do: "
-                f"{', '.join(map(str, divisors(asked.gpus)))}"
-            )
-        check_slices(config, tp, slices)
-        sizes = [tp]
-    return _that_float8_takes(sizes, settings, config, block) if settings.float8 else sizes
-
-
-def _fixed_slices(settings: RunSettings, config: ModelConfig) -> int | None:
-    """V if sums have a fixed order, else None; tensor-parallel sizes must then divide it."""
-    return settings.tensor_slices or (default_slices(config) if settings.deterministic else None)
-
-
-def _that_share_out(chunks: int, sizes: list[int], asked: PlanSettings, settings: RunSettings, block: int) -> list[int]:
-    """The tensor-parallel sizes at which the data-parallel ranks can evenly split a step's `chunks` sequences.
-
-    The rules are those of a run: a deterministic one has to halve them.
-
-    Raises:
-        UsageError: there is no such size.
-    """
-    workable = halving_sizes(chunks) if settings.deterministic else divisors(chunks)
-    shared = [tp for tp in sizes if asked.gpus // tp in workable]
-    if shared:
-        return shared
-    at = f"at tp {', '.join(map(str, sizes))}"
-    if settings.deterministic:
-        raise UsageError(
-            f"--deterministic: the {chunks} sequences of a step can be halved for {', '.join(map(str, workable))} "
-            f"data-parallel ranks, and --gpus {asked.gpus} {at} are other numbers of them; give other --gpus or "
-            "--tokens-per-step"
-        )
-    near = sorted(workable, key=lambda count: abs(count - asked.gpus / sizes[0]))[:3]
-    raise UsageError(
-        f"the {chunks * block} tokens of a step are {chunks} sequences, which {asked.gpus} devices cannot share out "
-        f"{at}; give --tokens-per-step as a multiple of {block * asked.gpus}, or --gpus "
-        f"{', '.join(str(count * sizes[0]) for count in sorted(near))}"
-    )
-
-
-def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
-    """The tensor-parallel sizes at which the sizes of products allow float8. Raises UsageError if there is none."""
-    slices = _fixed_slices(settings, config)
-    taken, refusal = [], None
-    for tp in sizes:
-        try:
-            check_float8_sizes(config, block, slices or tp, fixed_slices=slices is not None)
-        except UsageError as error:
-            refusal = refusal or error
-        else:
-            taken.append(tp)
-    if refusal is not None and not taken:
-        raise refusal
-    return taken
-
-
-def _placements(
-    start: ParallelConfig, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
-) -> Iterator[ParallelConfig]:
-    """Variants of `start` over the kinds of sharding and recomputation.
-
-    Either is kept as it is if it was given explicitly or if no device is; sharding is "none" where it is no option.
-    """
-    is_known = asked.gpu is not None
-    checkpointing: tuple[str, ...] = CHECKPOINTING
-    if not is_known or not {"activation_checkpointing", "disable_gradient_checkpointing"}.isdisjoint(given):
-        checkpointing = (start.activation_checkpointing,)
-    shards: tuple[str, ...] = DATA_PARALLEL_SHARDS
-    if not is_known or "data_parallel_shard" in given:
-        shards = (start.data_parallel_shard,)
-    elif _shares_nothing(start, settings, config):
-        shards = ("none",)
-    for shard in shards:
-        for mode in checkpointing:
-            yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
-
-
-def _shares_nothing(parallel: ParallelConfig, settings: RunSettings, config: ModelConfig) -> bool:
-    """Whether sharding is no option: dp is 1, it is refused, or the run is deterministic (sharded only on request)."""
-    if settings.deterministic or parallel.dp == 1:
-        return True
-    device = torch.device("cpu" if parallel.on_cpu else "cuda")
-    sharing = settings.replace(data_parallel_shard="zero2")  # zero3 is refused in the same cases
-    return _refusal_to_share(sharing, config, Ranks(parallel.dp, parallel.tp, device)) is not None
-
-
-def _refusal_to_share(settings: RunSettings, config: ModelConfig, ranks: Ranks) -> UsageError | None:
-    """The error that says why these ranks cannot shard parameters as the settings ask; None if they can."""
-    try:
-        check_shards(settings, config, ranks)
-    except UsageError as error:
-        return error
-    return None
-
-
-def _micro_batches(asked: PlanSettings, settings: RunSettings, chunks: int, limit: int | None) -> list[int]:
-    """Micro-batch sizes to try, largest first, all divisors of a rank's sequences per step.
-
-    Only one of them if a size was given, or without a memory limit.
-    """
-    sizes = micro_batch_candidates(chunks)
-    given = asked.micro_batch_size
-    if given is not None:
-        if given not in sizes:
-            near = ", ".join(map(str, sorted(sizes, key=lambda size: abs(size - given))[:3]))
-            raise UsageError(
-                f"--micro-batch-size {given} does not divide the {chunks} sequences of a step on each "
-                f"rank; near it do: {near}"
-            )
-        return [given]
-    if limit is not None:
-        return sizes[::-1]
-    wanted = 1 if settings.initial_batch_size == "auto" else int(settings.initial_batch_size)
-    return [max(size for size in sizes if size <= wanted)]
