@@ -75,7 +75,7 @@ def _step_time(plan: Plan) -> str:
 def _print_candidates(plan: Plan) -> None:
     if plan.time is None:
         return
-    print("candidates     the fastest that fits is recommended")
+    print("candidates     the first is recommended: of the fastest that fit, one with free memory")
     heads = ("tp", "dp", "shard", "checkpointing", "micro-batch", "GiB a rank", "s a step", "sent s", "hidden s")
     print("  " + "  ".join(f"{head:>11}" for head in heads))
     for one in plan.candidates[:SHOWN]:

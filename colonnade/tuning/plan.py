@@ -14,8 +14,17 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.cost_model import Memory, ParallelConfig, run_flops
-from colonnade.tuning.memory import GIB, SAFETY_MARGIN
-from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
+from colonnade.tuning.memory import GIB
+from colonnade.tuning.recommendation import (
+    LEAST_UNCOUNTED,
+    SAME_TIME,
+    SAME_UNHIDDEN_TIME,
+    UNCOUNTED,
+    Candidate,
+    Choice,
+    memory_of_device,
+    recommend,
+)
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
     LATENCY_IN_NODE,
@@ -40,7 +49,7 @@ class Plan:
         traffic: what a rank sends in a step.
         time: of a step; None if the device's peak FLOP/s are unknown.
         candidates: the best one for each way to split the ranks, the recommended one first, those that do not fit last.
-        memory_limit: bytes a rank may use; None if the device is not given.
+        memory_limit: bytes a rank's tensors may take; None if the device is not given.
         flops: of the whole run.
         seconds: of the whole run; None if the device's peak FLOP/s are unknown.
         assumptions: what the numbers are based on, one line each.
@@ -191,7 +200,7 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "selective": "the feed-forward computed again",
         "full": "one layer at a time computed again",
     }[parallel.activation_checkpointing]
-    yield f"memory: tensors of eager {parallel.precision} steps, {kept}; without caches of allocator and libraries"
+    yield f"memory: tensors of eager {parallel.precision} steps, {kept}; compiled segments may need less"
     shared = settings.replace(data_parallel_shard=parallel.data_parallel_shard)
     yield from idle_switches(shared, parallel.tp, parallel.dp, best.micro_batch)
     if settings.float8:
@@ -200,11 +209,16 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
     if memory is not None:
         size = memory / GIB
         yield (
-            f"memory: {asked.gpu} has {size:g} GiB, of which {SAFETY_MARGIN:.0%} are left free; compiled segments may "
-            "need less"
+            f"memory: {asked.gpu} has {size:.4g} GiB; {UNCOUNTED:.0%} of what a rank may use, at least "
+            f"{LEAST_UNCOUNTED / GIB:g} GiB, are left free (a guess) for CUDA's context, NCCL's buffers and the "
+            "allocator's fragmentation"
         )
     yield "FLOPs: 6 for each weight and token, attention in full, nothing for what is computed again"
     if choice.machine is not None:
+        yield (
+            f"ranking: times within {SAME_TIME:.0%} ({SAME_UNHIDDEN_TIME:.0%} without overlap) are equal; of these the "
+            "lowest tp, then the most free memory (half of it is enough), then the simplest"
+        )
         yield from _assumptions_of_time(asked, parallel, choice.machine)
     elif asked.gpu is not None:
         yield f"time: the peak of {asked.gpu} in {parallel.precision} is not known; give --gpu-tflops"

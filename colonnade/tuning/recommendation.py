@@ -22,7 +22,7 @@ from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSetti
 from colonnade.tuning.communication import step_traffic
 from colonnade.tuning.cost_model import Memory, ParallelConfig, step_memory
 from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
-from colonnade.tuning.memory import GIB, accelerator_memory_limit
+from colonnade.tuning.memory import GIB
 from colonnade.tuning.search_space import (
     micro_batches,
     placements,
@@ -42,6 +42,17 @@ from colonnade.tuning.step_time import (
 )
 from colonnade.tuning.traffic import Traffic
 
+SAME_TIME = 0.02
+"""Predicted times that differ by less than this fraction count as equal: the prediction is less exact than that."""
+
+SAME_UNHIDDEN_TIME = 0.10
+"""The same without overlap: what a candidate hides may at most cost this much more if it is not hidden. A guess."""
+
+UNCOUNTED, LEAST_UNCOUNTED = 0.10, 3 * GIB
+"""Memory of a GPU left free for what `step_memory` leaves out, as a fraction and at least so many bytes: the CUDA
+context and libraries (about 1 GiB), NCCL's buffers (some 10 MiB a communicator and channel, up to 2 GiB), and the
+allocator's fragmentation, which grows with the memory in use. A guess."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -55,6 +66,11 @@ class Candidate:
     traffic: tuple[Traffic, ...]
     time: StepTime | None
 
+    @property
+    def seconds(self) -> float:
+        """Of a step; 0 if unknown."""
+        return 0.0 if self.time is None else self.time.seconds
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "parallel": asdict(self.parallel),
@@ -65,17 +81,11 @@ class Candidate:
             "step_time": None if self.time is None else self.time.to_dict(),
         }
 
-    def rank(self, fastest: float) -> tuple[Any, ...]:
-        """Sort key, best first: candidates that fit, then the faster, the simpler, and those with a larger micro-batch.
-
-        Args:
-            fastest: seconds of the fastest candidate that fits; times up to a thousandth above it count as equal to it.
-        """
+    @property
+    def simplicity(self) -> tuple[int, ...]:
+        """Sort key, the simplest first: fewer tensor-parallel ranks, less sharding, less recomputation."""
         parallel = self.parallel
-        seconds = 0.0 if self.time is None else self.time.seconds
         return (
-            not self.fits,
-            max(seconds, fastest * 1.001),
             parallel.tp,
             DATA_PARALLEL_SHARDS.index(parallel.data_parallel_shard),
             CHECKPOINTING.index(parallel.activation_checkpointing),
@@ -89,7 +99,7 @@ class Choice:
 
     Attributes:
         candidates: the best one for each split, kind of sharding and kind of recomputation; the recommended one first.
-        memory_limit: bytes a rank may use; None if the device is not given.
+        memory_limit: bytes a rank's tensors may take; None if the device is not given.
         machine: the devices and links; None if the device's peak FLOP/s are unknown.
     """
 
@@ -103,6 +113,12 @@ def memory_of_device(asked: PlanSettings) -> int | None:
     if asked.gpu_memory_gib is not None:
         return int(asked.gpu_memory_gib * GIB)
     return None if asked.gpu is None else device_memory(asked.gpu)
+
+
+def memory_for_tensors(memory: int, memory_limit_gib: float | None) -> int:
+    """Bytes that a rank's tensors may take on a GPU, of its memory or of --memory-limit-gib where that is lower."""
+    whole = memory if memory_limit_gib is None else min(memory, int(memory_limit_gib * GIB))
+    return max(0, whole - max(int(whole * UNCOUNTED), LEAST_UNCOUNTED))
 
 
 def _has_bf16(gpu: str | None) -> bool:
@@ -132,7 +148,7 @@ def recommend(
         UsageError: nothing fits, or the ranks cannot be split as requested.
     """
     memory = memory_of_device(asked)
-    limit = None if memory is None else accelerator_memory_limit(memory, settings.memory_limit_gib)
+    limit = None if memory is None else memory_for_tensors(memory, settings.memory_limit_gib)
     start = _start(asked, settings)
     machine = _machine(asked, start.precision)
     chunks = per_step // block
@@ -154,19 +170,35 @@ def recommend(
             ]
             # If none fits, keep the one that comes closest, the last.
             fitting = [one for one in tried if one.fits]
-            best.append(_by_rank(fitting)[0] if fitting else tried[-1])
+            best.append(min(fitting, key=lambda one: (one.seconds, -one.micro_batch)) if fitting else tried[-1])
     if refused is not None and not best:
         raise refused
-    best = _by_rank(best)
+    best = best_first(best, limit)
     if not best[0].fits:
         _refuse(min(best, key=lambda one: one.memory.total), asked, limit)
     return Choice(tuple(best), limit, machine)
 
 
-def _by_rank(candidates: Collection[Candidate]) -> list[Candidate]:
-    times = [one.time.seconds for one in candidates if one.fits and one.time is not None]
-    fastest = min(times, default=0.0)
-    return sorted(candidates, key=lambda one: (one.rank(fastest), one.memory.total))
+def best_first(candidates: Collection[Candidate], limit: int | None) -> list[Candidate]:
+    """The recommended candidate, then the others that fit by time, then those that do not fit.
+
+    Candidates within `SAME_TIME` of the fastest count as equal if they are also within `SAME_UNHIDDEN_TIME` of the
+    fastest of them without overlap. Of equals, those with the fewest tensor-parallel ranks are preferred, since the
+    smaller products of more ranks are less efficient, which the prediction leaves out; of these the one with the most
+    free memory is recommended. Free memory beyond half of `limit` does not count: there the simplest is taken. If no
+    time is known, the simplest that fits is recommended.
+    """
+    timed = [(one.time, one) for one in candidates if one.fits and one.time is not None]
+    rest = sorted(candidates, key=lambda one: (not one.fits, one.seconds, one.simplicity, one.memory.total))
+    if not timed:
+        return rest
+    fastest = min(time.seconds for time, _ in timed)
+    equals = [(time, one) for time, one in timed if time.seconds <= fastest * (1 + SAME_TIME)]
+    least = min(time.unhidden for time, _ in equals)
+    chosen = [one for time, one in equals if time.unhidden <= least * (1 + SAME_UNHIDDEN_TIME)]
+    enough = 0 if limit is None else limit // 2
+    best = min(chosen, key=lambda one: (one.parallel.tp, max(one.memory.total, enough), one.simplicity))
+    return [best, *(one for one in rest if one is not best)]
 
 
 def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:

@@ -133,6 +133,11 @@ class StepTime:
     def seconds(self) -> float:
         return self.compute + self.communication - self.hidden
 
+    @property
+    def unhidden(self) -> float:
+        """Seconds of the step if no communication overlapped with computation."""
+        return self.compute + self.communication
+
     def to_dict(self) -> dict[str, float]:
         return {**asdict(self), "seconds": self.seconds}
 
