@@ -170,6 +170,15 @@ class PlanSettings:
         above=0.0,
         maximum=1.0,
     )
+    # NCCL's protocol takes about a fifth of NVLink: rings reach 370 of NVLink 4's 450 GB/s (NVIDIA/nccl-tests, issue
+    # 212). Over InfiniBand they reach somewhat more.
+    link_utilisation: float = setting(
+        0.8,
+        "planning",
+        "part of the links' rate that collectives are assumed to reach; 1 if you give measured rates",
+        above=0.0,
+        maximum=1.0,
+    )
     interconnect: str | None = setting(
         None,
         "planning",

@@ -159,6 +159,27 @@ def test_muon_shares_out_its_matrices_too(capsys: pytest.CaptureFixture[str]) ->
     assert [one["what"] for one in plan["traffic"] if "Muon" in one["what"]] == ["Muon: rows of matrices"]
 
 
+def test_links_run_below_their_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    common = (*LARGE, "--gpus", "2", "--gpu", "H200", "--tensor-parallel-size", "2", "--no-write", "--plain-step")
+    plan = planned(capsys, *common)
+    # 450 GB/s, a ring of two sends an all-reduce's bytes once and half of an all-gather's; 10 us a call.
+    sent = sum(one["size"] / (2 if one["collective"] == "all-gather" else 1) for one in plan["traffic"])
+    calls = sum(one["calls"] for one in plan["traffic"])
+    time = plan["step_time"]
+    assert time["communication"] == pytest.approx(sent / (0.8 * 450e9) + calls * 10e-6)
+    full = planned(capsys, *common, "--link-utilisation", "1")["step_time"]
+    assert full["communication"] == pytest.approx(sent / 450e9 + calls * 10e-6)
+
+
+def test_a_plan_tells_what_hangs_on_overlap(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *LARGE, "--gpus", "16", "--gpu", "H100", "--data-parallel-shard", "zero3", "--no-write")
+    time = plan["step_time"]
+    slowest = time["compute"] + time["communication"]
+    (said,) = [line for line in plan["assumptions"] if line.startswith("overlap: ")]
+    assert f"the step would take {slowest:.3g} s, {100 * (slowest - time['seconds']) / time['seconds']:.1f}% " in said
+    assert slowest > 1.01 * time["seconds"]
+
+
 def test_a_slow_network_keeps_a_replica_in_its_node(capsys: pytest.CaptureFixture[str]) -> None:
     common = (*LARGE, "--gpus", "16", "--gpu", "H100", "--tokens-per-step", str(2**20), "--no-write")
     fast, slow = (planned(capsys, *common, "--network", rate) for rate in ("450", "0.5"))

@@ -219,17 +219,18 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
             f"ranking: times within {SAME_TIME:.0%} ({SAME_UNHIDDEN_TIME:.0%} without overlap) are equal; of these the "
             "lowest tp, then the most free memory (half of it is enough), then the simplest"
         )
-        yield from _assumptions_of_time(asked, parallel, choice.machine)
+        yield from _assumptions_of_time(asked, best, choice.machine)
     elif asked.gpu is not None:
         yield f"time: the peak of {asked.gpu} in {parallel.precision} is not known; give --gpu-tflops"
     else:
         yield "time: not told without --gpu"
 
 
-def _assumptions_of_time(asked: PlanSettings, parallel: ParallelConfig, machine: Machine) -> Iterator[str]:
+def _assumptions_of_time(asked: PlanSettings, best: Candidate, machine: Machine) -> Iterator[str]:
     yield (
-        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({parallel.precision}) on every device, a "
-        "guess (--utilisation), for what is computed again too; validation and saving are left out"
+        f"time: {asked.utilisation:.0%} (--utilisation, a guess) of {machine.peak / 1e12:g} TFLOP/s "
+        f"({best.parallel.precision}) on every device, for what is computed again too; validation and saving are left "
+        "out"
     )
     if asked.interconnect is None and interconnect_of(asked.gpu or "") is None:
         yield f"communication: the link of {asked.gpu} is not known, {WITHOUT_NVLINK} is assumed; give --interconnect"
@@ -238,6 +239,12 @@ def _assumptions_of_time(asked: PlanSettings, parallel: ParallelConfig, machine:
     if asked.gpus > asked.gpus_per_node:
         links.append(f"{machine.network.name} {machine.network.bandwidth / 1e9:g} GB/s a device between them")
     yield (
-        f"communication: rings at {' and '.join(links)}, {LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a "
-        "call (a guess); hidden up to the computation that it overlaps with"
+        f"communication: rings at {asked.link_utilisation:.0%} (--link-utilisation) of {' and '.join(links)}, "
+        f"{LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a call (a guess)"
+    )
+    assert best.time is not None
+    longer = best.time.unhidden / best.time.seconds - 1
+    yield (
+        "overlap: communication is hidden up to the computation that it overlaps with; if none were, the step would "
+        f"take {best.time.unhidden:.3g} s, {longer:.1%} longer"
     )

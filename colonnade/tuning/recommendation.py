@@ -284,4 +284,4 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
     if peak is None:
         return None
     lower = peak_flops(asked.gpu, "bf16") if precision == "fp32" and asked.gpu is not None else None
-    return Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network, lower)
+    return Machine(peak, asked.utilisation, asked.link_utilisation, asked.gpus_per_node, inside, network, lower)
