@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from colonnade.errors import UsageError
 from colonnade.flags import parse_training
 from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.sharding import check_slices, default_slices
-from colonnade.tuning.cost_model import Memory, ParallelConfig
+from colonnade.tuning.communication import step_traffic
+from colonnade.tuning.cost_model import Memory, ParallelConfig, step_memory
 from colonnade.tuning.plan import recommended_step, warmup_of
 from colonnade.tuning.recommendation import Candidate, best_first, memory_for_tensors
-from colonnade.tuning.step_time import StepTime
+from colonnade.tuning.step_time import LATENCY_ACROSS, LATENCY_IN_NODE, Machine, StepTime, link_of, step_time
 from distributed.launching import MODEL, losses, make_inputs
 from run.inputs import named_model
 
@@ -98,6 +100,79 @@ def test_of_the_fastest_the_one_with_free_memory_is_recommended(capsys: pytest.C
     assert plan["memory"]["total"] < max(one["memory"]["total"] for one in at_lowest_tp)
 
 
+def fastest_of_all(gpus: int, plan: dict[str, Any], machine: Machine) -> float:
+    """Seconds of a step: every way to run LARGE in whole nodes of 8 that fits, with every micro-batch, one by one."""
+    config = named_model(complete_settings({"preset": "argonne-2b"}), 151669)
+    chunks, block = plan["tokens_per_step"] // 4096, 4096
+    best = math.inf
+    for tp, shard, mode in product((1, 2, 4, 8), ("none", "zero2", "zero3"), ("none", "selective", "full")):
+        dp = gpus // tp
+        for replicas, sequence, overlap, size in product((1, gpus // 8), (False, True), (False, True), range(1, 65)):
+            if chunks // dp % size or (replicas > 1 and shard == "none") or dp // replicas < 2:
+                continue
+            parallel = ParallelConfig(
+                tp, dp, "bf16", "adamw", mode, sequence, overlap, data_parallel_shard=shard, replicas=replicas
+            )
+            accumulation = chunks // dp // size
+            if step_memory(config, parallel, size, block, accumulation).total > plan["memory_limit"]:
+                continue
+            traffic = step_traffic(config, parallel, size, block, accumulation)
+            sizes = {"tokens": chunks * block, "block": block, "accumulation": accumulation}
+            best = min(best, step_time(config, parallel, machine, traffic, **sizes).seconds)
+    return best
+
+
+def test_nothing_that_fits_is_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    """At a slow network, where replicas, sequence parallelism and overlap count."""
+    rates = ("--network", "5", "--interconnect", "50", "--link-utilisation", "1", "--tokens-per-step", str(2**18))
+    plan = planned(capsys, *LARGE, "--gpus", "16", "--gpu", "H100", *rates, "--no-write")
+    inside, network = link_of("", "50", LATENCY_IN_NODE), link_of("", "5", LATENCY_ACROSS)
+    machine = Machine(989.4e12, 0.4, 1.0, 8, inside, network)
+    seconds = [one["step_time"]["seconds"] for one in plan["candidates"] if one["fits"]]
+    assert min(seconds) == pytest.approx(fastest_of_all(16, plan, machine), rel=1e-6)
+    assert plan["step_time"]["seconds"] <= 1.02 * min(seconds)
+
+
+def test_all_ways_to_run_are_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    def ways(*flags: str) -> set[tuple[Any, ...]]:
+        plan = planned(capsys, *LARGE, "--gpus", "16", "--gpu", "H100", "--no-write", *flags)
+        names = ("tp", "data_parallel_shard", "replicas", "sequence_parallel", "overlap_collectives")
+        found = [tuple(one["parallel"][name] for name in names) for one in plan["candidates"]]
+        assert len(found) == 3 * len(set(found))  # kinds of checkpointing
+        return set(found)
+
+    replicas = {("none", 1), ("zero2", 1), ("zero3", 1), ("zero2", 2), ("zero3", 2)}
+    switches = set(product((False, True), repeat=2))
+    whole = {(1, *kind, False, False) for kind in replicas}
+    cut = {(tp, *kind, *switch) for tp in (2, 4) for kind in replicas for switch in switches}
+    # At tp 8 a node holds one part of each parameter, so there is nothing to share out within it.
+    cut |= {(8, *kind, *switch) for kind in replicas if kind[1] == 1 for switch in switches}
+    assert ways() == whole | cut
+    assert {way[3] for way in ways("--sequence-parallel")} == {True}
+    assert {way[4] for way in ways("--overlap-collectives")} == {True}
+    assert {way[4] for way in ways("--plain-step")} == {False}
+    assert {way[2] for way in ways("--data-parallel-shard", "zero3", "--data-parallel-replicate-size", "4")} == {4}
+    assert {way[3:] for way in ways("--deterministic")} == {(False, False)}
+
+
+def test_the_file_holds_the_switches_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """A slow network and a fixed tp: replicas in the nodes, and the sums of layers behind computation."""
+    rates = ("--network", "5", "--interconnect", "50", "--tokens-per-step", str(2**19), "--tensor-parallel-size", "4")
+    fixed = ("--data-parallel-shard", "zero3", "--sequence-parallel")
+    plan_run.main([*LARGE, "--gpus", "16", "--gpu", "H100", *rates, *fixed, "--activation-checkpointing", "none"])
+    printed = capsys.readouterr().out
+    assert "data-parallel shard zero3, 2 replicas, sequence parallel, overlap\n" in printed
+    settings = complete_settings(parse_training(["--config", "run.yaml"]))
+    assert settings.data_parallel_replicate_size == 2
+    assert settings.sequence_parallel
+    assert settings.overlap_collectives
+    # Without a fixed kind of sharding there are rows for each, and one row for each.
+    plan_run.main([*LARGE, "--gpus", "16", "--gpu", "H100", *rates, "--no-write"])
+    printed = capsys.readouterr().out
+    rows = printed[printed.index("candidates ") : printed.index("assumed")].splitlines()[2:]
+    assert len({tuple(row.split()[:4]) for row in rows}) == len(rows) == 6
+
+
 def candidate(seconds: float, gib: float, *, hidden: float = 0.0, fits: bool = True, **parallel: Any) -> Candidate:
     """A candidate of which only the time and the memory count."""
     memory = Memory(0, 0, 0, 0, 0, 0, 0, total=int(gib * 2**30))
@@ -138,7 +213,9 @@ def test_what_tensors_may_take_of_a_device(memory: int, given: float | None, lef
 
 
 def test_what_is_fixed_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    fixed = ("--activation-checkpointing", "full", "--data-parallel-shard", "none", "--tensor-parallel-size", "4")
+    switches = ("--no-sequence-parallel", "--no-overlap-collectives")
+    kinds = ("--activation-checkpointing", "full", "--data-parallel-shard", "none")
+    fixed = (*switches, *kinds, "--tensor-parallel-size", "4")
     plan = planned(capsys, *LARGE, "--gpus", "8", "--gpu", "L4", *fixed, "--output", "a.yaml")
     (candidate,) = plan["candidates"]
     assert candidate["parallel"]["activation_checkpointing"] == "full"
@@ -160,7 +237,8 @@ def test_muon_shares_out_its_matrices_too(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_links_run_below_their_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    common = (*LARGE, "--gpus", "2", "--gpu", "H200", "--tensor-parallel-size", "2", "--no-write", "--plain-step")
+    fixed = ("--tensor-parallel-size", "2", "--plain-step", "--no-sequence-parallel")
+    common = (*LARGE, "--gpus", "2", "--gpu", "H200", *fixed, "--no-write")
     plan = planned(capsys, *common)
     # 450 GB/s, a ring of two sends an all-reduce's bytes once and half of an all-gather's; 10 us a call.
     sent = sum(one["size"] / (2 if one["collective"] == "all-gather" else 1) for one in plan["traffic"])
@@ -223,7 +301,8 @@ def test_a_plan_tells_what_its_ranks_leave_idle(capsys: pytest.CaptureFixture[st
 def test_switches_that_compute_gradients_of_weights_with_the_others_hide_less(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    common = (*LARGE, "--gpus", "8", "--gpu", "H100", "--tensor-parallel-size", "8", "--no-write")
+    fixed = ("--tensor-parallel-size", "8", "--no-overlap-collectives", "--no-sequence-parallel")
+    common = (*LARGE, "--gpus", "8", "--gpu", "H100", *fixed, "--no-write")
     hidden = planned(capsys, *common)["step_time"]["hidden"]
     assert hidden > 0
     for switch in ("--plain-step", "--float8", "--cuda-graphs", "--deterministic"):

@@ -48,7 +48,7 @@ class Plan:
         memory: of a rank, at the peak of a step.
         traffic: what a rank sends in a step.
         time: of a step; None if the device's peak FLOP/s are unknown.
-        candidates: the best one for each way to split the ranks, the recommended one first, those that do not fit last.
+        candidates: one for each way to run, the recommended one first, those that do not fit last.
         memory_limit: bytes a rank's tensors may take; None if the device is not given.
         flops: of the whole run.
         seconds: of the whole run; None if the device's peak FLOP/s are unknown.
@@ -86,6 +86,9 @@ class Plan:
             "tensor_parallel_size": self.parallel.tp,
             "activation_checkpointing": self.parallel.activation_checkpointing,
             "data_parallel_shard": self.parallel.data_parallel_shard,
+            "data_parallel_replicate_size": self.parallel.replicas,
+            "sequence_parallel": self.parallel.sequence_parallel,
+            "overlap_collectives": self.parallel.overlap_collectives,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,8 +204,13 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "full": "one layer at a time computed again",
     }[parallel.activation_checkpointing]
     yield f"memory: tensors of eager {parallel.precision} steps, {kept}; compiled segments may need less"
-    shared = settings.replace(data_parallel_shard=parallel.data_parallel_shard)
-    yield from idle_switches(shared, parallel.tp, parallel.dp, best.micro_batch)
+    planned = settings.replace(
+        data_parallel_shard=parallel.data_parallel_shard,
+        data_parallel_replicate_size=parallel.replicas,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_collectives=parallel.overlap_collectives,
+    )
+    yield from idle_switches(planned, parallel.tp, parallel.dp, best.micro_batch)
     if settings.float8:
         yield "float8: neither the time nor the memory it saves is counted"
     memory = memory_of_device(asked)

@@ -1,12 +1,11 @@
 """Finding the fastest way to run that fits in memory: every allowed candidate, with its memory and predicted time.
 
-A candidate is a tensor-parallel size within a node, a kind of data-parallel sharding, a kind of activation
-recomputation, and a micro-batch size. Settings that were given explicitly are not varied.
+A candidate is a way to run that `search_space` allows, and a micro-batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,13 +81,21 @@ class Candidate:
         }
 
     @property
+    def splits(self) -> tuple[int, ...]:
+        """Sort key, the largest products first: more tensor-parallel ranks, and halves of micro-batches, cut them."""
+        return self.parallel.tp, self.parallel.overlap_collectives
+
+    @property
     def simplicity(self) -> tuple[int, ...]:
-        """Sort key, the simplest first: fewer tensor-parallel ranks, less sharding, less recomputation."""
+        """Sort key, the simplest first: fewer tensor-parallel ranks, less sharding, less recomputation, and so on."""
         parallel = self.parallel
         return (
             parallel.tp,
             DATA_PARALLEL_SHARDS.index(parallel.data_parallel_shard),
             CHECKPOINTING.index(parallel.activation_checkpointing),
+            parallel.overlap_collectives,
+            parallel.replicas,
+            parallel.sequence_parallel,
             -self.micro_batch,
         )
 
@@ -98,7 +105,7 @@ class Choice:
     """The result of `recommend`.
 
     Attributes:
-        candidates: the best one for each split, kind of sharding and kind of recomputation; the recommended one first.
+        candidates: one for each way to run, with its best micro-batch; the recommended one first.
         memory_limit: bytes a rank's tensors may take; None if the device is not given.
         machine: the devices and links; None if the device's peak FLOP/s are unknown.
     """
@@ -164,13 +171,7 @@ def recommend(
             continue
         sizes_of_rank = micro_batches(asked, settings, chunks // dp, limit)
         for parallel in placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
-            tried = [
-                _candidate(config, parallel, size, chunks // dp // size, block, limit, machine)
-                for size in sizes_of_rank
-            ]
-            # If none fits, keep the one that comes closest, the last.
-            fitting = [one for one in tried if one.fits]
-            best.append(min(fitting, key=lambda one: (one.seconds, -one.micro_batch)) if fitting else tried[-1])
+            best.append(_with_most_sequences(config, parallel, sizes_of_rank, chunks // dp, block, limit, machine))
     if refused is not None and not best:
         raise refused
     best = best_first(best, limit)
@@ -179,14 +180,41 @@ def recommend(
     return Choice(tuple(best), limit, machine)
 
 
+def _with_most_sequences(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    sizes: Sequence[int],
+    chunks: int,
+    block: int,
+    limit: int | None,
+    machine: Machine | None,
+) -> Candidate:
+    """The candidate with the largest micro-batch that fits, else the smallest one.
+
+    A larger micro-batch is predicted to be at least as fast: it computes the same, sends no more, in no more calls, and
+    gradients and parameters hide behind a longer micro-batch. So the time of the others need not be predicted.
+
+    Args:
+        sizes: micro-batches, descending.
+        chunks: sequences of a step on each rank.
+    """
+    if parallel.overlap_collectives and sizes[0] > 1:
+        sizes = [size for size in sizes if size > 1]  # one sequence has no halves
+    for size in sizes:
+        memory = step_memory(config, parallel, size, block, chunks // size)
+        if limit is None or memory.total <= limit:
+            break
+    return _candidate(config, parallel, memory, size, chunks // size, block, limit, machine)
+
+
 def best_first(candidates: Collection[Candidate], limit: int | None) -> list[Candidate]:
     """The recommended candidate, then the others that fit by time, then those that do not fit.
 
     Candidates within `SAME_TIME` of the fastest count as equal if they are also within `SAME_UNHIDDEN_TIME` of the
-    fastest of them without overlap. Of equals, those with the fewest tensor-parallel ranks are preferred, since the
-    smaller products of more ranks are less efficient, which the prediction leaves out; of these the one with the most
-    free memory is recommended. Free memory beyond half of `limit` does not count: there the simplest is taken. If no
-    time is known, the simplest that fits is recommended.
+    fastest of them without overlap. Of equals, those with the fewest tensor-parallel ranks and with whole micro-batches
+    are preferred, since smaller products are less efficient, which the prediction leaves out; of these the one with the
+    most free memory is recommended. Free memory beyond half of `limit` does not count: there the simplest is taken. If
+    no time is known, the simplest that fits is recommended.
     """
     timed = [(one.time, one) for one in candidates if one.fits and one.time is not None]
     rest = sorted(candidates, key=lambda one: (not one.fits, one.seconds, one.simplicity, one.memory.total))
@@ -197,7 +225,7 @@ def best_first(candidates: Collection[Candidate], limit: int | None) -> list[Can
     least = min(time.unhidden for time, _ in equals)
     chosen = [one for time, one in equals if time.unhidden <= least * (1 + SAME_UNHIDDEN_TIME)]
     enough = 0 if limit is None else limit // 2
-    best = min(chosen, key=lambda one: (one.parallel.tp, max(one.memory.total, enough), one.simplicity))
+    best = min(chosen, key=lambda one: (one.splits, max(one.memory.total, enough), one.simplicity))
     return [best, *(one for one in rest if one is not best)]
 
 
@@ -220,13 +248,13 @@ def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
 def _candidate(
     config: ModelConfig,
     parallel: ParallelConfig,
+    memory: Memory,
     micro_batch: int,
     accumulation: int,
     block: int,
     limit: int | None,
     machine: Machine | None,
 ) -> Candidate:
-    memory = step_memory(config, parallel, micro_batch, block, accumulation)
     traffic = step_traffic(config, parallel, micro_batch, block, accumulation)
     time = None
     if machine is not None:

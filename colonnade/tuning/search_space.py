@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import torch
 
@@ -92,9 +94,9 @@ def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelCon
 def placements(
     start: ParallelConfig, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
 ) -> Iterator[ParallelConfig]:
-    """Variants of `start` over the kinds of sharding and recomputation.
+    """Variants of `start` over sharding and its replicas, recomputation, sequence parallelism and overlap.
 
-    Either is kept as it is if it was given explicitly or if no device is; sharding is "none" where it is no option.
+    Each is kept as it is if it was given explicitly or if no device is; sharding is "none" where it is no option.
     """
     is_known = asked.gpu is not None
     checkpointing: tuple[str, ...] = CHECKPOINTING
@@ -105,9 +107,32 @@ def placements(
         shards = (start.data_parallel_shard,)
     elif _shares_nothing(start, settings, config):
         shards = ("none",)
-    for shard in shards:
-        for mode in checkpointing:
-            yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
+    sharding = [(shard, replicas) for shard in shards for replicas in _replicas(shard, start, asked, given)]
+    switches = _tensor_parallel_switches(start, settings, config, given)
+    for (shard, replicas), mode, switch in product(sharding, checkpointing, switches):
+        yield replace(start, data_parallel_shard=shard, replicas=replicas, activation_checkpointing=mode, **switch)
+
+
+def _replicas(shard: str, start: ParallelConfig, asked: PlanSettings, given: Collection[str]) -> list[int]:
+    """Numbers of replicas: one, or one a node, so that parameters are gathered within nodes only."""
+    nodes = asked.gpus // asked.gpus_per_node
+    shards_of_node = asked.gpus_per_node // start.tp
+    if shard == "none" or asked.gpu is None or "data_parallel_replicate_size" in given:
+        return [start.replicas]
+    is_possible = nodes > 1 and shards_of_node > 1 and start.dp == nodes * shards_of_node
+    return [1, nodes] if is_possible else [1]
+
+
+def _tensor_parallel_switches(
+    start: ParallelConfig, settings: RunSettings, config: ModelConfig, given: Collection[str]
+) -> list[dict[str, Any]]:
+    """Choices of sequence parallelism and overlap; none for sums in a fixed order, whose costs are others."""
+    if start.tp == 1 or start.on_cpu or _fixed_slices(settings, config) is not None:
+        return [{}]
+    varied = [name for name in ("sequence_parallel", "overlap_collectives") if name not in given]
+    if settings.plain_step:  # it excludes overlap
+        varied = [name for name in varied if name != "overlap_collectives"]
+    return [dict(zip(varied, values, strict=True)) for values in product((False, True), repeat=len(varied))]
 
 
 def _shares_nothing(parallel: ParallelConfig, settings: RunSettings, config: ModelConfig) -> bool:
