@@ -153,12 +153,18 @@ class PlanSettings:
         None, "planning", "tokens to train on", minimum=1, maximum=MAX_STEPS * MAX_TOKENS_PER_STEP, unit="TOKENS"
     )
     tokens_per_parameter: float = setting(
-        22.0, "planning", "tokens for each parameter, embeddings included, where --tokens is not given", above=0.0
+        22.0,
+        "planning",
+        "tokens for each parameter, embeddings included, where neither --tokens nor --total-steps is given",
+        above=0.0,
+    )
+    total_steps: int | None = setting(
+        None, "planning", "optimizer steps of the run, instead of --tokens", minimum=1, maximum=MAX_STEPS, unit="STEPS"
     )
     micro_batch_size: int | None = setting(
         None,
         "planning",
-        "sequences a rank computes at once (default the most that fit, where the memory is known)",
+        "sequences a rank computes at once (default that of the recommended candidate; without --gpu the preset's)",
         minimum=1,
         maximum=2**16,
         unit="COUNT",

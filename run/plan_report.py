@@ -47,6 +47,8 @@ def print_plan(config: ModelConfig, plan: Plan) -> None:
     for name, text in lines.items():
         print(f"{name:<14} {text}")
     _print_candidates(plan)
+    if plan.gpu is None:
+        print(f"no --gpu: {parallel.precision} and no time known; name the GPU for a recommendation")
     print("assumed")
     for assumption in plan.assumptions:
         print(f"  {assumption}")

@@ -327,6 +327,41 @@ def test_the_recommended_step_grows_with_compute() -> None:
     assert recommended_step(1e20) == pytest.approx(1.017e6, rel=1e-3)
 
 
+def test_length_and_batch_of_a_file_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--preset", "tiny", "--vocab-size", "4096", "--gpus", "8", "--gpu", "H200", "--config", "mine.yaml")
+    Path("mine.yaml").write_text("total_steps: 5000\ninitial_batch_size: 4\ntokens_per_step: 32768\n")
+    plan_run.main([*common, "--output", "a.yaml"])
+    written = yaml.safe_load(Path("a.yaml").read_text())
+    assert (written["total_steps"], written["initial_batch_size"]) == (5000, "4")
+    assert "163,840,000" in capsys.readouterr().out  # 5000 x 32768 tokens
+    # Flags come first.
+    plan = planned(capsys, *common, "--tokens", str(300 * 32768), "--micro-batch-size", "2", "--no-write")
+    assert (plan["steps"], plan["micro_batch"]) == (300, 2)
+    assert planned(capsys, *common, "--total-steps", "7", "--no-write")["steps"] == 7
+    Path("mine.yaml").write_text("initial_batch_size: auto\n")
+    assert planned(capsys, *common, "--no-write")["micro_batch"] >= 1
+    Path("mine.yaml").write_text("gradient_accumulation_steps: 6\n")
+    with pytest.raises(UsageError, match=r"gradient_accumulation_steps 6: .* give --tokens-per-step"):
+        plan_run.main([*common, "--no-write"])
+
+
+@pytest.mark.parametrize("steps", [100, 20_000])
+def test_the_recommended_step_goes_with_the_steps(steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *LARGE, "--gpus", "1", "--gpu", "H200", "--total-steps", str(steps), "--no-write")
+    assert (plan["steps"], plan["tokens"]) == (steps, steps * plan["tokens_per_step"])
+    flops = plan["flops"] - plan["tokens"] * 6 * 151669 * 3072
+    wanted = 0.292 * flops**0.3271  # rounded to a power of two: at most the root of two away from it
+    assert 2**-0.5 <= plan["tokens_per_step"] / wanted <= 2**0.5
+
+
+def test_without_a_device_a_plan_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_run.main([*LARGE, "--gpus", "8", "--no-write"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no --gpu")]
+    assert said == ["no --gpu: fp32 and no time known; name the GPU for a recommendation"]
+    plan_run.main([*LARGE, "--gpus", "8", "--gpu", "H200", "--no-write"])
+    assert "no --gpu" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_the_file_is_one_that_training_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     has_vocabulary = "vocab_size" in load_preset(name)[0]
@@ -452,7 +487,9 @@ def test_a_device_may_be_told_instead_of_known(capsys: pytest.CaptureFixture[str
         ((*LARGE, "--network", "slow"), "--network 'slow' is no link that is known; give one of nvlink3, "),
         ((*LARGE, "--gpus", "12"), "--gpus 12 are no whole nodes of 8; give a multiple of it, or --gpus-per-node"),
         ((*LARGE, "--utilisation", "1.5"), "--utilisation is 1.5; it must be at most 1.0"),
-        ((*LARGE, "--total-steps", "5"), "unknown flag --total-steps"),
+        ((*LARGE, "--total-steps", "5", "--tokens", "9"), "--tokens 9 and --total-steps 5: give one of them"),
+        ((*LARGE, "--total-steps", "0"), "--total-steps is 0; it must be at least 1"),
+        ((*LARGE, "--initial-batch-size", "5"), "unknown flag --initial-batch-size"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(flags: tuple[str, ...], says: str | None) -> None:

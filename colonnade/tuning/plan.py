@@ -36,6 +36,7 @@ from colonnade.tuning.step_time import (
 from colonnade.tuning.traffic import Traffic
 
 LONGEST_WARMUP, SHORTEST_WARMUP = 2000, 10
+STEP_SCALE, STEP_EXPONENT = 0.2920, 0.3271
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,12 @@ def warmup_of(steps: int) -> int:
 
 def recommended_step(flops: float) -> float:
     """Tokens per step for a compute budget in FLOPs that excludes the vocabulary's (arXiv:2401.02954, section 3.1)."""
-    return float(0.2920 * flops**0.3271)
+    return float(STEP_SCALE * flops**STEP_EXPONENT)
+
+
+def recommended_step_of(steps: int, flops_per_token: float) -> float:
+    """The tokens B per step with `recommended_step(steps x B x flops_per_token)` = B."""
+    return float((STEP_SCALE * (steps * flops_per_token) ** STEP_EXPONENT) ** (1 / (1 - STEP_EXPONENT)))
 
 
 def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]) -> Plan:
@@ -127,11 +133,7 @@ def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, gi
         raise UsageError(
             f"--block-size {block} is above the model's context of {config.max_position_embeddings}; give at most that"
         )
-    tokens = asked.tokens or round(asked.tokens_per_parameter * config.num_parameters)
-    per_step = _tokens_per_step(asked, settings, config, tokens, block)
-    steps = -(-tokens // per_step)
-    if steps > MAX_STEPS:
-        raise UsageError(f"{tokens:,} tokens are {steps:,} steps of {per_step:,}; at most {MAX_STEPS:,} can be")
+    per_step, steps = _step_and_steps(asked, settings, config, block)
     choice = recommend(asked, settings, config, given, per_step, block)
     best = choice.candidates[0]
     dp = best.parallel.dp
@@ -171,8 +173,22 @@ def _require_known(asked: PlanSettings) -> None:
         )
 
 
-def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelConfig, tokens: int, block: int) -> int:
-    """Tokens per step: as given, or recommended for the run's compute, in whole sequences per device."""
+def _step_and_steps(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> tuple[int, int]:
+    """Tokens per step and steps: each as given, or following from the other and from the tokens."""
+    per_token = run_flops(config, 1, block) - 6 * config.hidden_size * config.vocab_size
+    if asked.total_steps is not None:
+        best = recommended_step_of(asked.total_steps, per_token)
+        return _tokens_per_step(asked, settings, best, block), asked.total_steps
+    tokens = asked.tokens or round(asked.tokens_per_parameter * config.num_parameters)
+    per_step = _tokens_per_step(asked, settings, recommended_step(per_token * tokens), block)
+    steps = -(-tokens // per_step)
+    if steps > MAX_STEPS:
+        raise UsageError(f"{tokens:,} tokens are {steps:,} steps of {per_step:,}; at most {MAX_STEPS:,} can be")
+    return per_step, steps
+
+
+def _tokens_per_step(asked: PlanSettings, settings: RunSettings, best: float, block: int) -> int:
+    """Tokens per step: as given, or the recommended `best` in whole sequences per device."""
     if settings.tokens_per_step is not None:
         return sequences_of_step(settings.tokens_per_step, block) * block
     share = block * asked.gpus
@@ -181,8 +197,7 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
             f"one sequence of {block} tokens on each of {asked.gpus} devices is more than the {MAX_TOKENS_PER_STEP:,} "
             "tokens that a step can have; lower one of them"
         )
-    head = 6 * config.hidden_size * config.vocab_size * tokens
-    best = min(recommended_step(run_flops(config, tokens, block) - head), MAX_TOKENS_PER_STEP)
+    best = min(best, MAX_TOKENS_PER_STEP)
     # A power-of-two number of sequences per device can be split into micro-batches and over ranks in many ways.
     return share * 2 ** max(0, round(math.log2(best / share))) if best > share else share
 
@@ -190,7 +205,9 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
 def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, warmup_is_given: bool) -> Iterator[str]:
     best = choice.candidates[0]
     parallel = best.parallel
-    if asked.tokens is None:
+    if asked.total_steps is not None:
+        yield f"tokens: those of {asked.total_steps:,} steps"
+    elif asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
     else:
         yield f"tokens: {asked.tokens:,}, rounded up to whole steps"
