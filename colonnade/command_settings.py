@@ -183,12 +183,19 @@ class PlanSettings:
         unit="TOKENS",
     )
     tokens_per_parameter: float = setting(
-        22.0, "planning", "training tokens per parameter, embeddings included, if --tokens is not given", above=0.0
+        22.0,
+        "planning",
+        "training tokens per parameter, embeddings included, if neither --tokens nor --total-steps is given",
+        above=0.0,
+    )
+    total_steps: int | None = setting(
+        None, "planning", "optimizer steps of the run, instead of --tokens", minimum=1, maximum=MAX_STEPS, unit="STEPS"
     )
     micro_batch_size: int | None = setting(
         None,
         "planning",
-        "sequences per micro-batch on each rank (default the most that fit, if the memory is known)",
+        "sequences per micro-batch on each rank (default: that of the recommended candidate; without --gpu the "
+        "preset's)",
         minimum=1,
         maximum=2**16,
         unit="COUNT",
@@ -197,6 +204,15 @@ class PlanSettings:
         0.4,
         "planning",
         "fraction of the devices' peak that computation is assumed to reach, not counting communication",
+        above=0.0,
+        maximum=1.0,
+    )
+    # NCCL's protocol takes about a fifth of NVLink: rings reach 370 of NVLink 4's 450 GB/s (NVIDIA/nccl-tests, issue
+    # 212). Over InfiniBand they reach somewhat more.
+    link_utilisation: float = setting(
+        0.8,
+        "planning",
+        "part of the links' rate that collectives are assumed to reach; 1 if you give measured rates",
         above=0.0,
         maximum=1.0,
     )

@@ -40,7 +40,7 @@ _PLAN = (
     "a settings file for training.py --config. Run settings given here are copied into that file. No GPU is "
     "needed."
 )
-# The settings that a plan determines; values for them in a given --config file are overridden.
+# The settings that a plan determines. In a --config file, the first two stand for --total-steps and --micro-batch-size.
 PLANNED = ("total_steps", "initial_batch_size", "gradient_accumulation_steps")
 
 _EVALUATION = (
@@ -110,16 +110,36 @@ def parse_plan(arguments: Sequence[str] | None = None) -> tuple[PlanSettings, di
     parser.add_table(RunSettings, leave_out=PLANNED)
     values = parser.parse(arguments)
     plan = _checked(PlanSettings, values)
-    if "tokens" in plan and "tokens_per_parameter" in plan:
-        raise UsageError(
-            f"--tokens {plan['tokens']} and --tokens-per-parameter {plan['tokens_per_parameter']}: give one of them"
-        )
     given = _run_settings(values)
+    _settle_length_and_batch(plan, given)
     if "vocab_size" in plan and given.get("tokenizer_path") is not None:
         raise UsageError(
             f"--vocab-size {plan['vocab_size']} and --tokenizer-path {given['tokenizer_path']}: give one of them"
         )
     return PlanSettings(**plan), given
+
+
+def _settle_length_and_batch(plan: dict[str, Any], given: dict[str, Any]) -> None:
+    """Add the number of steps and the micro-batch of a --config file to the plan's settings; its flags override them.
+
+    Raises:
+        UsageError: two flags give the length of the run, or the file gives accumulation.
+    """
+    lengths = [name for name in ("tokens", "tokens_per_parameter", "total_steps") if name in plan]
+    if len(lengths) > 1:
+        told = " and ".join(f"{flag_of(name)} {plan[name]}" for name in lengths)
+        raise UsageError(f"{told}: give one of them")
+    if lengths:
+        given.pop("total_steps", None)
+    elif "total_steps" in given:
+        plan["total_steps"] = given["total_steps"]
+    if given.get("initial_batch_size", "auto") != "auto":
+        plan.setdefault("micro_batch_size", int(given["initial_batch_size"]))
+    if given.get("gradient_accumulation_steps", 1) > 1:
+        raise UsageError(
+            f"--config: gradient_accumulation_steps {given['gradient_accumulation_steps']}: accumulation follows from "
+            "the tokens of a step and the ranks; leave it out, and give --tokens-per-step if they are to be fixed"
+        )
 
 
 def parse_parity(arguments: Sequence[str] | None = None) -> tuple[ParitySettings, dict[str, Any]]:

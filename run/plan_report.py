@@ -11,6 +11,7 @@ from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
 from colonnade.tuning.memory import GIB
 
 if TYPE_CHECKING:
+    from colonnade.tuning.cost_model import ParallelConfig
     from colonnade.tuning.plan import Plan
 
 SHOWN = 6  # rows in the table of candidates
@@ -35,7 +36,7 @@ def print_plan(config: ModelConfig, plan: Plan) -> None:
         "steps": f"{plan.steps:,}, the first {plan.warmup_steps:,} of them warm-up",
         "ranks": f"{plan.gpus}: tp {parallel.tp} x dp {plan.dp}, {parallel.precision}, {parallel.optimizer}, "
         f"activation checkpointing {parallel.activation_checkpointing}, data-parallel shard "
-        f"{parallel.data_parallel_shard}",
+        f"{parallel.data_parallel_shard}" + "".join(f", {switch}" for switch in _switches(parallel)),
         "memory a rank": f"{_amount(memory.total)}{of_limit} at the worst moment: "
         + ", ".join(f"{name} {_amount(size)}" for name, size in memory.to_dict().items() if name != "total"),
         "collectives": _traffic(plan),
@@ -46,6 +47,8 @@ def print_plan(config: ModelConfig, plan: Plan) -> None:
     for name, text in lines.items():
         print(f"{name:<14} {text}")
     _print_candidates(plan)
+    if plan.gpu is None:
+        print(f"no --gpu: {parallel.precision} and no time known; name the GPU for a recommendation")
     print("assumed")
     for assumption in plan.assumptions:
         print(f"  {assumption}")
@@ -75,24 +78,51 @@ def _step_time(plan: Plan) -> str:
 def _print_candidates(plan: Plan) -> None:
     if plan.time is None:
         return
-    print("candidates     the fastest that fits is recommended")
-    heads = ("tp", "dp", "shard", "checkpointing", "micro-batch", "GiB a rank", "s a step", "sent s", "hidden s")
-    print("  " + "  ".join(f"{head:>11}" for head in heads))
-    for one in plan.candidates[:SHOWN]:
+    print("candidates     the first is recommended: of the fastest that fit, one with free memory")
+    heads = (
+        "tp",
+        "dp",
+        "shard",
+        "checkpointing",
+        "also",
+        "micro-batch",
+        "GiB a rank",
+        "s a step",
+        "sent s",
+        "hidden s",
+    )
+    rows: dict[tuple[int, str, str], tuple[str, ...]] = {}
+    for one in plan.candidates:
         parallel, time = one.parallel, one.time
         assert time is not None
-        cells: tuple[str | int, ...] = (
-            parallel.tp,
-            parallel.dp,
+        cells = (
+            str(parallel.tp),
+            str(parallel.dp),
             parallel.data_parallel_shard,
             parallel.activation_checkpointing,
-            one.micro_batch,
+            ", ".join(_switches(parallel)) or "-",
+            str(one.micro_batch),
             f"{one.memory.total / GIB:.1f}" + ("" if one.fits else " no"),
             f"{time.seconds:.3g}",
             f"{time.communication:.2g}",
             f"{time.hidden:.2g}",
         )
-        print("  " + "  ".join(f"{cell:>11}" for cell in cells))
+        # The best variant of each split: most of the others differ little.
+        rows.setdefault((parallel.tp, parallel.data_parallel_shard, parallel.activation_checkpointing), cells)
+    shown = [heads, *list(rows.values())[:SHOWN]]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(heads))]
+    for row in shown:
+        print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+
+
+def _switches(parallel: ParallelConfig) -> list[str]:
+    """The settings beside the kinds of sharding and recomputation that are not off."""
+    named = {
+        f"{parallel.replicas} replicas": parallel.replicas > 1,
+        "sequence parallel": parallel.sequence_parallel,
+        "overlap": parallel.overlap_collectives,
+    }
+    return [name for name, is_on in named.items() if is_on]
 
 
 def _amount(size: int) -> str:

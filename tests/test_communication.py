@@ -161,7 +161,7 @@ def test_bytes_by_hand() -> None:
     assert gradients.sent == 1.5 * gradients.size
 
 
-MACHINE = Machine(1e12, 0.5, 8, link_of("--interconnect", "100", 1e-3), link_of("--network", "10", 2e-3))
+MACHINE = Machine(1e12, 0.5, 1.0, 8, link_of("--interconnect", "100", 1e-3), link_of("--network", "10", 2e-3))
 
 
 def time_of(parallel: ParallelConfig, *traffic: Traffic) -> Any:
@@ -184,6 +184,19 @@ def test_time_is_computation_and_what_is_not_hidden() -> None:
     gradients = Traffic("dp", "gradients", ALL_REDUCE, 2, 1, 10**11, "last backward pass")
     replicated = time_of(ParallelConfig(dp=2, activation_checkpointing="none"), gradients)
     assert replicated.hidden == pytest.approx(model * 2 / 3 / 2)
+
+
+def test_links_reach_a_part_of_their_rate() -> None:
+    """Twice 10^11 bytes at a quarter of 10^11 a second, and what is hidden grows with it; latency does not."""
+    parallel = ParallelConfig(tp=2, activation_checkpointing="none")
+    slower = dataclasses.replace(MACHINE, link_utilisation=0.25)
+    layers = Traffic("tp", "layers", ALL_REDUCE, 2, 3, 2 * 10**9, "step")
+    statistics = Traffic("tp", "statistics", ALL_REDUCE, 2, 3, 2 * 10**11)
+    found = step_time(CONFIG, parallel, slower, (layers, statistics), tokens=10**6, block=64, accumulation=2)
+    assert found.communication == pytest.approx(0.08 + 0.003 + 8 + 0.003)
+    assert found.hidden == pytest.approx(0.08 + 0.003)
+    assert found.seconds == pytest.approx(found.compute + 8.003)
+    assert found.unhidden == pytest.approx(found.compute + 8.086)
 
 
 def test_groups_that_share_a_link_take_turns() -> None:

@@ -123,10 +123,40 @@ def test_fewer_key_value_heads_than_ranks_are_held_whole(rank_pool: RankPool) ->
     assert gradients == parameters
 
 
-def test_memory_of_devices() -> None:
-    assert device_memory("NVIDIA H100 80GB HBM3") == device_memory("H100") == 80 * 2**30
-    assert device_memory("NVIDIA A100-SXM4-80GB") == device_memory("a100 80gb") == 80 * 2**30
-    assert device_memory("NVIDIA A100-PCIE-40GB") == device_memory("A100") == 40 * 2**30
+@pytest.mark.parametrize(
+    ("name", "quoted"),
+    [
+        # "has a total capacity of ... GiB", in out-of-memory errors of torch.
+        ("NVIDIA H200", (139.80, 139.81)),
+        ("NVIDIA H100 80GB HBM3", (79.11,)),
+        ("NVIDIA H100 NVL", (93.00,)),
+        ("NVIDIA A100-SXM4-80GB", (79.15, 79.25)),
+        ("NVIDIA A100-PCIE-40GB", (39.50,)),
+        ("NVIDIA L40S", (44.42, 44.53)),
+        ("NVIDIA L4", (22.03,)),
+        ("NVIDIA GeForce RTX 4090", (23.52, 23.68)),
+        ("Tesla V100-SXM2-32GB", (31.74, 31.75)),
+        ("Tesla T4", (14.75, 14.76)),
+    ],
+)
+def test_memory_of_devices_is_what_torch_reports(name: str, quoted: tuple[float, ...]) -> None:
+    memory = device_memory(name)
+    assert memory is not None
+    assert all(0.99 * gib <= memory / 2**30 <= gib for gib in quoted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_of_this_device() -> None:
+    memory = device_memory(torch.cuda.get_device_name())
+    if memory is None:
+        pytest.skip("a device that is not listed")
+    assert memory == pytest.approx(torch.cuda.get_device_properties(0).total_memory, rel=0.02)
+
+
+def test_names_of_devices() -> None:
+    assert device_memory("NVIDIA H100 80GB HBM3") == device_memory("H100")
+    assert device_memory("NVIDIA A100-SXM4-80GB") == device_memory("a100 80gb") != device_memory("A100")
+    assert device_memory("NVIDIA A100-PCIE-40GB") == device_memory("A100")
     # The number in the name is that of the CPU's memory.
     assert device_memory("NVIDIA GH200 480GB") == 96 * 2**30
     for unknown in ("cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G"):

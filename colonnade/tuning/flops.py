@@ -27,28 +27,30 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bMI3(00X|25X)\b", {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4, "fp8": 2614.9}),
 )
 
-# Memory in GB from the same data sheets, where a GB is 2^30 bytes; drivers report up to 2% less. If a name covers
-# several sizes, the smallest is listed.
-_MEMORY_GB: tuple[tuple[str, int], ...] = (
-    (r"\bB200\b", 180),
-    (r"\bGH200 144G", 144),
-    (r"\bGH200\b", 96),
-    (r"\bH200\b", 141),
-    (r"\bH100 NVL\b", 94),
-    (r"\bH100\b", 80),
-    (r"\bA100\b.*\b80 ?GB\b", 80),
-    (r"\bA100\b", 40),
-    (r"\bA40\b", 48),
-    (r"\bA10\b", 24),
-    (r"\bL40S\b", 48),
-    (r"\bL4\b", 24),
-    (r"\bRTX 4090\b(?! D| Laptop)", 24),
-    (r"\bRTX 3090\b(?! Ti)", 24),
-    (r"\bV100-SXM[23]\b.*\b32GB\b", 32),
-    (r"\bV100-SXM[23]\b", 16),
-    (r"\bT4\b", 16),
-    (r"\bMI300X\b", 192),
-    (r"\bMI325X\b", 256),
+# GiB that a program can use: what torch reports as total memory, as its out-of-memory errors quote it ("has a total
+# capacity of 139.80 GiB" on an H200). The driver keeps 1 to 2% of HBM for itself, and error correction takes up to 8%
+# of GDDR6. If a name covers several sizes, the smallest is listed.
+# Those marked * are the GB of the data sheet, because no such quotation is known: slightly too much.
+_MEMORY_GIB: tuple[tuple[str, float], ...] = (
+    (r"\bB200\b", 180),  # *
+    (r"\bGH200 144G", 144),  # *
+    (r"\bGH200\b", 96),  # *
+    (r"\bH200\b", 139.8),
+    (r"\bH100 NVL\b", 93),
+    (r"\bH100\b", 79.1),
+    (r"\bA100\b.*\b80 ?GB\b", 79.15),
+    (r"\bA100\b", 39.5),
+    (r"\bA40\b", 48),  # *
+    (r"\bA10\b", 22),
+    (r"\bL40S\b", 44.4),
+    (r"\bL4\b", 22),
+    (r"\bRTX 4090\b(?! D| Laptop)", 23.5),
+    (r"\bRTX 3090\b(?! Ti)", 24),  # *
+    (r"\bV100-SXM[23]\b.*\b32GB\b", 31.7),
+    (r"\bV100-SXM[23]\b", 16),  # *
+    (r"\bT4\b", 14.7),
+    (r"\bMI300X\b", 192),  # *
+    (r"\bMI325X\b", 256),  # *
 )
 
 _FLOAT8_OF_ROWS = r"\b(G?H[12]00|B200)\b"  # Ada has float8, but no kernels with row-wise scales (torch 2.13)
@@ -109,10 +111,10 @@ def has_float8_of_rows(device_name: str) -> bool:
 
 
 def device_memory(device_name: str) -> int | None:
-    """Memory of one device in bytes, None if unknown. `device_name` as in `peak_flops`."""
+    """Usable memory of one device in bytes, None if unknown. `device_name` as in `peak_flops`."""
     if re.search(r"\bMIG\b", device_name):
         return None
-    for pattern, size in _MEMORY_GB:
+    for pattern, size in _MEMORY_GIB:
         if re.search(pattern, device_name, re.IGNORECASE):
-            return size * 2**30
+            return int(size * 2**30)
     return None

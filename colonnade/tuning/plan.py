@@ -14,8 +14,17 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.tuning.cost_model import Memory, ParallelConfig, run_flops
-from colonnade.tuning.memory import GIB, SAFETY_MARGIN
-from colonnade.tuning.recommendation import Candidate, Choice, memory_of_device, recommend
+from colonnade.tuning.memory import GIB
+from colonnade.tuning.recommendation import (
+    LEAST_UNCOUNTED,
+    SAME_TIME,
+    SAME_UNHIDDEN_TIME,
+    UNCOUNTED,
+    Candidate,
+    Choice,
+    memory_of_device,
+    recommend,
+)
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
     LATENCY_IN_NODE,
@@ -27,6 +36,7 @@ from colonnade.tuning.step_time import (
 from colonnade.tuning.traffic import Traffic
 
 LONGEST_WARMUP, SHORTEST_WARMUP = 2000, 10
+STEP_SCALE, STEP_EXPONENT = 0.2920, 0.3271
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,8 @@ class Plan:
         memory: of a rank, at the peak of a step.
         traffic: what a rank sends in a step.
         time: of a step; None if the device's peak FLOP/s are unknown.
-        candidates: the best one for each way to split the ranks, the recommended one first, those that do not fit last.
-        memory_limit: bytes a rank may use; None if the device is not given.
+        candidates: one for each way to run, the recommended one first, those that do not fit last.
+        memory_limit: bytes a rank's tensors may take; None if the device is not given.
         flops: of the whole run.
         seconds: of the whole run; None if the device's peak FLOP/s are unknown.
         assumptions: what the numbers are based on, one line each.
@@ -77,6 +87,9 @@ class Plan:
             "tensor_parallel_size": self.parallel.tp,
             "activation_checkpointing": self.parallel.activation_checkpointing,
             "data_parallel_shard": self.parallel.data_parallel_shard,
+            "data_parallel_replicate_size": self.parallel.replicas,
+            "sequence_parallel": self.parallel.sequence_parallel,
+            "overlap_collectives": self.parallel.overlap_collectives,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +107,12 @@ def warmup_of(steps: int) -> int:
 
 def recommended_step(flops: float) -> float:
     """Tokens per step for a compute budget in FLOPs that excludes the vocabulary's (arXiv:2401.02954, section 3.1)."""
-    return float(0.2920 * flops**0.3271)
+    return float(STEP_SCALE * flops**STEP_EXPONENT)
+
+
+def recommended_step_of(steps: int, flops_per_token: float) -> float:
+    """The tokens B per step with `recommended_step(steps x B x flops_per_token)` = B."""
+    return float((STEP_SCALE * (steps * flops_per_token) ** STEP_EXPONENT) ** (1 / (1 - STEP_EXPONENT)))
 
 
 def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]) -> Plan:
@@ -115,11 +133,7 @@ def plan_run(asked: PlanSettings, settings: RunSettings, config: ModelConfig, gi
         raise UsageError(
             f"--block-size {block} is above the model's context of {config.max_position_embeddings}; give at most that"
         )
-    tokens = asked.tokens or round(asked.tokens_per_parameter * config.num_parameters)
-    per_step = _tokens_per_step(asked, settings, config, tokens, block)
-    steps = -(-tokens // per_step)
-    if steps > MAX_STEPS:
-        raise UsageError(f"{tokens:,} tokens are {steps:,} steps of {per_step:,}; at most {MAX_STEPS:,} can be")
+    per_step, steps = _step_and_steps(asked, settings, config, block)
     choice = recommend(asked, settings, config, given, per_step, block)
     best = choice.candidates[0]
     dp = best.parallel.dp
@@ -159,8 +173,22 @@ def _require_known(asked: PlanSettings) -> None:
         )
 
 
-def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelConfig, tokens: int, block: int) -> int:
-    """Tokens per step: as given, or recommended for the run's compute, in whole sequences per device."""
+def _step_and_steps(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> tuple[int, int]:
+    """Tokens per step and steps: each as given, or following from the other and from the tokens."""
+    per_token = run_flops(config, 1, block) - 6 * config.hidden_size * config.vocab_size
+    if asked.total_steps is not None:
+        best = recommended_step_of(asked.total_steps, per_token)
+        return _tokens_per_step(asked, settings, best, block), asked.total_steps
+    tokens = asked.tokens or round(asked.tokens_per_parameter * config.num_parameters)
+    per_step = _tokens_per_step(asked, settings, recommended_step(per_token * tokens), block)
+    steps = -(-tokens // per_step)
+    if steps > MAX_STEPS:
+        raise UsageError(f"{tokens:,} tokens are {steps:,} steps of {per_step:,}; at most {MAX_STEPS:,} can be")
+    return per_step, steps
+
+
+def _tokens_per_step(asked: PlanSettings, settings: RunSettings, best: float, block: int) -> int:
+    """Tokens per step: as given, or the recommended `best` in whole sequences per device."""
     if settings.tokens_per_step is not None:
         return sequences_of_step(settings.tokens_per_step, block) * block
     share = block * asked.gpus
@@ -169,8 +197,7 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
             f"one sequence of {block} tokens on each of {asked.gpus} devices is more than the {MAX_TOKENS_PER_STEP:,} "
             "tokens that a step can have; lower one of them"
         )
-    head = 6 * config.hidden_size * config.vocab_size * tokens
-    best = min(recommended_step(run_flops(config, tokens, block) - head), MAX_TOKENS_PER_STEP)
+    best = min(best, MAX_TOKENS_PER_STEP)
     # A power-of-two number of sequences per device can be split into micro-batches and over ranks in many ways.
     return share * 2 ** max(0, round(math.log2(best / share))) if best > share else share
 
@@ -178,7 +205,9 @@ def _tokens_per_step(asked: PlanSettings, settings: RunSettings, config: ModelCo
 def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, warmup_is_given: bool) -> Iterator[str]:
     best = choice.candidates[0]
     parallel = best.parallel
-    if asked.tokens is None:
+    if asked.total_steps is not None:
+        yield f"tokens: those of {asked.total_steps:,} steps"
+    elif asked.tokens is None:
         yield f"tokens: {asked.tokens_per_parameter:g} a parameter, embeddings included"
     else:
         yield f"tokens: {asked.tokens:,}, rounded up to whole steps"
@@ -191,31 +220,42 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         "selective": "the feed-forward computed again",
         "full": "one layer at a time computed again",
     }[parallel.activation_checkpointing]
-    yield f"memory: tensors of eager {parallel.precision} steps, {kept}; without caches of allocator and libraries"
-    shared = settings.replace(data_parallel_shard=parallel.data_parallel_shard)
-    yield from idle_switches(shared, parallel.tp, parallel.dp, best.micro_batch)
+    yield f"memory: tensors of eager {parallel.precision} steps, {kept}; compiled segments may need less"
+    planned = settings.replace(
+        data_parallel_shard=parallel.data_parallel_shard,
+        data_parallel_replicate_size=parallel.replicas,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_collectives=parallel.overlap_collectives,
+    )
+    yield from idle_switches(planned, parallel.tp, parallel.dp, best.micro_batch)
     if settings.float8:
         yield "float8: neither the time nor the memory it saves is counted"
     memory = memory_of_device(asked)
     if memory is not None:
         size = memory / GIB
         yield (
-            f"memory: {asked.gpu} has {size:g} GiB, of which {SAFETY_MARGIN:.0%} are left free; compiled segments may "
-            "need less"
+            f"memory: {asked.gpu} has {size:.4g} GiB; {UNCOUNTED:.0%} of what a rank may use, at least "
+            f"{LEAST_UNCOUNTED / GIB:g} GiB, are left free (a guess) for CUDA's context, NCCL's buffers and the "
+            "allocator's fragmentation"
         )
     yield "FLOPs: 6 for each weight and token, attention in full, nothing for what is computed again"
     if choice.machine is not None:
-        yield from _assumptions_of_time(asked, parallel, choice.machine)
+        yield (
+            f"ranking: times within {SAME_TIME:.0%} ({SAME_UNHIDDEN_TIME:.0%} without overlap) are equal; of these the "
+            "lowest tp, then the most free memory (half of it is enough), then the simplest"
+        )
+        yield from _assumptions_of_time(asked, best, choice.machine)
     elif asked.gpu is not None:
         yield f"time: the peak of {asked.gpu} in {parallel.precision} is not known; give --gpu-tflops"
     else:
         yield "time: not told without --gpu"
 
 
-def _assumptions_of_time(asked: PlanSettings, parallel: ParallelConfig, machine: Machine) -> Iterator[str]:
+def _assumptions_of_time(asked: PlanSettings, best: Candidate, machine: Machine) -> Iterator[str]:
     yield (
-        f"time: {asked.utilisation:.0%} of {machine.peak / 1e12:g} TFLOP/s ({parallel.precision}) on every device, a "
-        "guess (--utilisation), for what is computed again too; validation and saving are left out"
+        f"time: {asked.utilisation:.0%} (--utilisation, a guess) of {machine.peak / 1e12:g} TFLOP/s "
+        f"({best.parallel.precision}) on every device, for what is computed again too; validation and saving are left "
+        "out"
     )
     if asked.interconnect is None and interconnect_of(asked.gpu or "") is None:
         yield f"communication: the link of {asked.gpu} is not known, {WITHOUT_NVLINK} is assumed; give --interconnect"
@@ -224,6 +264,12 @@ def _assumptions_of_time(asked: PlanSettings, parallel: ParallelConfig, machine:
     if asked.gpus > asked.gpus_per_node:
         links.append(f"{machine.network.name} {machine.network.bandwidth / 1e9:g} GB/s a device between them")
     yield (
-        f"communication: rings at {' and '.join(links)}, {LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a "
-        "call (a guess); hidden up to the computation that it overlaps with"
+        f"communication: rings at {asked.link_utilisation:.0%} (--link-utilisation) of {' and '.join(links)}, "
+        f"{LATENCY_IN_NODE * 1e6:g} and {LATENCY_ACROSS * 1e6:g} us a call (a guess)"
+    )
+    assert best.time is not None
+    longer = best.time.unhidden / best.time.seconds - 1
+    yield (
+        "overlap: communication is hidden up to the computation that it overlaps with; if none were, the step would "
+        f"take {best.time.unhidden:.3g} s, {longer:.1%} longer"
     )

@@ -1,12 +1,11 @@
 """Finding the fastest way to run that fits in memory: every allowed candidate, with its memory and predicted time.
 
-A candidate is a tensor-parallel size within a node, a kind of data-parallel sharding, a kind of activation
-recomputation, and a micro-batch size. Settings that were given explicitly are not varied.
+A candidate is a way to run that `search_space` allows, and a micro-batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,18 +14,21 @@ import torch
 from colonnade.command_settings import PlanSettings
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.optim.shard_limits import Ranks, check_shards
+from colonnade.optim.shard_limits import Ranks
 from colonnade.parallel.column_parallel import can_hide_sums
-from colonnade.parallel.determinism import halving_sizes
-from colonnade.parallel.float8 import check_float8_sizes, require_bf16_beside_float8
-from colonnade.parallel.sharding import check_slices, default_slices, slice_counts
+from colonnade.parallel.float8 import require_bf16_beside_float8
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
-from colonnade.setting_values import divisors
-from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.communication import step_traffic
 from colonnade.tuning.cost_model import Memory, ParallelConfig, step_memory
 from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
-from colonnade.tuning.memory import GIB, accelerator_memory_limit
+from colonnade.tuning.memory import GIB
+from colonnade.tuning.search_space import (
+    micro_batches,
+    placements,
+    refusal_to_share,
+    tensor_sizes,
+    that_share_out,
+)
 from colonnade.tuning.step_time import (
     LATENCY_ACROSS,
     LATENCY_IN_NODE,
@@ -38,6 +40,17 @@ from colonnade.tuning.step_time import (
     step_time,
 )
 from colonnade.tuning.traffic import Traffic
+
+SAME_TIME = 0.02
+"""Predicted times that differ by less than this fraction count as equal: the prediction is less exact than that."""
+
+SAME_UNHIDDEN_TIME = 0.10
+"""The same without overlap: what a candidate hides may at most cost this much more if it is not hidden. A guess."""
+
+UNCOUNTED, LEAST_UNCOUNTED = 0.10, 3 * GIB
+"""Memory of a GPU left free for what `step_memory` leaves out, as a fraction and at least so many bytes: the CUDA
+context and libraries (about 1 GiB), NCCL's buffers (some 10 MiB a communicator and channel, up to 2 GiB), and the
+allocator's fragmentation, which grows with the memory in use. A guess."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,11 @@ class Candidate:
     traffic: tuple[Traffic, ...]
     time: StepTime | None
 
+    @property
+    def seconds(self) -> float:
+        """Of a step; 0 if unknown."""
+        return 0.0 if self.time is None else self.time.seconds
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "parallel": asdict(self.parallel),
@@ -62,20 +80,22 @@ class Candidate:
             "step_time": None if self.time is None else self.time.to_dict(),
         }
 
-    def rank(self, fastest: float) -> tuple[Any, ...]:
-        """Sort key, best first: candidates that fit, then the faster, the simpler, and those with a larger micro-batch.
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Sort key, the largest products first: more tensor-parallel ranks, and halves of micro-batches, cut them."""
+        return self.parallel.tp, self.parallel.overlap_collectives
 
-        Args:
-            fastest: seconds of the fastest candidate that fits; times up to a thousandth above it count as equal to it.
-        """
+    @property
+    def simplicity(self) -> tuple[int, ...]:
+        """Sort key, the simplest first: fewer tensor-parallel ranks, less sharding, less recomputation, and so on."""
         parallel = self.parallel
-        seconds = 0.0 if self.time is None else self.time.seconds
         return (
-            not self.fits,
-            max(seconds, fastest * 1.001),
             parallel.tp,
             DATA_PARALLEL_SHARDS.index(parallel.data_parallel_shard),
             CHECKPOINTING.index(parallel.activation_checkpointing),
+            parallel.overlap_collectives,
+            parallel.replicas,
+            parallel.sequence_parallel,
             -self.micro_batch,
         )
 
@@ -85,8 +105,8 @@ class Choice:
     """The result of `recommend`.
 
     Attributes:
-        candidates: the best one for each split, kind of sharding and kind of recomputation; the recommended one first.
-        memory_limit: bytes a rank may use; None if the device is not given.
+        candidates: one for each way to run, with its best micro-batch; the recommended one first.
+        memory_limit: bytes a rank's tensors may take; None if the device is not given.
         machine: the devices and links; None if the device's peak FLOP/s are unknown.
     """
 
@@ -100,6 +120,12 @@ def memory_of_device(asked: PlanSettings) -> int | None:
     if asked.gpu_memory_gib is not None:
         return int(asked.gpu_memory_gib * GIB)
     return None if asked.gpu is None else device_memory(asked.gpu)
+
+
+def memory_for_tensors(memory: int, memory_limit_gib: float | None) -> int:
+    """Bytes that a rank's tensors may take on a GPU, of its memory or of --memory-limit-gib where that is lower."""
+    whole = memory if memory_limit_gib is None else min(memory, int(memory_limit_gib * GIB))
+    return max(0, whole - max(int(whole * UNCOUNTED), LEAST_UNCOUNTED))
 
 
 def _has_bf16(gpu: str | None) -> bool:
@@ -129,41 +155,78 @@ def recommend(
         UsageError: nothing fits, or the ranks cannot be split as requested.
     """
     memory = memory_of_device(asked)
-    limit = None if memory is None else accelerator_memory_limit(memory, settings.memory_limit_gib)
+    limit = None if memory is None else memory_for_tensors(memory, settings.memory_limit_gib)
     start = _start(asked, settings)
     machine = _machine(asked, start.precision)
     chunks = per_step // block
-    sizes = _tensor_sizes(asked, settings, config, block)
-    shared = _that_share_out(chunks, sizes, asked, settings, block)
+    sizes = tensor_sizes(asked, settings, config, block)
+    shared = that_share_out(chunks, sizes, asked, settings, block)
     device = torch.device("cpu" if asked.gpu is None else "cuda")
     best, refused = [], None
     for tp in shared:
         dp = asked.gpus // tp
-        refusal = _refusal_to_share(settings, config, Ranks(dp, tp, device))
+        refusal = refusal_to_share(settings, config, Ranks(dp, tp, device))
         if refusal is not None:
             refused = refused or refusal  # keep the first: it has the lowest tp, so the most ranks to shard over
             continue
-        micro_batches = _micro_batches(asked, settings, chunks // dp, limit)
-        for parallel in _placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
-            tried = [
-                _candidate(config, parallel, size, chunks // dp // size, block, limit, machine)
-                for size in micro_batches
-            ]
-            # If none fits, keep the one that comes closest, the last.
-            fitting = [one for one in tried if one.fits]
-            best.append(_by_rank(fitting)[0] if fitting else tried[-1])
+        sizes_of_rank = micro_batches(asked, settings, chunks // dp, limit)
+        for parallel in placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
+            best.append(_with_most_sequences(config, parallel, sizes_of_rank, chunks // dp, block, limit, machine))
     if refused is not None and not best:
         raise refused
-    best = _by_rank(best)
+    best = best_first(best, limit)
     if not best[0].fits:
         _refuse(min(best, key=lambda one: one.memory.total), asked, limit)
     return Choice(tuple(best), limit, machine)
 
 
-def _by_rank(candidates: Collection[Candidate]) -> list[Candidate]:
-    times = [one.time.seconds for one in candidates if one.fits and one.time is not None]
-    fastest = min(times, default=0.0)
-    return sorted(candidates, key=lambda one: (one.rank(fastest), one.memory.total))
+def _with_most_sequences(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    sizes: Sequence[int],
+    chunks: int,
+    block: int,
+    limit: int | None,
+    machine: Machine | None,
+) -> Candidate:
+    """The candidate with the largest micro-batch that fits, else the smallest one.
+
+    A larger micro-batch is predicted to be at least as fast: it computes the same, sends no more, in no more calls, and
+    gradients and parameters hide behind a longer micro-batch. So the time of the others need not be predicted.
+
+    Args:
+        sizes: micro-batches, descending.
+        chunks: sequences of a step on each rank.
+    """
+    if parallel.overlap_collectives and sizes[0] > 1:
+        sizes = [size for size in sizes if size > 1]  # one sequence has no halves
+    for size in sizes:
+        memory = step_memory(config, parallel, size, block, chunks // size)
+        if limit is None or memory.total <= limit:
+            break
+    return _candidate(config, parallel, memory, size, chunks // size, block, limit, machine)
+
+
+def best_first(candidates: Collection[Candidate], limit: int | None) -> list[Candidate]:
+    """The recommended candidate, then the others that fit by time, then those that do not fit.
+
+    Candidates within `SAME_TIME` of the fastest count as equal if they are also within `SAME_UNHIDDEN_TIME` of the
+    fastest of them without overlap. Of equals, those with the fewest tensor-parallel ranks and with whole micro-batches
+    are preferred, since smaller products are less efficient, which the prediction leaves out; of these the one with the
+    most free memory is recommended. Free memory beyond half of `limit` does not count: there the simplest is taken. If
+    no time is known, the simplest that fits is recommended.
+    """
+    timed = [(one.time, one) for one in candidates if one.fits and one.time is not None]
+    rest = sorted(candidates, key=lambda one: (not one.fits, one.seconds, one.simplicity, one.memory.total))
+    if not timed:
+        return rest
+    fastest = min(time.seconds for time, _ in timed)
+    equals = [(time, one) for time, one in timed if time.seconds <= fastest * (1 + SAME_TIME)]
+    least = min(time.unhidden for time, _ in equals)
+    chosen = [one for time, one in equals if time.unhidden <= least * (1 + SAME_UNHIDDEN_TIME)]
+    enough = 0 if limit is None else limit // 2
+    best = min(chosen, key=lambda one: (one.splits, max(one.memory.total, enough), one.simplicity))
+    return [best, *(one for one in rest if one is not best)]
 
 
 def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
@@ -185,13 +248,13 @@ def _refuse(closest: Candidate, asked: PlanSettings, limit: int | None) -> None:
 def _candidate(
     config: ModelConfig,
     parallel: ParallelConfig,
+    memory: Memory,
     micro_batch: int,
     accumulation: int,
     block: int,
     limit: int | None,
     machine: Machine | None,
 ) -> Candidate:
-    memory = step_memory(config, parallel, micro_batch, block, accumulation)
     traffic = step_traffic(config, parallel, micro_batch, block, accumulation)
     time = None
     if machine is not None:
@@ -249,130 +312,4 @@ def _machine(asked: PlanSettings, precision: str) -> Machine | None:
     if peak is None:
         return None
     lower = peak_flops(asked.gpu, "bf16") if precision == "fp32" and asked.gpu is not None else None
-    return Machine(peak, asked.utilisation, asked.gpus_per_node, inside, network, lower)
-
-
-def _tensor_sizes(asked: PlanSettings, settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
-    tp, slices = settings.tensor_parallel_size, _fixed_slices(settings, config)
-    if tp is None:
-        check_slices(config, 1, slices)
-        node = min(asked.gpus, asked.gpus_per_node)
-        sizes = [size for size in slice_counts(config, range(1, node + 1)) if node % size == 0]
-        sizes = [size for size in sizes if slices is None or slices % size == 0]
-    else:
-        if asked.gpus % tp:
-            raise UsageError(
-                f"--tensor-parallel-size {tp} does not divide --gpus {asked.gpus}; sizes that do: "
-                f"{', '.join(map(str, divisors(asked.gpus)))}"
-            )
-        check_slices(config, tp, slices)
-        sizes = [tp]
-    return _that_float8_takes(sizes, settings, config, block) if settings.float8 else sizes
-
-
-def _fixed_slices(settings: RunSettings, config: ModelConfig) -> int | None:
-    """V if sums have a fixed order, else None; tensor-parallel sizes must then divide it."""
-    return settings.tensor_slices or (default_slices(config) if settings.deterministic else None)
-
-
-def _that_share_out(chunks: int, sizes: list[int], asked: PlanSettings, settings: RunSettings, block: int) -> list[int]:
-    """The tensor-parallel sizes at which the data-parallel ranks can evenly split a step's `chunks` sequences.
-
-    The rules are those of a run: a deterministic one has to halve them.
-
-    Raises:
-        UsageError: there is no such size.
-    """
-    workable = halving_sizes(chunks) if settings.deterministic else divisors(chunks)
-    shared = [tp for tp in sizes if asked.gpus // tp in workable]
-    if shared:
-        return shared
-    at = f"at tp {', '.join(map(str, sizes))}"
-    if settings.deterministic:
-        raise UsageError(
-            f"--deterministic: the {chunks} sequences of a step can be halved for {', '.join(map(str, workable))} "
-            f"data-parallel ranks, and --gpus {asked.gpus} {at} are other numbers of them; give other --gpus or "
-            "--tokens-per-step"
-        )
-    near = sorted(workable, key=lambda count: abs(count - asked.gpus / sizes[0]))[:3]
-    raise UsageError(
-        f"the {chunks * block} tokens of a step are {chunks} sequences, which {asked.gpus} devices cannot share out "
-        f"{at}; give --tokens-per-step as a multiple of {block * asked.gpus}, or --gpus "
-        f"{', '.join(str(count * sizes[0]) for count in sorted(near))}"
-    )
-
-
-def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelConfig, block: int) -> list[int]:
-    """The tensor-parallel sizes at which the sizes of products allow float8. Raises UsageError if there is none."""
-    slices = _fixed_slices(settings, config)
-    taken, refusal = [], None
-    for tp in sizes:
-        try:
-            check_float8_sizes(config, block, slices or tp, fixed_slices=slices is not None)
-        except UsageError as error:
-            refusal = refusal or error
-        else:
-            taken.append(tp)
-    if refusal is not None and not taken:
-        raise refusal
-    return taken
-
-
-def _placements(
-    start: ParallelConfig, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
-) -> Iterator[ParallelConfig]:
-    """Variants of `start` over the kinds of sharding and recomputation.
-
-    Either is kept as it is if it was given explicitly or if no device is; sharding is "none" where it is no option.
-    """
-    is_known = asked.gpu is not None
-    checkpointing: tuple[str, ...] = CHECKPOINTING
-    if not is_known or not {"activation_checkpointing", "disable_gradient_checkpointing"}.isdisjoint(given):
-        checkpointing = (start.activation_checkpointing,)
-    shards: tuple[str, ...] = DATA_PARALLEL_SHARDS
-    if not is_known or "data_parallel_shard" in given:
-        shards = (start.data_parallel_shard,)
-    elif _shares_nothing(start, settings, config):
-        shards = ("none",)
-    for shard in shards:
-        for mode in checkpointing:
-            yield replace(start, data_parallel_shard=shard, activation_checkpointing=mode)
-
-
-def _shares_nothing(parallel: ParallelConfig, settings: RunSettings, config: ModelConfig) -> bool:
-    """Whether sharding is no option: dp is 1, it is refused, or the run is deterministic (sharded only on request)."""
-    if settings.deterministic or parallel.dp == 1:
-        return True
-    device = torch.device("cpu" if parallel.on_cpu else "cuda")
-    sharing = settings.replace(data_parallel_shard="zero2")  # zero3 is refused in the same cases
-    return _refusal_to_share(sharing, config, Ranks(parallel.dp, parallel.tp, device)) is not None
-
-
-def _refusal_to_share(settings: RunSettings, config: ModelConfig, ranks: Ranks) -> UsageError | None:
-    """The error that says why these ranks cannot shard parameters as the settings ask; None if they can."""
-    try:
-        check_shards(settings, config, ranks)
-    except UsageError as error:
-        return error
-    return None
-
-
-def _micro_batches(asked: PlanSettings, settings: RunSettings, chunks: int, limit: int | None) -> list[int]:
-    """Micro-batch sizes to try, largest first, all divisors of a rank's sequences per step.
-
-    Only one of them if a size was given, or without a memory limit.
-    """
-    sizes = micro_batch_candidates(chunks)
-    given = asked.micro_batch_size
-    if given is not None:
-        if given not in sizes:
-            near = ", ".join(map(str, sorted(sizes, key=lambda size: abs(size - given))[:3]))
-            raise UsageError(
-                f"--micro-batch-size {given} does not divide the {chunks} sequences of a step on each "
-                f"rank; near it do: {near}"
-            )
-        return [given]
-    if limit is not None:
-        return sizes[::-1]
-    wanted = 1 if settings.initial_batch_size == "auto" else int(settings.initial_batch_size)
-    return [max(size for size in sizes if size <= wanted)]
+    return Machine(peak, asked.utilisation, asked.link_utilisation, asked.gpus_per_node, inside, network, lower)

@@ -1,6 +1,7 @@
-"""The predicted time of a step: matrix products at a fraction of the peak, collectives at the bandwidth of their links.
+"""The predicted time of a step: matrix products and collectives at a fraction of the devices' and links' peak.
 
-    seconds = FLOPs / (ranks x peak x utilisation) + sum over collectives of (sent / bandwidth + latency) - hidden
+    seconds = FLOPs / (ranks x peak x utilisation) + sum over collectives of
+        (sent / (bandwidth x link utilisation) + latency) - hidden
 
 FLOPs are those of the model, of activation recomputation and of Muon's iterations. `sent` is what a rank sends in a
 ring (Thakur et al., 2005, doi:10.1177/1094342005051521; `Traffic.sent`). `hidden` is the communication time that
@@ -97,6 +98,7 @@ class Machine:
     Attributes:
         peak: FLOP/s of one device in the precision of matrix products.
         utilisation: the fraction of the peak that computation reaches.
+        link_utilisation: the fraction of a link's bandwidth that collectives reach.
         gpus_per_node: number of neighbouring ranks connected by `interconnect`; others communicate over `network`.
         bf16_peak: FLOP/s of one device in bfloat16, in which Muon iterates on accelerators in any precision; None if it
             is `peak` or unknown.
@@ -104,6 +106,7 @@ class Machine:
 
     peak: float
     utilisation: float
+    link_utilisation: float
     gpus_per_node: int
     interconnect: Link
     network: Link
@@ -132,6 +135,11 @@ class StepTime:
     @property
     def seconds(self) -> float:
         return self.compute + self.communication - self.hidden
+
+    @property
+    def unhidden(self) -> float:
+        """Seconds of the step if no communication overlapped with computation."""
+        return self.compute + self.communication
 
     def to_dict(self) -> dict[str, float]:
         return {**asdict(self), "seconds": self.seconds}
@@ -185,7 +193,7 @@ def step_time(
     behind: dict[tuple[Link, str, Computation], float] = defaultdict(float)
     for one in traffic:
         link = machine.link(one, parallel)
-        seconds = one.sent / link.bandwidth + one.calls * link.latency
+        seconds = one.sent / (link.bandwidth * machine.link_utilisation) + one.calls * link.latency
         total += seconds
         if one.behind is not None:
             behind[link, one.group, one.behind] += seconds
