@@ -58,23 +58,7 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
         settings = settings.replace(data_glob=",".join(map(str, shards)))
         notes.append(f"no --data-glob: using the {len(shards)} shards of {Path(shards[0]).parent}")
     else:
-        from colonnade.data.sample_corpus import build_sample_corpus
-
-        print(f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}: using the sample corpus", flush=True)
-        try:
-            corpus = build_sample_corpus(SAMPLE_FOLDER)
-        except UsageError as error:
-            problem = one_line(error).rpartition(": ")[0]
-            raise UsageError(f"{problem}; move it away, or give --data-glob and --tokenizer-path") from error
-        except (OSError, RunError) as error:
-            raise UsageError(
-                f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
-            ) from error
-        settings = settings.replace(
-            data_glob=corpus.train_glob,
-            validation_glob=settings.validation_glob or corpus.validation_glob,
-            tokenizer_path=settings.tokenizer_path or settings.init_from or corpus.tokenizer_path,
-        )
+        settings = _with_sample_corpus(settings)
     if settings.tokenizer_path is None and settings.init_from is not None:
         settings = settings.replace(tokenizer_path=settings.init_from)
     if settings.tokenizer_path is None:
@@ -82,6 +66,35 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     if settings.validation_glob is not None:
         _require_shards("--validation-glob", settings.validation_glob)
     return settings
+
+
+def _with_sample_corpus(settings: RunSettings) -> RunSettings:
+    """The settings with the sample corpus as data, which only the tiny preset by itself falls back to.
+
+    Where data, a tokenizer or a larger model were named, --data-glob was forgotten, and the run would train on the
+    wrong text to its end.
+    """
+    from colonnade.data.sample_corpus import build_sample_corpus
+
+    nothing = f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}"
+    if settings.preset != "tiny" or settings.tokenizer_path is not None or settings.validation_glob is not None:
+        raise UsageError(
+            f"{nothing}: give --data-glob 'FOLDER/*.parquet' (the sample corpus is for --preset tiny without "
+            "--tokenizer-path and --validation-glob)"
+        )
+    print(f"{nothing}: using the sample corpus", flush=True)
+    try:
+        corpus = build_sample_corpus(SAMPLE_FOLDER)
+    except UsageError as error:
+        problem = one_line(error).rpartition(": ")[0]
+        raise UsageError(f"{problem}; move it away, or give --data-glob and --tokenizer-path") from error
+    except (OSError, RunError) as error:
+        raise UsageError(
+            f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
+        ) from error
+    return settings.replace(
+        data_glob=corpus.train_glob, validation_glob=corpus.validation_glob, tokenizer_path=corpus.tokenizer_path
+    )
 
 
 def _require_shards(flag: str, pattern: str) -> None:
