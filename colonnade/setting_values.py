@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import reprlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +101,6 @@ def wall_time_seconds(text: str) -> int:
     assert match is not None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def divisors(number: int) -> list[int]:

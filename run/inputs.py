@@ -5,7 +5,6 @@ Everything here either returns what it settled or raises a `UsageError` that nam
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from colonnade.config import complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import check_shards, shard_count
+from colonnade.other_names import closest
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.float8 import check_float8_sizes, require_float8
@@ -107,8 +107,9 @@ def named_model(settings: RunSettings, vocab_size: int | None) -> ModelConfig:
     known = [field.name for field in fields(ModelConfig)]
     for key in sizes:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
+            near = closest(str(key), known)
+            told = f"one of {', '.join(known)}" if near is None else f"the nearest known one is {near}"
+            raise UsageError(f"preset {settings.preset}: unknown key {key!r}; {told}")
     return ModelConfig.from_dict(sizes, vocab_size=vocab_size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import string
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 import model
 from colonnade.config import complete_settings, load_preset, override, preset_names, write_settings
 from colonnade.errors import UsageError
-from colonnade.flags import parse_resume, parse_training
+from colonnade.flags import parse_evaluation, parse_resume, parse_training
+from colonnade.other_names import _OTHER_NAMES
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.setting_values import wall_time_seconds
 
@@ -312,8 +314,10 @@ def test_unknown_names_come_with_the_nearest_known_one(tmp_path: Path) -> None:
     def in_file(key: object) -> str:
         return refusal("--config", write(tmp_path / "c.yaml", {key: 1}))  # type: ignore[dict-item]
 
-    assert "unknown key 'blok_size'; the nearest known one is 'block_size'" in in_file("blok_size")
-    assert "unknown key 'total-steps'; the nearest known one is 'total_steps'" in in_file("total-steps")
+    assert "unknown key 'blok_size'; the nearest known one is block_size" in in_file("blok_size")
+    assert "unknown key 'total-steps'; the nearest known one is total_steps" in in_file("total-steps")
+    for name, meant in (("lr", "learning_rate"), ("train.max_seq_length", "block_size"), ("dtype", "precision")):
+        assert f"unknown key {name!r}; here it is {meant}" in in_file(name)
     assert "unknown key None" in in_file(None)
     assert "unknown key 3" in in_file(3)
     assert refusal("--blok-size", "3") == "unknown flag --blok-size; the nearest known one is --block-size"
@@ -323,7 +327,50 @@ def test_unknown_names_come_with_the_nearest_known_one(tmp_path: Path) -> None:
     for name in ("tinny", "../presets/argonne-2b"):
         assert f"--preset {name!r} does not exist; there are aixsim-1.1b, " in refusal("--preset", name)
     assert "'foo' belongs to no flag" in refusal("--seed", "1", "foo")
+    assert "'false' belongs to no flag; write --shuffle for true, --no-shuffle" in refusal("--shuffle", "false")
+    assert "'b.jsonl' belongs to no flag; quote the pattern" in refusal("--data-glob", "a.jsonl", "b.jsonl")
     assert "--seed" in refusal("--seed")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("--lr", "here it is --learning-rate"),
+        ("--tp", "here it is --tensor-parallel-size"),
+        ("--tensor-model-parallel-size", "here it is --tensor-parallel-size"),
+        ("--seq-len", "here it is --block-size"),
+        ("--seq_length", "here it is --block-size"),
+        ("--dtype", "here it is --precision"),
+        ("--num-layers", "the model's sizes are in the file of --model-config, or of a --preset"),
+        ("--micro-batch-size", "here it is --initial-batch-size"),
+        ("--global-batch-size", "here it is --tokens-per-step (in tokens, not sequences)"),
+        ("--training.steps", "here it is --total-steps"),
+        ("--resume", "the same command goes on with the run in its --checkpoint-dir"),
+        ("--quux", "--help lists the flags"),
+        ("--x", "--help lists the flags"),
+    ],
+)
+def test_the_names_of_other_trainers_are_known(name: str, told: str) -> None:
+    assert refusal(name, "1") == f"unknown flag {name}; {told}"
+
+
+def test_names_of_other_trainers_lead_to_flags_that_there_are() -> None:
+    """A name that is a flag here needs no meaning; and what is named as its meaning can be given."""
+    flags = {flag(name) for name in SPECS}
+    assert not flags & {f"--{name}" for name in _OTHER_NAMES}
+    for name in _OTHER_NAMES:
+        told = refusal(f"--{name}", "1").partition("; ")[2]
+        assert "--help" not in told
+        assert "nearest known" not in told
+        assert set(re.findall(r"--[a-z0-9-]+", told)) <= flags
+    # A command that lacks the flag does not name it.
+    with pytest.raises(UsageError, match="unknown flag --lr; --help lists the flags"):
+        parse_evaluation(["--lr", "1"])
+
+
+def test_sections_in_a_file_are_refused_by_name(tmp_path: Path) -> None:
+    line = refusal("--config", write(tmp_path / "c.yaml", {"training": {"seed": 1}}))
+    assert "unknown key 'training'; settings are flat" in line
 
 
 @pytest.mark.parametrize("parse", [parse_training, parse_resume])

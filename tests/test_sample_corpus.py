@@ -286,7 +286,7 @@ def test_a_run_whose_data_were_forgotten_does_not_train_on_it(
     folder = tmp_path / "here"  # nothing in ../data either
     folder.mkdir()
     monkeypatch.chdir(folder)
-    with pytest.raises(UsageError, match="no --data-glob.*: give --data-glob"):
+    with pytest.raises(UsageError, match=r"no --data-glob.*: give --data-glob"):
         resolve_data(RunSettings(**given), [])
     assert list(folder.iterdir()) == []
 
