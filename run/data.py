@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ def settle_backend(
 ) -> Backend:
     """The library that encodes, for all ranks; shown to give the same ids on the first rows of the first shards."""
     rows = read_first_rows(Units(_first_usable_shards(settings)), settings.text_column)
-    _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
+    _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows, tell=partial(print, flush=True))
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
     return backend

@@ -159,6 +159,7 @@ def base(inputs: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "data_glob": inputs / "good" / "*.parquet",
         "tokenizer_path": inputs / "tokenizer",
+        "tokenizer_backend": "hf",  # nothing to compare, and to tell of, in a user's first start
         "model_config": inputs / "model.json",
         "block_size": 32,
         "initial_batch_size": 3,
