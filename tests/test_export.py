@@ -63,6 +63,21 @@ def test_an_exported_folder_holds_the_weights_it_came_from(layout: Any, tmp_path
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == end
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_that_a_tokenizer_does_not_have_are_none(layout: Any, tmp_path: Path, family: str) -> None:
+    """Ids 1 and 2, Llama's defaults, are letters of this tokenizer."""
+    trained, _ = opened(tmp_path, family)
+    bare = tiny_tokenizer()
+    bare.bos_token = bare.eos_token = bare.pad_token = None
+    trained = dataclasses.replace(trained, tokenizer=bare)
+    export_checkpoint(trained, layout, tmp_path / "out", text=TEXT)
+    for config in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").config,
+        GenerationConfig.from_pretrained(tmp_path / "out"),
+    ):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
 def test_parts_of_a_size_and_bf16(layout: Any, tmp_path: Path) -> None:
     trained, weights = opened(tmp_path, "llama")
     export_checkpoint(trained, layout, tmp_path / "out", dtype="bfloat16", max_shard_size="40KB", text=TEXT)
