@@ -30,6 +30,7 @@ from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run.batch_sizes import requested_global_batch
 from run.data import require_vocabulary, run_tokenizer, weight_changes
+from run.folder import SETTINGS_NAME
 
 FINGERPRINT_INTERVAL = 100
 
@@ -208,8 +209,9 @@ def require_same_run(
     changed += weight_changes(record, settings)
     if changed:
         raise UsageError(
-            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own, "
-            "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
+            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own "
+            f"(--config {Path(settings.checkpoint_dir, SETTINGS_NAME)}), another --checkpoint-dir, or change them with "
+            "resume_pretrain_tensor.py"
         )
     return record
 

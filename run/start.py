@@ -44,6 +44,7 @@ from run.folder import (
     require_own_model,
     require_steps_left,
     require_writable,
+    with_own_settings,
 )
 from run.inputs import (
     arithmetic_changes,
@@ -73,8 +74,9 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: input that cannot work, or the folder holds a run with other settings.
     """
-    layout = _join_ranks(given)
     notes: list[str] = []
+    given = with_own_settings(given, notes)
+    layout = _join_ranks(given)
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
     with _folder_of(settings) as lock:
         return _start(settings, layout, notes, lock)

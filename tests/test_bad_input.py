@@ -446,7 +446,7 @@ def test_a_run_is_not_gone_on_with_under_other_settings(name: str, inputs: Path,
     (stopped / ".tmp-streaming_checkpoint_step_4-0000").mkdir()
     before = contents(stopped)
     (outcome,) = start(TRAINING, flags_of(base(inputs, stopped, **{name: value})))
-    require_refusal(outcome, TRAINING, says, "another --checkpoint-dir")
+    require_refusal(outcome, TRAINING, says, f"(--config {stopped}/run.yaml)", "another --checkpoint-dir")
     assert contents(stopped) == before
 
 
@@ -548,6 +548,15 @@ def test_settings_given_back_go_on_with_the_run(stopped: Path) -> None:
     (outcome,) = start(TRAINING, flags)
     assert outcome.code == 0, outcome
     assert losses(stopped) == expected
+    assert yaml.safe_load((stopped / "run.yaml").read_text()) == {**saved, "checkpoint_dir": str(stopped)}
+
+
+def test_a_folder_by_itself_goes_on_with_its_own_settings(stopped: Path) -> None:
+    expected, saved = losses(stopped), yaml.safe_load((stopped / "run.yaml").read_text())
+    outcomes = start(TRAINING, ["--checkpoint-dir", str(stopped)], ranks=2)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert "going on from" in outcomes[0].output
+    assert losses(stopped) == pytest.approx(expected, rel=1e-5)
     assert yaml.safe_load((stopped / "run.yaml").read_text()) == {**saved, "checkpoint_dir": str(stopped)}
 
 
