@@ -18,8 +18,10 @@ from colonnade.errors import UsageError
 from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
+from colonnade.run_settings import PRECISION_ALIASES
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(PRECISION_ALIASES)
+_DTYPE_OF = {short: name for name, short in PRECISION_ALIASES.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +63,13 @@ def _parse(arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argpa
     parser = TrainedModelParser(prog="export_hf.py", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--output", required=True, metavar="PATH", help="the folder to make, or a file whose name ends in .pth")
-    add("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32: exact)")
+    add(
+        "--dtype",
+        default="float32",
+        type=lambda name: _DTYPE_OF.get(name, name),
+        choices=DTYPES,
+        help="of the weights (default float32: exact)",
+    )
     text = "largest file of weights (default 5GB); so much is held beside the model"
     add("--max-shard-size", metavar="SIZE", help=text)
     text = "text to compare logits on (default the first of the run's data)"

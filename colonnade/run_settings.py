@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 CHECKPOINT_MODES = ("async", "sync")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -26,7 +27,7 @@ def setting(default: Any, group: str, text: str, **extra: Any) -> Any:
     """A field with its help text.
 
     `identity` marks a setting whose change makes it a different run; `unit` is the flag's metavar; `only_with` names
-    another field and the values it must have for this one to take effect.
+    another field and the values it must have for this one to take effect; `aliases` are other words for its choices.
     """
     return field(default=default, metadata={"group": group, "help": text, **extra})
 
@@ -254,6 +255,7 @@ class RunSettings:
         "execution",
         "of matrix products; auto is bf16 on accelerators that have it, else fp32",
         choices=PRECISIONS,
+        aliases=PRECISION_ALIASES,
     )
     tensor_parallel_size: int | None = setting(
         None,

@@ -18,10 +18,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import export_hf
 import model
 from colonnade.config import complete_settings, load_preset, override, preset_names, write_settings
 from colonnade.errors import UsageError
-from colonnade.flags import parse_evaluation, parse_resume, parse_training
+from colonnade.flags import parse_evaluation, parse_plan, parse_resume, parse_training
 from colonnade.other_names import _OTHER_NAMES
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.setting_values import wall_time_seconds
@@ -185,7 +186,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("adam_beta2", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
     ("max_grad_norm", ["-1"], ["0"]),
     ("seed", ["-1", str(2**63)], ["0", str(2**63 - 1)]),
-    ("precision", ["fp8", "FP32", "float32"], ["auto", "fp32", "bf16", "fp16"]),
+    ("precision", ["fp8", "FP32", "half"], ["auto", "fp32", "bf16", "fp16"]),
     ("tokenizer_backend", ["rust", "HF", "fast"], ["auto", "hf", "fastokens"]),
     ("tensor_parallel_size", ["0", "-2"], ["1"]),
     ("tensor_slices", ["0", "-2"], ["1"]),
@@ -218,12 +219,42 @@ def numeric(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("name", numeric("int"))
 def test_whole_numbers(name: str, tmp_path: Path) -> None:
-    for text in ("x", "1.5", "1e2", "nan", "inf", "", "0x10", "9" * 5000):
+    for text in ("x", "1.5", "1e-2", "nan", "inf", "", "0x10", "9" * 5000, "1e999999999", "K", "1.5e0"):
         assert "it must be a whole number" in refusal(flag(name), text)
-    for value in (True, 1.0, float("nan"), [1], {"a": 1}, "x"):
+    for value in (True, 1.5, float("nan"), [1], {"a": 1}, "x"):
         line = refusal("--config", write(tmp_path / "c.yaml", {name: value}))
         assert line.startswith(f"--config {tmp_path / 'c.yaml'}: {name} is ")
         assert "it must be a whole number" in line
+
+
+def test_whole_numbers_as_people_write_them(tmp_path: Path) -> None:
+    for name, texts, number in (
+        ("total_steps", ("1e4", "10_000", "10000.0", "1E+4"), 10_000),
+        ("tokens_per_step", ("1e6", "1M", "1000k", "0.001B", "1_000_000"), 1_000_000),
+        ("seed", ("9007199254740993", "9007199254740993.0"), 2**53 + 1),  # which a float cannot hold
+    ):
+        for text in texts:
+            for parsed in (
+                parse_training([flag(name), text]),
+                parse_training(["--config", write(tmp_path / "c.yaml", f"{name}: {text}\n")]),
+            ):
+                assert parsed == {name: number} or (parsed[name] == 2**53 and text.endswith(".0"))  # YAML's own float
+                assert type(parsed[name]) is int
+    assert parse_plan(["--preset", "tiny", "--tokens", "2T"])[0].tokens == 2 * 10**12
+    assert parse_plan(["--preset", "tiny", "--tokens", "2.5e12"])[0].tokens == 25 * 10**11
+    for text in ("1.0005K", "1.5", "2G", "2TT", "T"):
+        assert "it must be a whole number" in refusal("--tokens", text, parse=parse_plan)
+    # Where K could be 1024 it is not accepted.
+    for name in ("total_steps", "block_size", "seed"):
+        assert "it must be a whole number" in refusal(flag(name), "4K")
+
+
+def test_other_words_for_precisions(tmp_path: Path) -> None:
+    for long, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+        assert parse_training(["--precision", long]) == {"precision": short}
+        assert parse_training(["--config", write(tmp_path / "c.yaml", {"precision": long})]) == {"precision": short}
+        export = ["--checkpoint-path", "x", "--output", "y", "--dtype"]
+        assert export_hf._parse([*export, long])[1].dtype == export_hf._parse([*export, short])[1].dtype == long
 
 
 @pytest.mark.parametrize("name", numeric("float"))
@@ -250,9 +281,12 @@ def test_wall_times(tmp_path: Path) -> None:
             parse_training(["--config", write(tmp_path / "c.yaml", {"wall_time": text})]),
         ):
             assert wall_time_seconds(parsed["wall_time"]) == seconds
+    for text, written in {"30m": "00:30:00", "2h": "02:00:00", "90s": "00:01:30", "36h": "1-12:00:00"}.items():
+        assert parse_training(["--wall-time", text]) == {"wall_time": written}
+        assert parse_training(["--config", write(tmp_path / "c.yaml", {"wall_time": text})]) == {"wall_time": written}
     (tmp_path / "d.yaml").write_text("wall_time: 4:00:00\n")
     assert wall_time_seconds(parse_training(["--config", str(tmp_path / "d.yaml")])["wall_time"]) == 14400
-    for text in ("", "90", "10:00", "00:00:00", "1:60:00", "-01:00:00", "1-2", "x"):
+    for text in ("", "90", "0m", "5w", "10:00", "00:00:00", "1:60:00", "-01:00:00", "1-2", "x"):
         assert "it must be a time above zero as [DAYS-]HH:MM:SS" in refusal(f"--wall-time={text}")
     for value in ({"a": "b"}, ["a"], True, 1.5, -5):
         assert "[DAYS-]HH:MM:SS" in refusal("--config", write(tmp_path / "c.yaml", {"wall_time": value}))
