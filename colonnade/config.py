@@ -55,21 +55,26 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A preset's (model sizes, recommended settings).
+    """A preset's (model sizes, recommended settings). `name` is one of `preset_names`, or a path to a .yaml file.
 
     Raises:
         UsageError: there is no preset of that name (the existing ones are listed), or its file has other sections.
     """
-    if name not in preset_names():
-        raise UsageError(f"--preset {brief.repr(name)} does not exist; there are {', '.join(preset_names())}")
-    path = PRESET_FOLDER / f"{name}.yaml"
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PRESET_FOLDER / f"{name}.yaml"
+        if name not in preset_names():
+            raise UsageError(
+                f"--preset {brief.repr(name)} does not exist; there are {', '.join(preset_names())}, or give the path "
+                "of a .yaml file of your own"
+            )
     values = read_yaml(path, "--preset")
     model, training = values.pop("model", None), values.pop("training", {})
     if values or not isinstance(model, dict) or not isinstance(training, dict):
         raise UsageError(
             f"--preset {path}: must hold a mapping 'model', may hold a mapping 'training', and nothing else"
         )
-    return model, check_settings(training, f"presets/{name}.yaml")
+    return model, check_settings(training, f"--preset {path}")
 
 
 # ---------------------------------------------------------------------------------------------- putting together

@@ -46,7 +46,10 @@ class RunSettings:
 
     # Model
     preset: str | None = setting(
-        None, "model", "model size, a file name in presets/ (default argonne-2b; on the CPU tiny)", unit="NAME"
+        None,
+        "model",
+        "model size, a file name in presets/, or a path (default argonne-2b; on the CPU tiny)",
+        unit="NAME",
     )
     model_config: str | None = setting(
         None, "model", "Hugging Face config.json (or its folder) instead of a preset", unit="PATH"

@@ -49,7 +49,13 @@ _SAMPLED_TEXTS = 64
 def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     """Settle where the text and the tokenizer are: as given, in the usual places, or the sample corpus."""
     if settings.init_from is not None and not Path(settings.init_from, "config.json").is_file():
-        raise UsageError(f"--init-from {settings.init_from} holds no config.json; give a Hugging Face folder")
+        problem = "holds no config.json; give a Hugging Face folder"
+        if not Path(settings.init_from).exists():
+            problem = (
+                "is no folder here, and names on the hub are not fetched: hf download NAME --local-dir FOLDER, then "
+                "--init-from FOLDER"
+            )
+        raise UsageError(f"--init-from {settings.init_from} {problem}")
     for flag, source in (("--model-config", settings.model_config), ("--init-from", settings.init_from)):
         if source is not None:  # a model that is refused is refused before a corpus is made
             ModelConfig.from_json(source, vocab_size=VOCAB_MULTIPLE, flag=flag)

@@ -200,6 +200,13 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tokenizer_path": "{}/nothing"}, ("nothing' is not a tokenizer", "give a folder")),
     ({"tokenizer_path": "{}/nowhere"}, ("does not exist", "give a folder")),
     ({"tokenizer_path": "{}/file"}, ("is not a folder",)),
+    (
+        {"tokenizer_path": "{}/tokenizer/tokenizer.json"},
+        (
+            "is not a folder; give its folder",
+            "/tokenizer' with",
+        ),
+    ),
     ({"tokenizer_path": "{}/torn"}, ("torn' is not a tokenizer", "line 1 column 13")),
     ({"tokenizer_path": "{}/foreign"}, ("foreign' is not a tokenizer", "lacks 'added_tokens'")),
     ({"tokenizer_path": "{}/modelless"}, ("modelless' is not a tokenizer", "give a folder")),
@@ -595,6 +602,7 @@ RESUME_REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     ([], ("--checkpoint-path is missing",)),
     (["--checkpoint-path", "{run}/none"], ("none does not exist", "give a run folder or a checkpoint")),
     (["--checkpoint-path", "{inputs}/good"], ("good holds no checkpoint", "streaming_checkpoint_step_N")),
+    (["--checkpoint-path", "{inputs}/weights"], ("weights holds no checkpoint", "training.py --init-from")),
     (["--checkpoint-path", "{inputs}/file"], ("file is not a checkpoint", ".pth was expected")),
     (["--checkpoint-path", "x" * 300], ("cannot be read (File name too long)",)),
     (["--checkpoint-path", "{run}"], ("--total-steps 4 leaves nothing to do", "is at step 4", "give more")),

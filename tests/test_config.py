@@ -402,6 +402,20 @@ def test_names_of_other_trainers_lead_to_flags_that_there_are() -> None:
         parse_evaluation(["--lr", "1"])
 
 
+def test_a_preset_of_ones_own_is_a_path(tmp_path: Path) -> None:
+    sizes, recommended = load_preset("tiny")
+    path = write(
+        tmp_path / "own.yaml", {"model": {**sizes, "num_hidden_layers": 3}, "training": {"learning_rate": 0.5}}
+    )
+    assert load_preset(path) == ({**sizes, "num_hidden_layers": 3}, {"learning_rate": 0.5})
+    assert complete_settings(parse_training(["--preset", path])).learning_rate == 0.5 != recommended["learning_rate"]
+    assert load_preset(str(ROOT / "presets" / "tiny.yaml")) == (sizes, recommended)
+    assert f"--preset {tmp_path}/none.yaml: cannot be read" in refusal("--preset", f"{tmp_path}/none.yaml")
+    assert "of a .yaml file of your own" in refusal("--preset", str(tmp_path / "own"))
+    bad = write(tmp_path / "bad.yaml", {"model": sizes, "training": {"lr": 1}})
+    assert f"--preset {bad}: unknown key 'lr'; here it is learning_rate" in refusal("--preset", bad)
+
+
 def test_sections_in_a_file_are_refused_by_name(tmp_path: Path) -> None:
     line = refusal("--config", write(tmp_path / "c.yaml", {"training": {"seed": 1}}))
     assert "unknown key 'training'; settings are flat" in line

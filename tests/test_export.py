@@ -228,6 +228,7 @@ def test_training_begins_with_the_weights_of_a_folder(run_folder: Path, exported
         ("generate", ["--prompt", "x", "--top-p", "0"], "--top-p 0.0 must be above 0"),
         ("generate", ["--prompt", "x", "--max-new-tokens", "64"], "the model's context of 64; give at most"),
         ("training", ["--init-from", "{}/corpus"], "--init-from {}/corpus holds no config.json"),
+        ("training", ["--init-from", "meta-llama/Llama-3.2-1B"], "not fetched: hf download NAME --local-dir FOLDER"),
         ("training", ["--init-from", "{}", "--tokenizer-path", "{}/tokenizer"], "holds neither model.safetensors"),
         ("training", ["--init-from", "{}", "--preset", "tiny"], "leave --preset out"),
     ],
