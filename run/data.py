@@ -236,10 +236,11 @@ def _stream_of(
 def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
     """What the start of a run says of its data, which goes on from `position`."""
     start = stream.start
-    corpora = ", ".join(
-        f"{corpus.name} {corpus.files} files{f' ({weight:.1%})' if len(start.weights) > 1 else ''}"
-        for corpus, weight in zip(start.head.corpora, start.weights, strict=True)
-    )
+    counts = [f"{corpus.files} file{'' if corpus.files == 1 else 's'}" for corpus in start.head.corpora]
+    corpora = counts[0]
+    if len(counts) > 1:
+        named = zip(start.head.corpora, counts, start.weights, strict=True)
+        corpora = ", ".join(f"{corpus.name} {count} ({weight:.1%})" for corpus, count, weight in named)
     lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
     notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
     if position is not None and len(start.changes) == len(position.changes) and start.weights != position.weights:

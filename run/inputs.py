@@ -173,14 +173,23 @@ def _require_memory(settings: RunSettings, config: ModelConfig, layout: Parallel
     shards = shard_count(settings, layout.dp)
     # Before they are shared out a rank holds the parameters of its tensor-parallel part.
     needed = max(sum(state) // shards, state[0]) * ranks
+    limit, allowed = settings.memory_limit_gib, f"there are {_gib(memory)}"
+    # A deterministic run's micro-batch is not tuned, which is what the limit is for.
+    if limit is not None and not settings.deterministic and limit * GIB * ranks < memory:
+        memory = int(limit * GIB * ranks)
+        allowed = f"--memory-limit-gib {limit:g} allows {_gib(memory)}"
     if needed > memory:
         shared = f", {shards} shards" if shards > 1 else ""
         shared += f" on the {ranks} ranks of a node" if ranks > 1 else ""
         raise UsageError(
             f"parameters, gradients and optimizer state of a model of {config.num_parameters:,} parameters take "
-            f"{needed // GIB:,} GiB at tp {layout.tp}{shared}, and there are {memory // GIB:,} GiB; use a smaller "
-            "model, more tensor-parallel ranks or --data-parallel-shard"
+            f"{_gib(needed)} at tp {layout.tp}{shared}, and {allowed}; use a smaller model, more tensor-parallel ranks "
+            "or --data-parallel-shard"
         )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.2g} GiB"
 
 
 # --------------------------------------------------------------------------------------------- is it the same run

@@ -116,6 +116,8 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
         found, damaged = newest_checkpoint(lock.directory, settings)
         record = check()
     if found is None:
+        if settings.init_from is not None:
+            notes.append(f"weights from {settings.init_from}")
         return assemble(settings, config, layout, notes, Origin(), lock)
     step = found.step or 0
     if step >= settings.total_steps:

@@ -233,6 +233,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model_config": "{}/none.json"}, ("No such file",)),
     ({"model_config": None, "preset": "tinny"}, ("--preset 'tinny' does not exist; there are aixsim-1.1b",)),
     ({"preset": "tiny"}, ("--preset tiny and --model-config", "give one of them")),
+    ({"memory_limit_gib": "1e-5"}, ("parameters take 0.00", "and --memory-limit-gib 1e-05 allows 1e-05 GiB")),
     # Sizes that do not go together
     ({"block_size": 65}, ("--block-size 65 is above the model's context of 64", "at most")),
     ({"tokens_per_step": 33}, ("--tokens-per-step 33 is no multiple of --block-size 32", "32 or 64")),

@@ -199,6 +199,10 @@ def test_training_begins_with_the_weights_of_a_folder(run_folder: Path, exported
     flags += ["--learning-rate", "1e-30", "--warmup-steps", "0", "--block-size", "64"]
     outcomes = start("training", flags, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    files = len(list((run_folder / "corpus").glob("*.parquet")))
+    lines = outcomes[0].output.splitlines()
+    assert f"weights from {exported}" in lines
+    assert any(line.startswith(f"data: {files} files; ") for line in lines), lines  # one corpus has no name
     back = ["--checkpoint-path", str(run_folder / "begun"), "--output", str(run_folder / "back.pth")]
     (outcome,) = start("export_hf", back)
     assert outcome.code == 0, outcome
