@@ -408,7 +408,7 @@ class RunSettings:
     wall_time: str | None = setting(
         None,
         "stopping and hangs",
-        "time since the launch, as [DAYS-]HH:MM:SS, by which the run has saved and stopped (default no limit)",
+        "time since the launch, as [DAYS-]HH:MM:SS or 2h, by which the run has saved and stopped (default no limit)",
         unit="TIME",
     )
     startup_timeout: float = setting(
