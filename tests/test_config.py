@@ -544,7 +544,7 @@ def test_a_preset_with_other_sections_is_refused(tmp_path: Path, monkeypatch: py
         write(tmp_path / "mine.yaml", content)
         assert "must hold a mapping 'model'" in refusal("--preset", "mine")
     write(tmp_path / "mine.yaml", "model: {}\ntraining: {seed: x}")
-    assert "presets/mine.yaml: seed is 'x'" in refusal("--preset", "mine")
+    assert f"--preset {tmp_path}/mine.yaml: seed is 'x'" in refusal("--preset", "mine")
 
 
 @pytest.mark.parametrize("script", ["training.py", "resume_pretrain_tensor.py"])
