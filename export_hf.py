@@ -18,8 +18,10 @@ from colonnade.errors import UsageError
 from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
+from colonnade.run_settings import PRECISION_ALIASES
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(PRECISION_ALIASES)
+_DTYPE_OF = {short: name for name, short in PRECISION_ALIASES.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,6 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[TrainedModelSettings, argpa
     add(
         "--dtype",
         default="float32",
+        type=lambda name: _DTYPE_OF.get(name, name),
         choices=DTYPES,
         help="dtype of the exported weights (default float32, which is exact)",
     )

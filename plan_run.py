@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print_plan(config, plan)
         if asked.write:
-            print(f"written to {output}: {_command(plan, output, asked.gpus_per_node)}")
+            print(f"written to {output}: {_command(plan, output, asked.gpus_per_node, planned)}")
 
 
 def _model(asked: PlanSettings, settings: RunSettings) -> ModelConfig:
@@ -91,21 +91,25 @@ def _settings_of(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(values: Mapping[str, Any], plan: Plan, path: Path, per_node: int) -> None:
     ranks = f"tp {plan.parallel.tp} x dp {plan.dp}"
-    head = f"# {plan.tokens:,} tokens in {plan.steps:,} steps on {ranks}\n# {_command(plan, path, per_node)}\n"
+    head = f"# {plan.tokens:,} tokens in {plan.steps:,} steps on {ranks}\n# {_command(plan, path, per_node, values)}\n"
     try:
         replace_file(path, head + yaml.safe_dump(dict(values), sort_keys=False))
     except OSError as error:
         raise UsageError(f"--output {path} cannot be written ({error.strerror}); give another file") from error
 
 
-def _command(plan: Plan, path: Path, per_node: int) -> str:
+def _command(plan: Plan, path: Path, per_node: int, values: Mapping[str, Any]) -> str:
+    """The command that starts the run, with a placeholder for what the file of `values` lacks: data and tokenizer."""
     launcher = "python"
     if plan.gpus > 1:
         nodes = max(1, plan.gpus // per_node)
         meeting = " --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=RUN"  # on each node, see docs/usage.md
         launcher = f"torchrun --nproc_per_node={plan.gpus // nodes}"
         launcher += f" --nnodes={nodes}{meeting}" if nodes > 1 else ""
-    return f"{launcher} training.py --config {path}"
+    missing = "" if values.get("data_glob") else " --data-glob 'FOLDER/*.parquet'"
+    if not values.get("tokenizer_path") and not values.get("init_from"):
+        missing += " --tokenizer-path TOKENIZER"
+    return f"{launcher} training.py --config {path}{missing}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, setting, step_setting
+from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, PRECISION_ALIASES, setting, step_setting
 
 _CHECKPOINT = (
     "a run's folder (its newest checkpoint), one checkpoint, a .pth file, or wandb:entity/project/name:version; "
@@ -65,7 +65,9 @@ class TrainedModelSettings:
 class EvaluationSettings(TrainedModelSettings):
     """Settings of `evaluate.py`."""
 
-    precision: str = setting("fp32", "model", "precision of matrix products", choices=("fp32", "bf16", "fp16"))
+    precision: str = setting(
+        "fp32", "model", "precision of matrix products", choices=("fp32", "bf16", "fp16"), aliases=PRECISION_ALIASES
+    )
     tensor_parallel_size: int | None = setting(
         None,
         "model",

@@ -15,8 +15,9 @@ import yaml
 
 from colonnade.errors import UsageError
 from colonnade.files import replace_file
+from colonnade.other_names import advice
 from colonnade.run_settings import RunSettings
-from colonnade.setting_values import brief, check_field, multiples_near, nearest, read_yaml
+from colonnade.setting_values import brief, check_field, multiples_near, read_yaml
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "presets"
 
@@ -27,14 +28,16 @@ def check_settings(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """Check setting names and values from a file: each name is known, each value has its type and is within limits.
 
     Raises:
-        UsageError: names `source`, the key and the limit; for an unknown key, the nearest known one.
+        UsageError: names `source`, the key and the limit; for an unknown key, the one that may have been meant.
     """
     specs = {spec.name: spec for spec in fields(RunSettings)}
     checked = {}
     for key, value in values.items():
         if key not in specs:
-            near = nearest(str(key)[:100], specs)
-            raise UsageError(f"{source}: unknown key {brief.repr(key)}; the nearest known one is {near!r}")
+            told = advice(str(key)[:100], specs, "the flags in --help are the keys, with _ for -")
+            if isinstance(value, Mapping):
+                told = "settings are flat: write its keys without a section"
+            raise UsageError(f"{source}: unknown key {brief.repr(key)}; {told}")
         checked[key] = check_field(specs[key], value, f"{source}: {key}")
     return checked
 
@@ -52,21 +55,26 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A preset's (model sizes, recommended settings).
+    """A preset's (model sizes, recommended settings). `name` is one of `preset_names`, or a path to a .yaml file.
 
     Raises:
         UsageError: there is no preset of that name (the existing ones are listed), or its file has other sections.
     """
-    if name not in preset_names():
-        raise UsageError(f"--preset {brief.repr(name)} does not exist; there are {', '.join(preset_names())}")
-    path = PRESET_FOLDER / f"{name}.yaml"
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PRESET_FOLDER / f"{name}.yaml"
+        if name not in preset_names():
+            raise UsageError(
+                f"--preset {brief.repr(name)} does not exist; there are {', '.join(preset_names())}, or give the path "
+                "of a .yaml file of your own"
+            )
     values = read_yaml(path, "--preset")
     model, training = values.pop("model", None), values.pop("training", {})
     if values or not isinstance(model, dict) or not isinstance(training, dict):
         raise UsageError(
             f"--preset {path}: must hold a mapping 'model', may hold a mapping 'training', and nothing else"
         )
-    return model, check_settings(training, f"presets/{name}.yaml")
+    return model, check_settings(training, f"--preset {path}")
 
 
 # ---------------------------------------------------------------------------------------------- putting together

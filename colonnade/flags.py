@@ -6,8 +6,8 @@ Nothing heavy is imported, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from colonnade.command_settings import (
 )
 from colonnade.config import complete_settings, override, read_settings
 from colonnade.errors import UsageError
+from colonnade.other_names import advice
 from colonnade.run_settings import RunSettings
 from colonnade.setting_values import check_field, flag_of, useless_alone
 
@@ -210,15 +211,30 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse(self, arguments: Sequence[str] | None) -> dict[str, Any]:
-        """The given flags by name. Raises UsageError for an unknown flag, naming the nearest known one."""
+        """The given flags by name. Raises UsageError for an unknown flag, saying which one may have been meant."""
+        arguments = sys.argv[1:] if arguments is None else arguments
         namespace, unknown = self.parse_known_args(arguments)
         for argument in unknown:
             if not argument.startswith("--"):
-                raise UsageError(f"argument {argument!r:.100} belongs to no flag; --help lists the flags")
+                raise UsageError(
+                    f"argument {argument!r:.100} belongs to no flag; {self._why_stray(argument, arguments)}"
+                )
             name = argument.partition("=")[0][:100]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.0)[0]
-            raise UsageError(f"unknown flag {name}; the nearest known one is {near}")
+            known = [option for option in self._option_string_actions if option not in ("--help", "-h")]
+            raise UsageError(f"unknown flag {name}; {advice(name, known, '--help lists the flags')}")
         return vars(namespace)
+
+    def _why_stray(self, argument: str, arguments: Sequence[str]) -> str:
+        """What to do about an argument that no flag takes, from the flag that it comes after."""
+        before = [one for one in arguments[: list(arguments).index(argument)] if one.startswith("--")]
+        flag = before[-1].partition("=")[0] if before else ""
+        action = self._option_string_actions.get(flag)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            name = flag.removeprefix("--no-").removeprefix("--")
+            return f"write --{name} for true, --no-{name} for false"
+        if flag.endswith("-glob"):
+            return f"quote the pattern, else the shell replaces it by the files: {flag} 'FOLDER/*'"
+        return "--help lists the flags"
 
     def error(self, message: str) -> Any:
         # argparse says "ignored" of an argument that it in fact rejects.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TOKENIZER_BACKENDS = ("auto", "hf", "fastokens")
 CHECKPOINT_MODES = ("async", "sync")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -26,7 +27,7 @@ def setting(default: Any, group: str, text: str, **extra: Any) -> Any:
     """A field with its help text.
 
     `identity` marks a setting whose change makes it a different run; `unit` is the flag's metavar; `only_with` names
-    another field and the values it must have for this one to take effect.
+    another field and the values it must have for this one to take effect; `aliases` are other words for its choices.
     """
     return field(default=default, metadata={"group": group, "help": text, **extra})
 
@@ -45,7 +46,10 @@ class RunSettings:
 
     # Model
     preset: str | None = setting(
-        None, "model", "model size: the name of a file in presets/ (default argonne-2b; tiny on the CPU)", unit="NAME"
+        None,
+        "model",
+        "model size: the name of a file in presets/, or a path to one (default argonne-2b; tiny on the CPU)",
+        unit="NAME",
     )
     model_config: str | None = setting(
         None, "model", "Hugging Face config.json, or its folder, to use instead of a preset", unit="PATH"
@@ -279,6 +283,7 @@ class RunSettings:
         "execution",
         "precision of matrix products; auto is bf16 on accelerators that support it, otherwise fp32",
         choices=PRECISIONS,
+        aliases=PRECISION_ALIASES,
     )
     tensor_parallel_size: int | None = setting(
         None,
@@ -436,7 +441,8 @@ class RunSettings:
     wall_time: str | None = setting(
         None,
         "stopping and hangs",
-        "time limit since the launch, as [DAYS-]HH:MM:SS: the run saves and stops before it is over (default no limit)",
+        "time limit since the launch, as [DAYS-]HH:MM:SS or 2h: the run saves and stops before it is over (default no "
+        "limit)",
         unit="TIME",
     )
     startup_timeout: float = setting(

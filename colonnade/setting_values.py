@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
     if spec.name == "wall_time":
         return _check_wall_time(value, source)
     try:
-        value = _convert(kind, value)
+        value = _convert(kind, value, _SUFFIXES if spec.name in _COUNTS_OF_TOKENS else {})
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{source} is {brief.repr(value)}; it must be {_KINDS[kind]}") from None
     limits = spec.metadata
+    value = limits.get("aliases", {}).get(value, value) if kind == "str" else value
     for broken, limit in (
         (kind == "str" and not value.strip(), "some text, or left out"),
         ("minimum" in limits and value < limits["minimum"], f"at least {limits.get('minimum')}"),
@@ -55,7 +57,7 @@ def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
     return value
 
 
-def _convert(kind: str, value: Any) -> Any:
+def _convert(kind: str, value: Any, suffixes: Mapping[str, int]) -> Any:
     if kind == "bool":
         if not isinstance(value, bool):
             raise TypeError
@@ -65,13 +67,39 @@ def _convert(kind: str, value: Any) -> Any:
             raise TypeError
         return value
     # Text may be a number: YAML 1.1 reads 1e-3 as text, and flags are always text. In Python a bool is an int, so it is
-    # excluded; a float such as 1.0 is not accepted as a whole number.
-    if not isinstance(value, str | int | float) or isinstance(value, bool) or (kind == "int" and type(value) is float):
+    # excluded.
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise TypeError
-    number = int(value) if kind == "int" else float(value)
+    if kind == "int":
+        return _whole_number(value, suffixes)
+    number = float(value)
     if not abs(number) < float("inf"):
         raise ValueError
     return number
+
+
+# What a count of tokens may end in. A block's size may not: there K could mean 1024.
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNTS_OF_TOKENS = ("tokens", "tokens_per_step", "max_tokens")
+# No setting allows a number with so many digits, and to write out 1e999999999 would take for ever.
+_MOST_DIGITS = 100
+
+
+def _whole_number(value: str | float, suffixes: Mapping[str, int]) -> int:
+    """The whole number that is written, as 2000000, 2e6, 2000000.0 or 2M, exactly. Raises ValueError."""
+    factor = 1
+    if isinstance(value, str) and value[-1:].upper() in suffixes:
+        value, factor = value[:-1], suffixes[value[-1:].upper()]
+    try:
+        written = Decimal(value)
+    except InvalidOperation:
+        raise ValueError from None
+    if not written.is_finite() or abs(written.adjusted()) > _MOST_DIGITS:
+        raise ValueError
+    number = Fraction(written) * factor  # exact, where a product of Decimals is rounded
+    if number.denominator != 1:
+        raise ValueError
+    return int(number)
 
 
 def _check_batch_size(value: Any, source: str) -> str:
@@ -86,14 +114,20 @@ def _check_batch_size(value: Any, source: str) -> str:
 
 
 _WALL_TIME = re.compile(r"(?:([0-9]{1,3})-)?([0-9]{1,3}):([0-5][0-9]):([0-5][0-9])")
+_SHORT_TIME = re.compile(r"([0-9]{1,6})([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _check_wall_time(value: Any, source: str) -> str:
     # YAML 1.1 reads 04:00:00 as a base-60 integer.
-    if type(value) is int and value >= 0:
-        value = f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
+    seconds = value if type(value) is int else None
+    if isinstance(value, str) and (short := _SHORT_TIME.fullmatch(value)):
+        seconds = int(short[1]) * _SECONDS[short[2]]
+    if seconds is not None and seconds >= 0:
+        days = f"{seconds // 86400}-" if seconds >= 86400 else ""
+        value = f"{days}{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     if not (isinstance(value, str) and _WALL_TIME.fullmatch(value) and wall_time_seconds(value) > 0):
-        raise UsageError(f"{source} is {brief.repr(value)}; it must be a time above zero as [DAYS-]HH:MM:SS")
+        raise UsageError(f"{source} is {brief.repr(value)}; it must be a time above zero as [DAYS-]HH:MM:SS, 30m or 2h")
     return value
 
 
@@ -103,10 +137,6 @@ def wall_time_seconds(text: str) -> int:
     assert match is not None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def divisors(number: int) -> list[int]:

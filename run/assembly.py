@@ -34,7 +34,7 @@ from run.batch import tune_batch
 from run.batch_sizes import check_shares, check_step_size, fixed_micro_batch, requested_global_batch
 from run.data import open_stream, read_validation, run_tokenizer, settle_backend, stream_notes
 from run.end import record_launch
-from run.folder import require_steps_left
+from run.folder import SETTINGS_NAME, require_steps_left
 from run.inputs import arithmetic_of_run
 from run.measurements import device_peak_flops
 from run.model import Origin, State, build_state
@@ -44,9 +44,6 @@ from run.state import Run, Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SETTINGS_NAME = "run.yaml"
-
 
 # --------------------------------------------------------------------------------------------------------- assembling
 

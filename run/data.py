@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,13 @@ _SAMPLED_TEXTS = 64
 def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     """Locate text and tokenizer: as given, in the default folders, or else the sample corpus. Raises UsageError."""
     if settings.init_from is not None and not Path(settings.init_from, "config.json").is_file():
-        raise UsageError(f"--init-from {settings.init_from} holds no config.json; give a Hugging Face folder")
+        problem = "holds no config.json; give a Hugging Face folder"
+        if not Path(settings.init_from).exists():
+            problem = (
+                "is no folder here, and names on the hub are not fetched: hf download NAME --local-dir FOLDER, then "
+                "--init-from FOLDER"
+            )
+        raise UsageError(f"--init-from {settings.init_from} {problem}")
     for flag, source in (("--model-config", settings.model_config), ("--init-from", settings.init_from)):
         if source is not None:  # reject a bad model before creating the sample corpus
             ModelConfig.from_json(source, vocab_size=VOCAB_MULTIPLE, flag=flag)
@@ -59,23 +66,7 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
         settings = settings.replace(data_glob=pattern)
         notes.append(f"no --data-glob: using {pattern} ({len(discover_shards(pattern))} files)")
     else:
-        from colonnade.data.sample_corpus import build_sample_corpus
-
-        print(f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}: using the sample corpus", flush=True)
-        try:
-            corpus = build_sample_corpus(SAMPLE_FOLDER)
-        except UsageError as error:
-            problem = one_line(error).rpartition(": ")[0]
-            raise UsageError(f"{problem}; move it away, or give --data-glob and --tokenizer-path") from error
-        except (OSError, RunError) as error:
-            raise UsageError(
-                f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
-            ) from error
-        settings = settings.replace(
-            data_glob=corpus.train_glob,
-            validation_glob=settings.validation_glob or corpus.validation_glob,
-            tokenizer_path=settings.tokenizer_path or settings.init_from or corpus.tokenizer_path,
-        )
+        settings = _with_sample_corpus(settings)
     if settings.tokenizer_path is None and settings.init_from is not None:
         settings = settings.replace(tokenizer_path=settings.init_from)
     if settings.tokenizer_path is None:
@@ -83,6 +74,35 @@ def resolve_data(settings: RunSettings, notes: list[str]) -> RunSettings:
     if settings.validation_glob is not None:
         _require_shards("--validation-glob", settings.validation_glob)
     return settings
+
+
+def _with_sample_corpus(settings: RunSettings) -> RunSettings:
+    """The settings with the sample corpus as data, which only the tiny preset by itself falls back to.
+
+    Where data, a tokenizer or a larger model were named, --data-glob was forgotten, and the run would train on the
+    wrong text to its end.
+    """
+    from colonnade.data.sample_corpus import build_sample_corpus
+
+    nothing = f"no --data-glob, and nothing in {', '.join(DEFAULT_GLOBS)}"
+    if settings.preset != "tiny" or settings.tokenizer_path is not None or settings.validation_glob is not None:
+        raise UsageError(
+            f"{nothing}: give --data-glob 'FOLDER/*.parquet' (the sample corpus is for --preset tiny without "
+            "--tokenizer-path and --validation-glob)"
+        )
+    print(f"{nothing}: using the sample corpus", flush=True)
+    try:
+        corpus = build_sample_corpus(SAMPLE_FOLDER)
+    except UsageError as error:
+        problem = one_line(error).rpartition(": ")[0]
+        raise UsageError(f"{problem}; move it away, or give --data-glob and --tokenizer-path") from error
+    except (OSError, RunError) as error:
+        raise UsageError(
+            f"{one_line(error)}; give --data-glob and --tokenizer-path, or start in a folder that can be written"
+        ) from error
+    return settings.replace(
+        data_glob=corpus.train_glob, validation_glob=corpus.validation_glob, tokenizer_path=corpus.tokenizer_path
+    )
 
 
 def _require_shards(flag: str, pattern: str) -> None:
@@ -132,7 +152,7 @@ def settle_backend(
 ) -> Backend:
     """Choose the tokenizer backend for all ranks; verified to give the same ids on the first rows of the data."""
     rows = read_first_rows(Units(_first_usable_shards(settings)), settings.text_column)
-    _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows)
+    _, backend = open_encoder(tokenizer, settings.tokenizer_backend, rows, tell=partial(print, flush=True))
     before = record.get("tokenizer_backend", backend.label)
     notes.append(f"{backend}" + (f"; {before} until now, the same ids" if before != backend.label else ""))
     return backend
@@ -223,10 +243,11 @@ def _stream_of(
 def stream_notes(stream: TokenStream, position: DataPosition | None) -> list[str]:
     """The lines that a start prints about its data; `position` is where a resumed run continues."""
     start = stream.start
-    corpora = ", ".join(
-        f"{corpus.name} {corpus.files} files{f' ({weight:.1%})' if len(start.weights) > 1 else ''}"
-        for corpus, weight in zip(start.head.corpora, start.weights, strict=True)
-    )
+    counts = [f"{corpus.files} file{'' if corpus.files == 1 else 's'}" for corpus in start.head.corpora]
+    corpora = counts[0]
+    if len(counts) > 1:
+        named = zip(start.head.corpora, counts, start.weights, strict=True)
+        corpora = ", ".join(f"{corpus.name} {count} ({weight:.1%})" for corpus, count, weight in named)
     lanes = f"{start.head.lanes} lane{'s' if start.head.lanes > 1 else ''}"
     notes = [f"data: {corpora}; {lanes}, {'shuffled' if start.head.shuffle else 'in order'}, {start.head.packing}"]
     if position is not None and len(start.changes) == len(position.changes) and start.weights != position.weights:

@@ -20,6 +20,7 @@ from colonnade.telemetry.metrics import perplexity_of
 from colonnade.telemetry.pictures import PLOT_NAME
 from colonnade.telemetry.report import METRICS_NAME, REPORT_NAME
 from colonnade.telemetry.sinks import Tracker
+from colonnade.telemetry.tracking import CSV_NAME, TENSORBOARD_NAME, WANDB_NAME
 from run.state import LEDGER_NAME, Run, close_data, prune, whole_position
 
 LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMPLETE.json"
@@ -48,8 +49,14 @@ def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None)
         )
     if saved_step >= 0:
         lines.append(f"  checkpoint  {run.directory / checkpoint_name(saved_step)}")
-    if run.settings.jsonl:
-        lines.append(f"  metrics     {run.directory / METRICS_NAME}")
+    for is_on, name in (
+        (run.settings.jsonl, METRICS_NAME),
+        (run.settings.csv, CSV_NAME),
+        (run.settings.tensorboard, TENSORBOARD_NAME),
+        (run.settings.wandb_project is not None, WANDB_NAME),
+    ):
+        if is_on and (run.directory / name).exists():
+            lines.append(f"  metrics     {run.directory / name}")
     if saved_step >= 0:
         lines.append(f"  data ledger {run.directory / LEDGER_NAME}")
     for what, name in (("plot", PLOT_NAME), ("report", REPORT_NAME)):

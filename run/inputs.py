@@ -5,7 +5,6 @@ All functions here return what they resolved, or raise a `UsageError` that names
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from colonnade.config import complete_settings, load_preset
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import check_shards, shard_count
+from colonnade.other_names import closest
 from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
 from colonnade.parallel.float8 import check_float8_sizes, require_float8
@@ -30,6 +30,7 @@ from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run.batch_sizes import requested_global_batch
 from run.data import require_vocabulary, run_tokenizer, weight_changes
+from run.folder import SETTINGS_NAME
 
 FINGERPRINT_INTERVAL = 100
 
@@ -107,8 +108,9 @@ def named_model(settings: RunSettings, vocab_size: int | None) -> ModelConfig:
     known = [field.name for field in fields(ModelConfig)]
     for key in sizes:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise UsageError(f"preset {settings.preset}: unknown key {key!r}; the nearest known one is {near!r}")
+            near = closest(str(key), known)
+            told = f"one of {', '.join(known)}" if near is None else f"the nearest known one is {near}"
+            raise UsageError(f"preset {settings.preset}: unknown key {key!r}; {told}")
     return ModelConfig.from_dict(sizes, vocab_size=vocab_size)
 
 
@@ -171,14 +173,23 @@ def _require_memory(settings: RunSettings, config: ModelConfig, layout: Parallel
     shards = shard_count(settings, layout.dp)
     # Before data-parallel sharding, a rank holds all parameters of its tensor-parallel shard.
     needed = max(sum(state) // shards, state[0]) * ranks
+    limit, allowed = settings.memory_limit_gib, f"there are {_gib(memory)}"
+    # A deterministic run's micro-batch is not tuned, which is what the limit is for.
+    if limit is not None and not settings.deterministic and limit * GIB * ranks < memory:
+        memory = int(limit * GIB * ranks)
+        allowed = f"--memory-limit-gib {limit:g} allows {_gib(memory)}"
     if needed > memory:
         shared = f", {shards} shards" if shards > 1 else ""
         shared += f" on the {ranks} ranks of a node" if ranks > 1 else ""
         raise UsageError(
             f"parameters, gradients and optimizer state of a model of {config.num_parameters:,} parameters take "
-            f"{needed // GIB:,} GiB at tp {layout.tp}{shared}, and there are {memory // GIB:,} GiB; use a smaller "
-            "model, more tensor-parallel ranks or --data-parallel-shard"
+            f"{_gib(needed)} at tp {layout.tp}{shared}, and {allowed}; use a smaller model, more tensor-parallel ranks "
+            "or --data-parallel-shard"
         )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.2g} GiB"
 
 
 # --------------------------------------------------------------------------------------- identity with a stored run
@@ -207,8 +218,9 @@ def require_same_run(
     changed += weight_changes(record, settings)
     if changed:
         raise UsageError(
-            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own, "
-            "another --checkpoint-dir, or change them with resume_pretrain_tensor.py"
+            f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own "
+            f"(--config {Path(settings.checkpoint_dir, SETTINGS_NAME)}), another --checkpoint-dir, or change them with "
+            "resume_pretrain_tensor.py"
         )
     return record
 

@@ -45,6 +45,7 @@ from run.folder import (
     require_own_model,
     require_steps_left,
     require_writable,
+    with_own_settings,
 )
 from run.inputs import (
     arithmetic_changes,
@@ -74,8 +75,9 @@ def start_run(given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: the input is invalid, or the folder holds a run with other settings.
     """
-    layout = _join_ranks(given)
     notes: list[str] = []
+    given = with_own_settings(given, notes)
+    layout = _join_ranks(given)
     settings = resolve_device_settings(with_preset(given, layout, notes), layout, notes)
     with _folder_of(settings) as lock:
         return _start(settings, layout, notes, lock)
@@ -115,6 +117,8 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
         found, damaged = newest_checkpoint(lock.directory, settings)
         record = check()
     if found is None:
+        if settings.init_from is not None:
+            notes.append(f"weights from {settings.init_from}")
         return assemble(settings, config, layout, notes, Origin(), lock)
     step = found.step or 0
     if step >= settings.total_steps:

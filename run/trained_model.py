@@ -77,14 +77,16 @@ class TrainedModel:
             load_model_and_optimizer(self.path, model=model, optimizer=None)
         return model
 
-    def special_token_ids(self) -> dict[str, int]:
-        """Ids of the BOS, EOS and padding tokens, under their keys in a `config.json`."""
+    def special_token_ids(self) -> dict[str, int | None]:
+        """Ids of the BOS, EOS and padding tokens, under their keys in a `config.json`.
+
+        None if there is no such token: a missing key would take the default of the model family in `transformers`.
+        """
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.settings.add_document_boundary_tokens:
             begin, end = boundary_tokens(self.tokenizer)
         pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
-        return {key: value for key, value in ids.items() if value is not None}
+        return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
 
 
 def open_trained(named: TrainedModelSettings) -> TrainedModel:

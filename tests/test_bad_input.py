@@ -160,6 +160,7 @@ def base(inputs: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "data_glob": inputs / "good" / "*.parquet",
         "tokenizer_path": inputs / "tokenizer",
+        "tokenizer_backend": "hf",  # nothing to compare, and to tell of, in a user's first start
         "model_config": inputs / "model.json",
         "block_size": 32,
         "initial_batch_size": 3,
@@ -201,6 +202,13 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tokenizer_path": "{}/nothing"}, ("nothing' is not a tokenizer", "give a folder")),
     ({"tokenizer_path": "{}/nowhere"}, ("does not exist", "give a folder")),
     ({"tokenizer_path": "{}/file"}, ("is not a folder",)),
+    (
+        {"tokenizer_path": "{}/tokenizer/tokenizer.json"},
+        (
+            "is not a folder; give its folder",
+            "/tokenizer' with",
+        ),
+    ),
     ({"tokenizer_path": "{}/torn"}, ("torn' is not a tokenizer", "line 1 column 13")),
     ({"tokenizer_path": "{}/foreign"}, ("foreign' is not a tokenizer", "lacks 'added_tokens'")),
     ({"tokenizer_path": "{}/modelless"}, ("modelless' is not a tokenizer", "give a folder")),
@@ -227,6 +235,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model_config": "{}/none.json"}, ("No such file",)),
     ({"model_config": None, "preset": "tinny"}, ("--preset 'tinny' does not exist; there are aixsim-1.1b",)),
     ({"preset": "tiny"}, ("--preset tiny and --model-config", "give one of them")),
+    ({"memory_limit_gib": "1e-5"}, ("parameters take 0.00", "and --memory-limit-gib 1e-05 allows 1e-05 GiB")),
     # Sizes that do not go together
     ({"block_size": 65}, ("--block-size 65 is above the model's context of 64", "at most")),
     ({"tokens_per_step": 33}, ("--tokens-per-step 33 is no multiple of --block-size 32", "32 or 64")),
@@ -452,7 +461,7 @@ def test_a_run_is_not_gone_on_with_under_other_settings(name: str, inputs: Path,
     (stopped / ".tmp-streaming_checkpoint_step_4-0000").mkdir()
     before = contents(stopped)
     (outcome,) = start(TRAINING, flags_of(base(inputs, stopped, **{name: value})))
-    require_refusal(outcome, TRAINING, says, "another --checkpoint-dir")
+    require_refusal(outcome, TRAINING, says, f"(--config {stopped}/run.yaml)", "another --checkpoint-dir")
     assert contents(stopped) == before
 
 
@@ -557,6 +566,15 @@ def test_settings_given_back_go_on_with_the_run(stopped: Path) -> None:
     assert yaml.safe_load((stopped / "run.yaml").read_text()) == {**saved, "checkpoint_dir": str(stopped)}
 
 
+def test_a_folder_by_itself_goes_on_with_its_own_settings(stopped: Path) -> None:
+    expected, saved = losses(stopped), yaml.safe_load((stopped / "run.yaml").read_text())
+    outcomes = start(TRAINING, ["--checkpoint-dir", str(stopped)], ranks=2)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert "going on from" in outcomes[0].output
+    assert losses(stopped) == pytest.approx(expected, rel=1e-5)
+    assert yaml.safe_load((stopped / "run.yaml").read_text()) == {**saved, "checkpoint_dir": str(stopped)}
+
+
 def test_settings_of_a_resumed_run_given_back(copied: Path, tmp_path: Path) -> None:
     flags = [
         "--checkpoint-path",
@@ -592,6 +610,7 @@ RESUME_REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     ([], ("--checkpoint-path is missing",)),
     (["--checkpoint-path", "{run}/none"], ("none does not exist", "give a run folder or a checkpoint")),
     (["--checkpoint-path", "{inputs}/good"], ("good holds no checkpoint", "streaming_checkpoint_step_N")),
+    (["--checkpoint-path", "{inputs}/weights"], ("weights holds no checkpoint", "training.py --init-from")),
     (["--checkpoint-path", "{inputs}/file"], ("file is not a checkpoint", ".pth was expected")),
     (["--checkpoint-path", "x" * 300], ("cannot be read (File name too long)",)),
     (["--checkpoint-path", "{run}"], ("--total-steps 4 leaves nothing to do", "is at step 4", "give more")),

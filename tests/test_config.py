@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import string
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import export_hf
 import model
 from colonnade.config import complete_settings, load_preset, override, preset_names, write_settings
 from colonnade.errors import UsageError
-from colonnade.flags import parse_resume, parse_training
+from colonnade.flags import parse_evaluation, parse_plan, parse_resume, parse_training
+from colonnade.other_names import _OTHER_NAMES
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, RunSettings
 from colonnade.setting_values import wall_time_seconds
 
@@ -183,7 +186,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("adam_beta2", ["-0.1", "1", "1.5"], ["0", "0.999999"]),
     ("max_grad_norm", ["-1"], ["0"]),
     ("seed", ["-1", str(2**63)], ["0", str(2**63 - 1)]),
-    ("precision", ["fp8", "FP32", "float32"], ["auto", "fp32", "bf16", "fp16"]),
+    ("precision", ["fp8", "FP32", "half"], ["auto", "fp32", "bf16", "fp16"]),
     ("tokenizer_backend", ["rust", "HF", "fast"], ["auto", "hf", "fastokens"]),
     ("tensor_parallel_size", ["0", "-2"], ["1"]),
     ("tensor_slices", ["0", "-2"], ["1"]),
@@ -216,12 +219,42 @@ def numeric(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("name", numeric("int"))
 def test_whole_numbers(name: str, tmp_path: Path) -> None:
-    for text in ("x", "1.5", "1e2", "nan", "inf", "", "0x10", "9" * 5000):
+    for text in ("x", "1.5", "1e-2", "nan", "inf", "", "0x10", "9" * 5000, "1e999999999", "K", "1.5e0"):
         assert "it must be a whole number" in refusal(flag(name), text)
-    for value in (True, 1.0, float("nan"), [1], {"a": 1}, "x"):
+    for value in (True, 1.5, float("nan"), [1], {"a": 1}, "x"):
         line = refusal("--config", write(tmp_path / "c.yaml", {name: value}))
         assert line.startswith(f"--config {tmp_path / 'c.yaml'}: {name} is ")
         assert "it must be a whole number" in line
+
+
+def test_whole_numbers_as_people_write_them(tmp_path: Path) -> None:
+    for name, texts, number in (
+        ("total_steps", ("1e4", "10_000", "10000.0", "1E+4"), 10_000),
+        ("tokens_per_step", ("1e6", "1M", "1000k", "0.001B", "1_000_000"), 1_000_000),
+        ("seed", ("9007199254740993", "9007199254740993.0"), 2**53 + 1),  # which a float cannot hold
+    ):
+        for text in texts:
+            for parsed in (
+                parse_training([flag(name), text]),
+                parse_training(["--config", write(tmp_path / "c.yaml", f"{name}: {text}\n")]),
+            ):
+                assert parsed == {name: number} or (parsed[name] == 2**53 and text.endswith(".0"))  # YAML's own float
+                assert type(parsed[name]) is int
+    assert parse_plan(["--preset", "tiny", "--tokens", "2T"])[0].tokens == 2 * 10**12
+    assert parse_plan(["--preset", "tiny", "--tokens", "2.5e12"])[0].tokens == 25 * 10**11
+    for text in ("1.0005K", "1.5", "2G", "2TT", "T"):
+        assert "it must be a whole number" in refusal("--tokens", text, parse=parse_plan)
+    # Where K could be 1024 it is not accepted.
+    for name in ("total_steps", "block_size", "seed"):
+        assert "it must be a whole number" in refusal(flag(name), "4K")
+
+
+def test_other_words_for_precisions(tmp_path: Path) -> None:
+    for long, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+        assert parse_training(["--precision", long]) == {"precision": short}
+        assert parse_training(["--config", write(tmp_path / "c.yaml", {"precision": long})]) == {"precision": short}
+        export = ["--checkpoint-path", "x", "--output", "y", "--dtype"]
+        assert export_hf._parse([*export, long])[1].dtype == export_hf._parse([*export, short])[1].dtype == long
 
 
 @pytest.mark.parametrize("name", numeric("float"))
@@ -248,9 +281,12 @@ def test_wall_times(tmp_path: Path) -> None:
             parse_training(["--config", write(tmp_path / "c.yaml", {"wall_time": text})]),
         ):
             assert wall_time_seconds(parsed["wall_time"]) == seconds
+    for text, written in {"30m": "00:30:00", "2h": "02:00:00", "90s": "00:01:30", "36h": "1-12:00:00"}.items():
+        assert parse_training(["--wall-time", text]) == {"wall_time": written}
+        assert parse_training(["--config", write(tmp_path / "c.yaml", {"wall_time": text})]) == {"wall_time": written}
     (tmp_path / "d.yaml").write_text("wall_time: 4:00:00\n")
     assert wall_time_seconds(parse_training(["--config", str(tmp_path / "d.yaml")])["wall_time"]) == 14400
-    for text in ("", "90", "10:00", "00:00:00", "1:60:00", "-01:00:00", "1-2", "x"):
+    for text in ("", "90", "0m", "5w", "10:00", "00:00:00", "1:60:00", "-01:00:00", "1-2", "x"):
         assert "it must be a time above zero as [DAYS-]HH:MM:SS" in refusal(f"--wall-time={text}")
     for value in ({"a": "b"}, ["a"], True, 1.5, -5):
         assert "[DAYS-]HH:MM:SS" in refusal("--config", write(tmp_path / "c.yaml", {"wall_time": value}))
@@ -312,8 +348,10 @@ def test_unknown_names_come_with_the_nearest_known_one(tmp_path: Path) -> None:
     def in_file(key: object) -> str:
         return refusal("--config", write(tmp_path / "c.yaml", {key: 1}))  # type: ignore[dict-item]
 
-    assert "unknown key 'blok_size'; the nearest known one is 'block_size'" in in_file("blok_size")
-    assert "unknown key 'total-steps'; the nearest known one is 'total_steps'" in in_file("total-steps")
+    assert "unknown key 'blok_size'; the nearest known one is block_size" in in_file("blok_size")
+    assert "unknown key 'total-steps'; the nearest known one is total_steps" in in_file("total-steps")
+    for name, meant in (("lr", "learning_rate"), ("train.max_seq_length", "block_size"), ("dtype", "precision")):
+        assert f"unknown key {name!r}; here it is {meant}" in in_file(name)
     assert "unknown key None" in in_file(None)
     assert "unknown key 3" in in_file(3)
     assert refusal("--blok-size", "3") == "unknown flag --blok-size; the nearest known one is --block-size"
@@ -323,7 +361,64 @@ def test_unknown_names_come_with_the_nearest_known_one(tmp_path: Path) -> None:
     for name in ("tinny", "../presets/argonne-2b"):
         assert f"--preset {name!r} does not exist; there are aixsim-1.1b, " in refusal("--preset", name)
     assert "'foo' belongs to no flag" in refusal("--seed", "1", "foo")
+    assert "'false' belongs to no flag; write --shuffle for true, --no-shuffle" in refusal("--shuffle", "false")
+    assert "'b.jsonl' belongs to no flag; quote the pattern" in refusal("--data-glob", "a.jsonl", "b.jsonl")
     assert "--seed" in refusal("--seed")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("--lr", "here it is --learning-rate"),
+        ("--tp", "here it is --tensor-parallel-size"),
+        ("--tensor-model-parallel-size", "here it is --tensor-parallel-size"),
+        ("--seq-len", "here it is --block-size"),
+        ("--seq_length", "here it is --block-size"),
+        ("--dtype", "here it is --precision"),
+        ("--num-layers", "the model's sizes are in the file of --model-config, or of a --preset"),
+        ("--micro-batch-size", "here it is --initial-batch-size"),
+        ("--global-batch-size", "here it is --tokens-per-step (in tokens, not sequences)"),
+        ("--training.steps", "here it is --total-steps"),
+        ("--resume", "the same command goes on with the run in its --checkpoint-dir"),
+        ("--quux", "--help lists the flags"),
+        ("--x", "--help lists the flags"),
+    ],
+)
+def test_the_names_of_other_trainers_are_known(name: str, told: str) -> None:
+    assert refusal(name, "1") == f"unknown flag {name}; {told}"
+
+
+def test_names_of_other_trainers_lead_to_flags_that_there_are() -> None:
+    """A name that is a flag here needs no meaning; and what is named as its meaning can be given."""
+    flags = {flag(name) for name in SPECS}
+    assert not flags & {f"--{name}" for name in _OTHER_NAMES}
+    for name in _OTHER_NAMES:
+        told = refusal(f"--{name}", "1").partition("; ")[2]
+        assert "--help" not in told
+        assert "nearest known" not in told
+        assert set(re.findall(r"--[a-z0-9-]+", told)) <= flags
+    # A command that lacks the flag does not name it.
+    with pytest.raises(UsageError, match="unknown flag --lr; --help lists the flags"):
+        parse_evaluation(["--lr", "1"])
+
+
+def test_a_preset_of_ones_own_is_a_path(tmp_path: Path) -> None:
+    sizes, recommended = load_preset("tiny")
+    path = write(
+        tmp_path / "own.yaml", {"model": {**sizes, "num_hidden_layers": 3}, "training": {"learning_rate": 0.5}}
+    )
+    assert load_preset(path) == ({**sizes, "num_hidden_layers": 3}, {"learning_rate": 0.5})
+    assert complete_settings(parse_training(["--preset", path])).learning_rate == 0.5 != recommended["learning_rate"]
+    assert load_preset(str(ROOT / "presets" / "tiny.yaml")) == (sizes, recommended)
+    assert f"--preset {tmp_path}/none.yaml: cannot be read" in refusal("--preset", f"{tmp_path}/none.yaml")
+    assert "of a .yaml file of your own" in refusal("--preset", str(tmp_path / "own"))
+    bad = write(tmp_path / "bad.yaml", {"model": sizes, "training": {"lr": 1}})
+    assert f"--preset {bad}: unknown key 'lr'; here it is learning_rate" in refusal("--preset", bad)
+
+
+def test_sections_in_a_file_are_refused_by_name(tmp_path: Path) -> None:
+    line = refusal("--config", write(tmp_path / "c.yaml", {"training": {"seed": 1}}))
+    assert "unknown key 'training'; settings are flat" in line
 
 
 @pytest.mark.parametrize("parse", [parse_training, parse_resume])
@@ -449,7 +544,7 @@ def test_a_preset_with_other_sections_is_refused(tmp_path: Path, monkeypatch: py
         write(tmp_path / "mine.yaml", content)
         assert "must hold a mapping 'model'" in refusal("--preset", "mine")
     write(tmp_path / "mine.yaml", "model: {}\ntraining: {seed: x}")
-    assert "presets/mine.yaml: seed is 'x'" in refusal("--preset", "mine")
+    assert f"--preset {tmp_path}/mine.yaml: seed is 'x'" in refusal("--preset", "mine")
 
 
 @pytest.mark.parametrize("script", ["training.py", "resume_pretrain_tensor.py"])

@@ -335,6 +335,17 @@ def test_a_run_goes_on_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_
     ]
 
 
+@pytest.mark.parametrize("asked", ["auto", "hf"])
+def test_a_start_prints_that_it_compares(asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made("gpt2").save_pretrained(tmp_path / "tokenizer")
+    write_corpus(tmp_path, stdlib_texts())
+    settings = RunSettings(
+        data_glob=f"{tmp_path}/*.parquet", tokenizer_path=str(tmp_path / "tokenizer"), tokenizer_backend=asked
+    )
+    settle_backend(settings, run_tokenizer(settings), {}, [])
+    assert ("comparing tokenizer backends" in capsys.readouterr().out) == (asked == "auto")
+
+
 def test_the_first_rows_are_those_of_the_first_files_that_can_be_used(tmp_path: Path) -> None:
     made("gpt2").save_pretrained(tmp_path / "tokenizer")
     for index in range(5):
@@ -397,3 +408,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
         assert "found in" in open_encoder(made("gpt2"), "auto")[1].reason
+
+
+def test_a_comparison_is_announced_before_it_begins_and_only_then(changed: type[Changed]) -> None:
+    """The texts compared so far, at each line."""
+    told: list[tuple[str, int]] = []
+    for _ in range(2):
+        open_encoder(made("gpt2"), "auto", stdlib_texts(20), tell=lambda line: told.append((line, changed.texts)))
+    (line, compared), *more = told
+    assert line.startswith("comparing tokenizer backends")
+    assert "--tokenizer-backend hf skips it" in line
+    assert (compared, more) == (0, [])
+    assert changed.texts > 10_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from colonnade.data.filesystems import LocalSource
 from colonnade.data.formats import arrow, jsonl, text, tokens
+from colonnade.data.position import CorpusHead
 from colonnade.data.shards import DamagedUnit, Shard, UnitReader, Units, open_shards
 from colonnade.errors import UsageError
 from data_helpers import rows_of, stdlib_texts, windows_of, write_shard
@@ -97,6 +99,15 @@ def write_lines(path: Path, lines: list[bytes]) -> Path:
         data = pa.compress(data, "zstd", asbytes=True)
     path.write_bytes(data)
     return path
+
+
+def test_a_change_of_files_tells_no_number_of_rows_where_none_is_known(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "word"}\n' * 7)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "other"}\n' * 9)
+    table = write_shard(tmp_path / "c.parquet", stdlib_texts(12))
+    a, b, c = (CorpusHead.of("data", Units(open_shards([path], "text"))) for path in (*tmp_path.glob("*.jsonl"), table))
+    assert re.fullmatch(r"1 files \(\w{8}\) -> 1 files \(\w{8}\)", a.difference(b))
+    assert re.fullmatch(r"1 files \(\w{8}\) -> 1 files with 12 rows \(\w{8}\)", a.difference(c))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.ndjson", "a.json.gz"])

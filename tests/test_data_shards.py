@@ -130,6 +130,24 @@ def test_a_run_without_a_pattern_reads_each_file_that_was_found(
     assert notes == ["no --data-glob: using data/*.parquet (2 files)"]
 
 
+@pytest.mark.parametrize(
+    ("names", "suffix"),
+    [
+        (("a.jsonl", "b.jsonl", "README.txt"), ".jsonl"),
+        (("a.jsonl.gz", "LICENSE"), ".jsonl.gz"),
+        (("a.parquet", "b.parquet", "c.json"), ".parquet"),
+        (("LICENSE", ".hidden.jsonl"), ".parquet"),
+    ],
+)
+def test_the_advice_for_a_folder_is_the_suffix_of_its_files(
+    names: tuple[str, ...], suffix: str, tmp_path: Path
+) -> None:
+    touch(tmp_path, *(f"web/{name}" for name in names))
+    with pytest.raises(UsageError) as caught:
+        discover_shards(str(tmp_path / "web"))
+    assert str(caught.value).endswith(f"write '{tmp_path}/web/*{suffix}'")
+
+
 def test_the_manifest_knows_names_order_sizes_and_rows_but_no_folder(tmp_path: Path) -> None:
     def digest(paths: list[Path]) -> str:
         return Manifest.of(open_shards(paths, "text")).digest

@@ -63,6 +63,21 @@ def test_an_exported_folder_holds_the_weights_it_came_from(layout: Any, tmp_path
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == end
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_that_a_tokenizer_does_not_have_are_none(layout: Any, tmp_path: Path, family: str) -> None:
+    """Ids 1 and 2, Llama's defaults, are letters of this tokenizer."""
+    trained, _ = opened(tmp_path, family)
+    bare = tiny_tokenizer()
+    bare.bos_token = bare.eos_token = bare.pad_token = None
+    trained = dataclasses.replace(trained, tokenizer=bare)
+    export_checkpoint(trained, layout, tmp_path / "out", text=TEXT)
+    for config in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").config,
+        GenerationConfig.from_pretrained(tmp_path / "out"),
+    ):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
 def test_parts_of_a_size_and_bf16(layout: Any, tmp_path: Path) -> None:
     trained, weights = opened(tmp_path, "llama")
     export_checkpoint(trained, layout, tmp_path / "out", dtype="bfloat16", max_shard_size="40KB", text=TEXT)
@@ -184,6 +199,10 @@ def test_training_begins_with_the_weights_of_a_folder(run_folder: Path, exported
     flags += ["--learning-rate", "1e-30", "--warmup-steps", "0", "--block-size", "64"]
     outcomes = start("training", flags, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    files = len(list((run_folder / "corpus").glob("*.parquet")))
+    lines = outcomes[0].output.splitlines()
+    assert f"weights from {exported}" in lines
+    assert any(line.startswith(f"data: {files} files; ") for line in lines), lines  # one corpus has no name
     back = ["--checkpoint-path", str(run_folder / "begun"), "--output", str(run_folder / "back.pth")]
     (outcome,) = start("export_hf", back)
     assert outcome.code == 0, outcome
@@ -213,6 +232,7 @@ def test_training_begins_with_the_weights_of_a_folder(run_folder: Path, exported
         ("generate", ["--prompt", "x", "--top-p", "0"], "--top-p 0.0 must be above 0"),
         ("generate", ["--prompt", "x", "--max-new-tokens", "64"], "the model's context of 64; give at most"),
         ("training", ["--init-from", "{}/corpus"], "--init-from {}/corpus holds no config.json"),
+        ("training", ["--init-from", "meta-llama/Llama-3.2-1B"], "not fetched: hf download NAME --local-dir FOLDER"),
         ("training", ["--init-from", "{}", "--tokenizer-path", "{}/tokenizer"], "holds neither model.safetensors"),
         ("training", ["--init-from", "{}", "--preset", "tiny"], "leave --preset out"),
     ],

@@ -17,6 +17,7 @@ PARTS = (
     "errors",
     "files",
     "setting_values",
+    "other_names",
     "run_settings",
     "command_settings",
     "config",

@@ -207,7 +207,9 @@ def test_the_file_is_one_that_training_takes(name: str, capsys: pytest.CaptureFi
     vocabulary = () if has_vocabulary else ("--vocab-size", "4096")
     flags = ("--preset", name, *vocabulary, "--gpus", "4", "--tokens", "100000000")
     plan_run.main([*flags, "--learning-rate", "1e-3", "--optimizer", "muon", "--output", "a.yaml"])
-    assert "torchrun --nproc_per_node=4 training.py --config a.yaml" in capsys.readouterr().out
+    missing = "--data-glob 'FOLDER/*.parquet' --tokenizer-path TOKENIZER"
+    assert f"torchrun --nproc_per_node=4 training.py --config a.yaml {missing}\n" in capsys.readouterr().out
+    assert missing in Path("a.yaml").read_text().splitlines()[1]
     written = yaml.safe_load(Path("a.yaml").read_text())
     taken = parse_training(["--config", "a.yaml"])
     assert taken == written
@@ -226,6 +228,7 @@ def test_a_run_starts_with_the_file(
     flags = (data, glob, tokenizer, path, config_flag, config, "--block-size", "64", "--log-interval", "1")
     sizes = ("--tokens", "1000", "--tokens-per-step", "512", "--micro-batch-size", "4", "--gpus", "2")
     plan = planned(capsys, *flags, *sizes, "--checkpoint-dir", str(tmp_path / "run"), "--output", file)
+    assert Path(file).read_text().splitlines()[1].endswith(f" training.py --config {file}")  # nothing is missing
     assert (plan["steps"], plan["parallel"]["tp"], plan["dp"], plan["accumulation"]) == (2, 1, 2, 1)
     outcomes = forked_commands.start("training", ["--config", file], ranks=2)
     assert {outcome.code for outcome in outcomes} == {0}, outcomes

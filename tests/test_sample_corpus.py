@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from colonnade.data.sample_corpus import SampleCorpus, build_sample_corpus
 from colonnade.data.standard_library import cut_text, read_modules, split_modules
 from colonnade.errors import UsageError
+from colonnade.run_settings import RunSettings
+from run.data import resolve_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = {"vocab_size": 512, "max_files": 40}
@@ -266,3 +268,37 @@ def test_help_is_quick() -> None:
     done = subprocess.run([*command(Path("x")), "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "--max-files" in done.stdout
     assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"preset": "tiny", "tokenizer_path": "tok"},
+        {"preset": "tiny", "validation_glob": "held_out/*.parquet"},
+        {"preset": "argonne-2b"},
+        {"preset": "argonne-2b", "tokenizer_path": "tok"},
+        {"tokenizer_path": "tok"},
+    ],
+)
+def test_a_run_whose_data_were_forgotten_does_not_train_on_it(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"  # nothing in ../data either
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match=r"no --data-glob.*: give --data-glob"):
+        resolve_data(RunSettings(**given), [])
+    assert list(folder.iterdir()) == []
+
+
+def test_the_tiny_preset_by_itself_trains_on_it(
+    corpus: SampleCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("colonnade.data.sample_corpus.build_sample_corpus", lambda output: corpus)
+    taken = resolve_data(RunSettings(preset="tiny"), [])
+    assert (taken.data_glob, taken.tokenizer_path) == (corpus.train_glob, corpus.tokenizer_path)
+    assert taken.validation_glob == corpus.validation_glob
+    assert "using the sample corpus" in capsys.readouterr().out

@@ -110,9 +110,15 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
     if not any(survey(path)):
         raise UsageError(
             f"{path} holds no checkpoint: looked for folders streaming_checkpoint_step_N and files "
-            f"streaming_checkpoint_step_N{SINGLE_FILE_SUFFIX}"
+            f"streaming_checkpoint_step_N{SINGLE_FILE_SUFFIX}{_if_hugging_face(path)}"
         )
     return None
+
+
+def _if_hugging_face(path: Path) -> str:
+    if not (path / "config.json").is_file():
+        return ""
+    return f"; it is a Hugging Face folder, whose weights training.py --init-from {path} begins a run with"
 
 
 def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 from colonnade.data.filesystems import expand_url, is_remote, local_path
 from colonnade.errors import UsageError
 
+_DATA_SUFFIX = re.compile(
+    r"\.(parquet|pq|feather|arrows?|ipc|txt|npy|bin|(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?)$"
+)  # as in `formats`, which opens files and so needs libraries
 DEFAULT_GLOBS = ("data/*.parquet", "data/*.arrow", "../data/*.parquet")
 
 
@@ -67,9 +71,16 @@ def _local_files(pattern: str) -> list[str]:
     if folder and not files:
         raise UsageError(
             f"data pattern {pattern!r} matches no file; {folder!r} is a folder: "
-            f"write {os.path.join(folder, '*.parquet')!r}"
+            f"write {os.path.join(folder, '*' + _suffix_in(folder))!r}"
         )
     return files
+
+
+def _suffix_in(folder: str) -> str:
+    """The suffix that most of a folder's data files have; `.parquet` if there are none."""
+    names = [name.lower() for name in os.listdir(folder) if not name.startswith(".")]
+    counts = Counter(found[0] for name in names if (found := _DATA_SUFFIX.search(name)))
+    return counts.most_common(1)[0][0] if counts else ".parquet"
 
 
 def default_data_glob() -> str | None:

@@ -101,10 +101,11 @@ class CorpusHead:
         digests = [other.shards[start : start + 8] for start in range(0, len(other.shards), 8)]
         unknown = [name for name, digest in zip(names, digests, strict=False) if digest not in known]
         shown = f"; changed or new: {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}" if unknown else ""
-        return (
-            f"{self.files} files with {self.rows} rows ({self.manifest[:8]}) -> "
-            f"{other.files} files with {other.rows} rows ({other.manifest[:8]}){shown}"
-        )
+        return f"{self._counted()} ({self.manifest[:8]}) -> {other._counted()} ({other.manifest[:8]}){shown}"
+
+    def _counted(self) -> str:
+        # The rows of JSON lines and text are not counted before they are read.
+        return f"{self.files} files" + (f" with {self.rows} rows" if self.rows else "")
 
 
 @dataclass(frozen=True, slots=True)

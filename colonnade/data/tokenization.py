@@ -69,7 +69,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"tokenizer folder {path!r} {problem}; give a folder with a tokenizer.json or a hub name")
+        meant = f"its folder {str(folder.parent)!r}" if folder.suffix == ".json" and folder.exists() else "a folder"
+        raise UsageError(f"tokenizer folder {path!r} {problem}; give {meant} with a tokenizer.json or a hub name")
     name = str(folder) if looks_local else path
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -79,7 +79,11 @@ class Backend:
 
 
 def open_encoder(
-    tokenizer: PreTrainedTokenizerBase, backend: str | Backend, first_rows: Iterable[str] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    backend: str | Backend,
+    first_rows: Iterable[str] = (),
+    *,
+    tell: Callable[[str], None] = logger.debug,
 ) -> tuple[Encoder, Backend]:
     """An encoder and the backend it uses.
 
@@ -88,6 +92,7 @@ def open_encoder(
             same ids, else "hf" with the reason. A `Backend` is the result of an earlier call and is not checked again;
             if this machine lacks exactly that version, it falls back to "hf", which gives the same ids.
         first_rows: documents of the run; the first `SAMPLE_ROWS` are compared. Read only if needed.
+        tell: receives one line before a comparison that takes long.
 
     Raises:
         UsageError: "fastokens" was requested and cannot be used or gives different ids; `backend` is none of these.
@@ -101,7 +106,7 @@ def open_encoder(
     try:
         fast = encoder.load_fast()
         if not isinstance(backend, Backend):
-            backend = Backend(PACKAGE, fast.version, _prove(encoder, fast, fast.version, first_rows))
+            backend = Backend(PACKAGE, fast.version, _prove(encoder, fast, fast.version, first_rows, tell))
         elif backend.version != fast.version:
             raise BackendUnavailableError(f"{backend.version} was chosen and {fast.version} is installed here")
     except BackendUnavailableError as problem:
@@ -135,7 +140,9 @@ def read_first_rows(units: Units, text_column: str) -> Iterator[str]:
 # --- comparing the ids -----------------------------------------------------------------------------------------------
 
 
-def _prove(encoder: Encoder, fast: _Encode, version: str, first_rows: Iterable[str]) -> str:
+def _prove(
+    encoder: Encoder, fast: _Encode, version: str, first_rows: Iterable[str], tell: Callable[[str], None]
+) -> str:
     """Check that `fast` gives the same ids as `encoder`, except for checks whose result is cached. Returns a summary.
 
     Raises:
@@ -148,6 +155,10 @@ def _prove(encoder: Encoder, fast: _Encode, version: str, first_rows: Iterable[s
     known = _read_cache(path)
     difference = known["difference"]
     if not known["compared"]:
+        tell(
+            "comparing tokenizer backends on every code point, once for this tokenizer: about half a minute "
+            "(--tokenizer-backend hf skips it)"
+        )
         difference = _first_difference(encoder.flat, fast, _proof_batches(encoder))
     if difference is None and sample_hash not in known["samples"]:
         found = first_difference_in(encoder.flat, fast, sample)

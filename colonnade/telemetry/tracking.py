@@ -29,6 +29,8 @@ _NEEDED = (
     ("drop_uploaded_checkpoints", "wandb_checkpoints"),
 )
 CSV_NAME, TENSORBOARD_NAME = "metrics.csv", "tensorboard"
+WANDB_NAME = "wandb"
+"""Folder that the client makes by itself."""
 
 
 def require_sinks(settings: RunSettings) -> None:

@@ -73,6 +73,8 @@ def test_a_restart_goes_on_in_every_sink(flags: list[str], tmp_path: Path) -> No
     for number in range(2):
         (outcome,) = forked_commands.start("training", these, environment={"WANDB_MODE": "offline"})
         assert outcome.code == 0, outcome.errors
+        for name in ("metrics.jsonl", "metrics.csv", "tensorboard", "wandb"):
+            assert f"  metrics     {tmp_path / name}\n" in outcome.output
         if number == 0:
             assert "step/s" not in outcome.errors
             first = (tmp_path / "metrics.jsonl").read_text().splitlines()
