@@ -241,7 +241,8 @@ class _Loop:
         if self._fingerprints is not None:
             self._fingerprints.close()
         # A run that has taken its last step is complete, even if it was asked to stop meanwhile.
-        finish(run, self._saved_step, self.tracker, None if self._is_last else self.stop_reason)
+        reason = None if self._is_last else self.stop_reason
+        finish(run, self._saved_step, self.tracker, reason, self.progress.message)
         run.saver.close()
         if run.lock is not None:
             run.lock.release()

@@ -16,6 +16,7 @@ RUN = "run"
 PARTS = (
     "errors",
     "files",
+    "screen",
     "setting_values",
     "run_settings",
     "command_settings",

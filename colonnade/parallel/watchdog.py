@@ -28,6 +28,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from colonnade.screen import surviving
+
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
 # A rank that was asked to stop has to finish its step, and torchrun kills it after 30 s by default.
@@ -165,7 +167,8 @@ class Watchdog:
             if number not in STOP_SIGNALS:
                 continue
             if number == signal.SIGINT and self.stop_signal == "SIGINT":
-                print("interrupted a second time: left without a save", file=sys.stderr)
+                with surviving(sys.stderr):
+                    print("interrupted a second time: left without a save", file=sys.stderr)
                 _leave(130)
             if self.stop_signal is None:
                 self._stop_asked_at = time.monotonic()
@@ -252,6 +255,7 @@ def _noted(number: int, frame: object) -> None:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # no screen keeps a rank from leaving
+            stream.flush()
     os._exit(code)
