@@ -8,18 +8,17 @@ committed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch.distributed as dist
 
 from colonnade.data.feed import StepBatch
-from colonnade.errors import LocalRunError, PeerError, RunError
+from colonnade.errors import ColonnadeError, LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
 from colonnade.parallel.mesh import set_collective_timeout
 from colonnade.parallel.stopping import SAVE_FAILED, StopVote
+from colonnade.parallel.vote import one_line
 from colonnade.parallel.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
@@ -62,18 +61,20 @@ def train(run: Run) -> None:
                 loop.vote()
                 loop.decide_on_saving()
                 fingerprint = loop.log(step)
+                # Before anything that is not needed for going on, and may fail or take long.
+                loop.save(fingerprint)
                 loop.validate()
                 loop.sample()
-                loop.save(fingerprint)
             loop.end()
-    except PeerError:
+    except ColonnadeError as error:
+        loop.leave(error)
         raise
-    except RunError:
-        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish.
-        if run.saver is not None:
-            run.saver.settle(SETTLE_SECONDS)
-        loop.tracker.close(FAILED_CLOSE_SECONDS, failed=True)
-        raise
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        problem = loop.explained(error)
+        loop.leave(problem)
+        if problem is error:
+            raise
+        raise problem from error
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class _Loop:
         self._meter.data_wait += batch.wait_seconds
         learning_rate = run.schedule(run.step)
         self.watch.enter(f"step {run.step + 1}", limit, is_step=True, is_first=is_first)
-        step = _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+        step = _Step(batch, learning_rate, _train_or_tell(run, batch, learning_rate))
         if is_first:
             # The record of an earlier end (stopped or complete) no longer holds: the run has moved on.
             if run.layout.is_main:
@@ -186,7 +187,7 @@ class _Loop:
                 row |= fingerprint.columns()
                 self._meter.restart()
             run.loss = row["loss"]
-            self._report(row)
+            self.tracker.write(row)
         elif self._is_saved:
             run.loss = float(step.outcome.loss)
         self.progress.update(run.step, run.loss)
@@ -206,7 +207,7 @@ class _Loop:
         held_out = validate(run, run.validation)
         self._longest_validation = max(self._longest_validation, time.monotonic() - began)
         run.validation_loss = held_out["validation_loss"]
-        self._report({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
+        self.tracker.write({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
         self._meter.restart()
 
     def sample(self) -> None:
@@ -219,7 +220,7 @@ class _Loop:
         began = time.monotonic()
         rows = sampled_tokens(run.model, run.sample_prompts, settings)
         if run.tokenizer is not None:
-            self._report({"step": run.step, "samples": samples_row(run.sample_prompts, rows, run.tokenizer)})
+            self.tracker.write({"step": run.step, "samples": samples_row(run.sample_prompts, rows, run.tokenizer)})
         self._longest_sampling = max(self._longest_sampling, time.monotonic() - began)
         self._meter.restart()
 
@@ -247,12 +248,36 @@ class _Loop:
         if run.lock is not None:
             run.lock.release()
 
+    def explained(self, error: RuntimeError | MemoryError) -> BaseException:
+        """What to raise for an error of a phase: where it is a bug in a step, the error itself, with its traceback."""
+        if is_connection_lost(error):
+            return PeerError("another rank is gone")
+        phase = self.watch.phase
+        if is_out_of_memory(error):
+            return LocalRunError(
+                f"out of memory in {phase.what}; the last checkpoint stands: go on from it with a smaller micro-batch "
+                "(--initial-batch-size, and more --gradient-accumulation-steps), or fewer and shorter samples"
+            )
+        if phase.is_step:
+            return error
+        return LocalRunError(f"{phase.what} failed ({one_line(error)}); the last checkpoint stands")
+
+    def leave(self, error: BaseException) -> None:
+        """End what is under way before `error` ends this rank; tell the other ranks if they cannot know of it.
+
+        They may be blocked in a collective that this rank will never reach. One that finds its peer gone tells nobody:
+        it has nothing to add to what that peer, or the launcher, reports, and may interrupt the report of a third.
+        """
+        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish.
+        if self.run.saver is not None:
+            self.run.saver.settle(SETTLE_SECONDS)
+        if isinstance(error, LocalRunError) or not isinstance(error, ColonnadeError):
+            self.watch.announce_failure()
+        self.tracker.close(FAILED_CLOSE_SECONDS, failed=True)
+
     @property
     def _is_last(self) -> bool:
         return self.run.step == self.settings.total_steps
-
-    def _report(self, row: Mapping[str, Any]) -> None:
-        self.tracker.write(row)
 
 
 def _expected_save_seconds(run: Run) -> float:
@@ -326,22 +351,16 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
     return replace(outcome, losses_before=before)
 
 
-def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> StepOutcome:
-    """Take a step. On an error tell the other ranks and raise; if out of memory, record a smaller micro-batch as well.
+def _train_or_tell(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
+    """Take a step. If it runs out of memory, record a smaller micro-batch and raise LocalRunError.
 
     The deterministic mode records nothing, because its micro-batch is fixed. This rank cannot recover, because the
-    other ranks are blocked in a collective of this step. A rank that finds its peer gone only raises: it has nothing to
-    add to what that peer, or the launcher, reports.
+    other ranks are blocked in a collective of this step.
     """
     try:
         return train_step(run, batch, learning_rate)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if is_connection_lost(error):
-            raise PeerError("another rank is gone") from error
-        if run.saver is not None:
-            run.saver.settle(SETTLE_SECONDS)
-        watch.announce_failure()
-        if not is_out_of_memory(error):
+        if is_connection_lost(error) or not is_out_of_memory(error):
             raise
         if run.settings.deterministic:
             raise LocalRunError(

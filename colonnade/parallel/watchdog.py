@@ -131,11 +131,17 @@ class Watchdog:
             self._longest_step = max(self._longest_step, now - last.began)
         self._phase = Phase(what, last.order + 1, limit, is_step, is_first, now)
 
+    @property
+    def phase(self) -> Phase:
+        """What the main thread is doing."""
+        return self._phase
+
     def announce_failure(self) -> None:
         """Tell all ranks that this one is exiting; call it before raising the exception that ends it."""
         self._done.set()
         if self._store is not None:
-            self._store.set(_FAILED, str(self._rank))
+            with contextlib.suppress(dist.DistError):  # the rank that holds the store is gone itself
+                self._store.set(_FAILED, str(self._rank))
 
     # ----------------------------------------------------------------------------------------- on the threads
 

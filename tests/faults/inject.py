@@ -188,3 +188,39 @@ def rank_1_runs_out_of_memory() -> None:
         return forward(model, input_ids, *others, **options)
 
     TensorParallelModel.forward = failing  # type: ignore[assignment,method-assign]
+
+
+def _in_phase(name: str, fault: Any) -> None:
+    """Call `fault` as a rank enters `training_utils.NAME`, a phase between two steps."""
+    import training_utils
+
+    real = getattr(training_utils, name)
+
+    def failing(*args: Any) -> Any:
+        fault()
+        return real(*args)
+
+    setattr(training_utils, name, failing)
+
+
+def rank_1_dies_in_a_validation() -> None:
+    if is_rank(1):
+        _in_phase("validate", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _no_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def rank_1_has_no_memory_for_a_validation() -> None:
+    if is_rank(1):
+        _in_phase("validate", _no_memory)
+
+
+def samples_fail() -> None:
+    def fault() -> None:
+        raise RuntimeError("probability tensor contains either `inf`, `nan`\nor element < 0")
+
+    _in_phase("sampled_tokens", fault)
