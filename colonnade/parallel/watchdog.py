@@ -1,6 +1,6 @@
 """Threads beside the training thread, for what that thread cannot notice while it is blocked in a collective.
 
-- **Signals.** SIGTERM, SIGINT and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main thread, and
+- **Signals.** SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main thread, and
   only after a collective has returned; the signal wakeup descriptor notifies the watchdog thread at once.
 - **A failed peer.** A failing rank cannot vote: its peers are blocked in a collective that it will never reach, and its
   vote would be matched with that collective. So it sets a key in the rendezvous store.
@@ -30,7 +30,8 @@ import torch.distributed as dist
 
 from colonnade.screen import surviving
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+# SIGHUP comes when a terminal is closed; torchrun forwards it.
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
 # A rank that was asked to stop has to finish its step, and torchrun kills it after 30 s by default.
 STOP_GRACE_SECONDS = 20.0
@@ -98,7 +99,9 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         # Only the main thread may set handlers; a run inside another program keeps that program's.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
+            # One that is ignored stays so: `nohup` asks for that.
+            heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, _noted) for number in heeded}
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         if self._on_cuda:  # NCCL writes there too, and creates no folder
             with contextlib.suppress(OSError):

@@ -61,6 +61,15 @@ def rank_1_has_no_time() -> None:
     stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
 
 
+def hangups_are_not_ignored() -> None:
+    """As in a terminal; the tests may have been started by `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def hangups_are_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def first_attempt_dies_in_step_15() -> None:
     """Under torchrun, rank 1 of the first attempt is killed."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):

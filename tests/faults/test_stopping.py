@@ -36,13 +36,16 @@ def assert_stopped(directory: Path, outcomes: list[Outcome], reason: str) -> int
     return step
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1)), (signal.SIGUSR1, (0,))])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1)), (signal.SIGHUP, (0, 1)), (signal.SIGUSR1, (0,))],
+)
 def test_a_signal_to_any_rank_stops_all_and_no_step_is_lost(
     flags: list[str], undisturbed: Path, tmp_path: Path, number: signal.Signals, ranks: tuple[int, ...]
 ) -> None:
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
-    running = begin("training", these, ranks=2)
+    running = begin("training", these, ranks=2, prepare=inject.hangups_are_not_ignored)
     running.until(r"step +3/")
     running.signal(number, *ranks)
     assert_stopped(directory, running.finish(), number.name)
@@ -51,6 +54,16 @@ def test_a_signal_to_any_rank_stops_all_and_no_step_is_lost(
     assert not (directory / "STOPPED.json").exists()
     assert end_of(directory, "COMPLETE.json")["step"] == STEPS
     assert_same_end(directory, undisturbed, STEPS, tmp_path)
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory), "--total-steps", "12"]
+    running = begin("training", these, prepare=inject.hangups_are_ignored)
+    running.until(r"step +3/")
+    running.signal(signal.SIGHUP)
+    assert [outcome.code for outcome in running.finish()] == [0]
+    assert end_of(directory, "COMPLETE.json")["step"] == 12
 
 
 def test_the_wall_time_stops_a_run_before_it_is_over(flags: list[str], tmp_path: Path) -> None:
