@@ -18,12 +18,13 @@ from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
 from colonnade.parallel.mesh import set_collective_timeout
 from colonnade.parallel.stopping import SAVE_FAILED, StopVote
-from colonnade.parallel.vote import one_line
+from colonnade.parallel.vote import on_first_rank, one_line, vote
 from colonnade.parallel.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
-from colonnade.telemetry.metrics import MetricsLog
+from colonnade.telemetry.metrics import MetricsLog, read_metrics
 from colonnade.telemetry.progress import ProgressReport
+from colonnade.telemetry.report import METRICS_NAME
 from colonnade.telemetry.sinks import Tracker
 from colonnade.telemetry.tracking import open_tracker
 from colonnade.tuning.batch_record import record_out_of_memory
@@ -55,6 +56,7 @@ def train(run: Run) -> None:
     loop = _Loop(run)
     try:
         with loop.watch, loop.progress:
+            loop.make_up()
             while run.step < run.settings.total_steps and loop.stop_reason is None:
                 step = loop.take_step()
                 loop.commit(step)
@@ -103,19 +105,22 @@ class _Loop:
         )
         self._first_step, self._longest_step = run.step + 1, 0.0
         self._longest_validation = self._longest_sampling = 0.0
+        self._voted_at: float | None = None
+        self._elsewhere = 0.0  # seconds since that vote that no step took: validating, sampling, saving
         self._is_saved = self._owes_save = False
-        has_fingerprints = settings.fingerprint_interval or settings.deterministic
-        self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
         self._meter = Meter(run)
         self._guard = StepGuard(run, self.progress.message)
         self._saved_step = run.step if run.resumed_from is not None else -1
         for note in run.notes:
             self.progress.message(note)
-        self.tracker = _open_tracker(run, self.progress)
+        with vote():
+            has_fingerprints = settings.fingerprint_interval or settings.deterministic
+            self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
+            self.tracker = _open_tracker(run, self.progress)
         self.tracker.write(start_row(run))
 
     def take_step(self) -> _Step:
-        run, began = self.run, time.monotonic()
+        run = self.run
         # The first step compiles: it gets the startup limit, and its duration does not predict that of the others.
         is_first = run.step + 1 == self._first_step
         limit = self.settings.startup_timeout if is_first else self.settings.step_timeout
@@ -130,8 +135,6 @@ class _Loop:
             if run.layout.is_main:
                 forget_end(run.directory)
             set_collective_timeout(run.model.layout, self.settings.step_timeout)
-        else:
-            self._longest_step = max(self._longest_step, time.monotonic() - began)
         return step
 
     def commit(self, step: _Step) -> None:
@@ -144,8 +147,12 @@ class _Loop:
 
     def vote(self) -> None:
         """All ranks vote after the same step: whether to stop, and whether a save has failed."""
-        saver = self.run.saver
+        saver, now = self.run.saver, time.monotonic()
         assert saver is not None
+        # From vote to vote, because the host launches a step long before the device has taken it; not the first one.
+        if self._voted_at is not None:
+            self._longest_step = max(self._longest_step, now - self._voted_at - self._elsewhere)
+        self._voted_at, self._elsewhere = now, 0.0
         # In async mode, an earlier save may still be in progress when the last one is due.
         saves = 2 if self.settings.checkpoint_mode == "async" else 1
         reserve = 2 * self._longest_step + saves * max(_expected_save_seconds(self.run), saver.longest_save)
@@ -183,7 +190,7 @@ class _Loop:
         if is_logged:
             row = self._meter.row(step.outcome, step.learning_rate, step.batch.epoch)
             if with_fingerprint:
-                fingerprint = take_fingerprint(run, self._fingerprints)
+                fingerprint = self._take_fingerprint()
                 row |= fingerprint.columns()
                 self._meter.restart()
             run.loss = row["loss"]
@@ -197,40 +204,94 @@ class _Loop:
             self._meter.restart()
         return fingerprint
 
+    def _take_fingerprint(self) -> Fingerprint:
+        """Fingerprint parameters and moments after this step; write that of each tensor to the log. Collective.
+
+        Raises:
+            RunError: in the deterministic mode: on all ranks, if copies of a tensor differ; on the first one, if the
+                log cannot be written. Otherwise the run goes on without the log.
+        """
+        run = self.run
+        taken = fingerprint_of(run.model, run.optimizer)
+        if self.settings.deterministic:
+            taken.require_equal_copies(run.step)
+        if self._fingerprints is not None:
+            row = {"step": run.step, **taken.columns(), "tensors": taken.tensors, "moments": taken.moments}
+            try:
+                self._fingerprints.append(row)
+            except RunError as error:
+                if self.settings.deterministic:
+                    raise
+                self.progress.message(f"warning: {error}; the run goes on without it")
+                self._fingerprints = None
+        return taken
+
     def validate(self) -> None:
         run = self.run
         is_due = self._is_last or (self.stop_reason is None and _is_due(run.step, self.settings.validation_interval))
-        if run.validation is None or not is_due:
+        if is_due:
+            self._validate()
+
+    def _validate(self) -> None:
+        run = self.run
+        if run.validation is None:
             return
         self.watch.enter(f"the validation after step {run.step}", self.settings.startup_timeout)
         began = time.monotonic()
         held_out = validate(run, run.validation)
-        self._longest_validation = max(self._longest_validation, time.monotonic() - began)
+        self._longest_validation = max(self._longest_validation, self._leave_out(began))
         run.validation_loss = held_out["validation_loss"]
         self.tracker.write({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
         self._meter.restart()
 
     def sample(self) -> None:
         """Generate samples of the model's text, if they are due."""
+        is_due = samples_are_due(self.run.step, self.settings.sample_interval) and self.stop_reason is None
+        if is_due or self._is_last:
+            self._sample()
+
+    def _sample(self) -> None:
         run, settings = self.run, self.settings
-        is_due = samples_are_due(run.step, settings.sample_interval) and self.stop_reason is None
-        if run.sample_prompts is None or not (is_due or self._is_last):
+        if run.sample_prompts is None:
             return
         self.watch.enter(f"the samples after step {run.step}", settings.startup_timeout)
         began = time.monotonic()
         rows = sampled_tokens(run.model, run.sample_prompts, settings)
         if run.tokenizer is not None:
             self.tracker.write({"step": run.step, "samples": samples_row(run.sample_prompts, rows, run.tokenizer)})
-        self._longest_sampling = max(self._longest_sampling, time.monotonic() - began)
+        self._longest_sampling = max(self._longest_sampling, self._leave_out(began))
         self._meter.restart()
+
+    def make_up(self) -> None:
+        """Take the validation and the samples that were due at the step this start goes on from and are missing.
+
+        A stop after that step leaves no time for them, and a run that ended in one of them has no row of it.
+        """
+        run, settings = self.run, self.settings
+        if run.resumed_from is None or run.resumed_from.parent != run.directory or not settings.jsonl:
+            return
+        rows = on_first_rank(lambda: read_metrics(run.directory / METRICS_NAME) if run.step > 0 else [])
+        taken = {key for row in rows if row.get("step") == run.step for key in row}
+        if _is_due(run.step, settings.validation_interval) and "validation_loss" not in taken:
+            self._validate()
+        if samples_are_due(run.step, settings.sample_interval) and "samples" not in taken:
+            self._sample()
+
+    def _leave_out(self, began: float) -> float:
+        """The seconds since `began`, which are no part of a step's."""
+        seconds = time.monotonic() - began
+        self._elsewhere += seconds
+        return seconds
 
     def save(self, fingerprint: Fingerprint | None) -> None:
         run = self.run
         if not self._is_saved:
             return
         self.watch.enter(f"saving step {run.step}", self.settings.startup_timeout)
+        began = time.monotonic()
         check_before_save(run)
         save(run, fingerprint)
+        self._leave_out(began)
         self._saved_step = run.step
         self._meter.restart()
 
@@ -301,20 +362,6 @@ def _open_log(run: Run, name: str) -> MetricsLog | None:
     log = MetricsLog(run.directory / name)
     log.truncate_after(run.step)
     return log
-
-
-def take_fingerprint(run: Run, log: MetricsLog | None) -> Fingerprint:
-    """Fingerprint parameters and moments after this step; write each tensor's fingerprint to `log`. Collective.
-
-    Raises:
-        RunError: in the deterministic mode, on all ranks, if copies of a tensor differ.
-    """
-    taken = fingerprint_of(run.model, run.optimizer)
-    if run.settings.deterministic:
-        taken.require_equal_copies(run.step)
-    if log is not None:
-        log.append({"step": run.step, **taken.columns(), "tensors": taken.tensors, "moments": taken.moments})
-    return taken
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -1,7 +1,7 @@
 """Threads beside the training thread, for what that thread cannot notice while it is blocked in a collective.
 
-- **Signals.** SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main thread, and
-  only after a collective has returned; the signal wakeup descriptor notifies the watchdog thread at once.
+- **Signals.** SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main
+  thread, and only after a collective has returned; the signal wakeup descriptor notifies the watchdog thread at once.
 - **A failed peer.** A failing rank cannot vote: its peers are blocked in a collective that it will never reach, and its
   vote would be matched with that collective. So it sets a key in the rendezvous store.
 - **A phase that does not end.** Each phase of the main thread has a time limit. Beyond it, all ranks write their

@@ -233,3 +233,49 @@ def samples_fail() -> None:
         raise RuntimeError("probability tensor contains either `inf`, `nan`\nor element < 0")
 
     _in_phase("sampled_tokens", fault)
+
+
+def no_room_for_fingerprints() -> None:
+    """The file of fingerprints is on a disk that is full."""
+    from colonnade.telemetry.metrics import MetricsLog
+
+    append = MetricsLog.append
+
+    def failing(log: Any, row: Any) -> None:
+        if log.path.name == "fingerprints.jsonl":
+            log._file = open("/dev/full", "wb")  # noqa: SIM115 - lives as long as the process
+        append(log, row)
+
+    MetricsLog.append = failing  # type: ignore[assignment,method-assign]
+
+
+def device_takes_long() -> None:
+    """Half a second passes from step 2 on until the host learns of a step's outcome; each vote's reserve is printed."""
+    import training_utils
+    from colonnade.parallel.stopping import StopVote
+
+    note, reason = training_utils.StepGuard.note, StopVote.reason
+
+    def waiting(guard: Any, *args: Any) -> None:
+        if guard._run.step > 1:
+            time.sleep(0.5)
+        note(guard, *args)
+
+    def printing(votes: Any, reserve: float, **options: Any) -> Any:
+        print(f"reserve {reserve}")
+        return reason(votes, reserve, **options)
+
+    training_utils.StepGuard.note = waiting  # type: ignore[assignment,method-assign]
+    StopVote.reason = printing  # type: ignore[assignment,method-assign]
+
+
+def saves_and_validations_take_long() -> None:
+    """Three seconds each; each vote's reserve is printed."""
+    device_takes_long()
+    _in_phase("save", lambda: time.sleep(3))
+    _in_phase("validate", lambda: time.sleep(3))
+
+
+def stopped_at_step_8() -> None:
+    """As by a signal that comes in step 8."""
+    at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
