@@ -18,6 +18,8 @@ DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 DATA_PARALLEL_SHARDS = ("none", "zero2", "zero3")
 MAX_STEPS = 10**9
+# Logits are divided by it: with much less, their quotients are beyond the largest float.
+MIN_TEMPERATURE = 1e-4
 # Four times the largest published batches. Reading ahead holds several copies of a step's tokens in memory.
 MAX_TOKENS_PER_STEP = 2**28
 
@@ -375,7 +377,11 @@ class RunSettings:
         64, "samples", "most tokens that are added to a prompt", minimum=1, maximum=2**20, unit="TOKENS"
     )
     sample_temperature: float = setting(
-        0.8, "samples", "temperature they are drawn at; 0 for the likeliest token each time", minimum=0.0
+        0.8,
+        "samples",
+        "temperature they are drawn at; 0 for the likeliest token each time",
+        minimum=0.0,
+        minimum_above_zero=MIN_TEMPERATURE,
     )
 
     # Tracking
