@@ -21,6 +21,7 @@ from colonnade.errors import RunError, UsageError
 from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
 from colonnade.parallel.launch import launch
+from colonnade.run_settings import MIN_TEMPERATURE
 
 if TYPE_CHECKING:
     from model import TensorParallelModel
@@ -214,6 +215,8 @@ def _parse(arguments: list[str] | None) -> tuple[TrainedModelSettings, argparse.
             raise UsageError(f"--{name.replace('_', '-')} {value} must be at least {least} and at most {most}")
     if not 0 <= options.temperature < math.inf:
         raise UsageError(f"--temperature {options.temperature} must be a number of at least 0")
+    if 0 < options.temperature < MIN_TEMPERATURE:
+        raise UsageError(f"--temperature {options.temperature} must be 0 or at least {MIN_TEMPERATURE}")
     if not 0 < options.top_p <= 1:
         raise UsageError(f"--top-p {options.top_p} must be above 0 and at most 1")
     if not -(2**63) <= options.seed < 2**63:

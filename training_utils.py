@@ -8,23 +8,23 @@ committed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch.distributed as dist
 
 from colonnade.data.feed import StepBatch
-from colonnade.errors import LocalRunError, PeerError, RunError
+from colonnade.errors import ColonnadeError, LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
 from colonnade.parallel.mesh import set_collective_timeout
 from colonnade.parallel.stopping import SAVE_FAILED, StopVote
+from colonnade.parallel.vote import on_first_rank, one_line, vote
 from colonnade.parallel.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
-from colonnade.telemetry.metrics import MetricsLog
+from colonnade.telemetry.metrics import MetricsLog, read_metrics
 from colonnade.telemetry.progress import ProgressReport
+from colonnade.telemetry.report import METRICS_NAME
 from colonnade.telemetry.sinks import Tracker
 from colonnade.telemetry.tracking import open_tracker
 from colonnade.tuning.batch_record import record_out_of_memory
@@ -56,24 +56,27 @@ def train(run: Run) -> None:
     loop = _Loop(run)
     try:
         with loop.watch, loop.progress:
+            loop.make_up()
             while run.step < run.settings.total_steps and loop.stop_reason is None:
                 step = loop.take_step()
                 loop.commit(step)
                 loop.vote()
                 loop.decide_on_saving()
                 fingerprint = loop.log(step)
+                # Before anything that is not needed for going on, and may fail or take long.
+                loop.save(fingerprint)
                 loop.validate()
                 loop.sample()
-                loop.save(fingerprint)
             loop.end()
-    except PeerError:
+    except ColonnadeError as error:
+        loop.leave(error)
         raise
-    except RunError:
-        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish.
-        if run.saver is not None:
-            run.saver.settle(SETTLE_SECONDS)
-        loop.tracker.close(FAILED_CLOSE_SECONDS, failed=True)
-        raise
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        problem = loop.explained(error)
+        loop.leave(problem)
+        if problem is error:
+            raise
+        raise problem from error
 
 
 @dataclass(frozen=True)
@@ -102,19 +105,22 @@ class _Loop:
         )
         self._first_step, self._longest_step = run.step + 1, 0.0
         self._longest_validation = self._longest_sampling = 0.0
+        self._voted_at: float | None = None
+        self._elsewhere = 0.0  # seconds since that vote that no step took: validating, sampling, saving
         self._is_saved = self._owes_save = False
-        has_fingerprints = settings.fingerprint_interval or settings.deterministic
-        self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
         self._meter = Meter(run)
         self._guard = StepGuard(run, self.progress.message)
         self._saved_step = run.step if run.resumed_from is not None else -1
         for note in run.notes:
             self.progress.message(note)
-        self.tracker = _open_tracker(run, self.progress)
+        with vote():
+            has_fingerprints = settings.fingerprint_interval or settings.deterministic
+            self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
+            self.tracker = _open_tracker(run, self.progress)
         self.tracker.write(start_row(run))
 
     def take_step(self) -> _Step:
-        run, began = self.run, time.monotonic()
+        run = self.run
         # The first step compiles: it gets the startup limit, and its duration does not predict that of the others.
         is_first = run.step + 1 == self._first_step
         limit = self.settings.startup_timeout if is_first else self.settings.step_timeout
@@ -123,14 +129,12 @@ class _Loop:
         self._meter.data_wait += batch.wait_seconds
         learning_rate = run.schedule(run.step)
         self.watch.enter(f"step {run.step + 1}", limit, is_step=True, is_first=is_first)
-        step = _Step(batch, learning_rate, _step_or_leave(run, batch, learning_rate, self.watch))
+        step = _Step(batch, learning_rate, _train_or_tell(run, batch, learning_rate))
         if is_first:
             # The record of an earlier end (stopped or complete) no longer holds: the run has moved on.
             if run.layout.is_main:
                 forget_end(run.directory)
             set_collective_timeout(run.model.layout, self.settings.step_timeout)
-        else:
-            self._longest_step = max(self._longest_step, time.monotonic() - began)
         return step
 
     def commit(self, step: _Step) -> None:
@@ -143,8 +147,12 @@ class _Loop:
 
     def vote(self) -> None:
         """All ranks vote after the same step: whether to stop, and whether a save has failed."""
-        saver = self.run.saver
+        saver, now = self.run.saver, time.monotonic()
         assert saver is not None
+        # From vote to vote, because the host launches a step long before the device has taken it; not the first one.
+        if self._voted_at is not None:
+            self._longest_step = max(self._longest_step, now - self._voted_at - self._elsewhere)
+        self._voted_at, self._elsewhere = now, 0.0
         # In async mode, an earlier save may still be in progress when the last one is due.
         saves = 2 if self.settings.checkpoint_mode == "async" else 1
         reserve = 2 * self._longest_step + saves * max(_expected_save_seconds(self.run), saver.longest_save)
@@ -182,11 +190,11 @@ class _Loop:
         if is_logged:
             row = self._meter.row(step.outcome, step.learning_rate, step.batch.epoch)
             if with_fingerprint:
-                fingerprint = take_fingerprint(run, self._fingerprints)
+                fingerprint = self._take_fingerprint()
                 row |= fingerprint.columns()
                 self._meter.restart()
             run.loss = row["loss"]
-            self._report(row)
+            self.tracker.write(row)
         elif self._is_saved:
             run.loss = float(step.outcome.loss)
         self.progress.update(run.step, run.loss)
@@ -196,40 +204,94 @@ class _Loop:
             self._meter.restart()
         return fingerprint
 
+    def _take_fingerprint(self) -> Fingerprint:
+        """Fingerprint parameters and moments after this step; write that of each tensor to the log. Collective.
+
+        Raises:
+            RunError: in the deterministic mode: on all ranks, if copies of a tensor differ; on the first one, if the
+                log cannot be written. Otherwise the run goes on without the log.
+        """
+        run = self.run
+        taken = fingerprint_of(run.model, run.optimizer)
+        if self.settings.deterministic:
+            taken.require_equal_copies(run.step)
+        if self._fingerprints is not None:
+            row = {"step": run.step, **taken.columns(), "tensors": taken.tensors, "moments": taken.moments}
+            try:
+                self._fingerprints.append(row)
+            except RunError as error:
+                if self.settings.deterministic:
+                    raise
+                self.progress.message(f"warning: {error}; the run goes on without it")
+                self._fingerprints = None
+        return taken
+
     def validate(self) -> None:
         run = self.run
         is_due = self._is_last or (self.stop_reason is None and _is_due(run.step, self.settings.validation_interval))
-        if run.validation is None or not is_due:
+        if is_due:
+            self._validate()
+
+    def _validate(self) -> None:
+        run = self.run
+        if run.validation is None:
             return
         self.watch.enter(f"the validation after step {run.step}", self.settings.startup_timeout)
         began = time.monotonic()
         held_out = validate(run, run.validation)
-        self._longest_validation = max(self._longest_validation, time.monotonic() - began)
+        self._longest_validation = max(self._longest_validation, self._leave_out(began))
         run.validation_loss = held_out["validation_loss"]
-        self._report({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
+        self.tracker.write({"step": run.step, **held_out, "tokens_seen": run.tokens_seen})
         self._meter.restart()
 
     def sample(self) -> None:
         """Generate samples of the model's text, if they are due."""
+        is_due = samples_are_due(self.run.step, self.settings.sample_interval) and self.stop_reason is None
+        if is_due or self._is_last:
+            self._sample()
+
+    def _sample(self) -> None:
         run, settings = self.run, self.settings
-        is_due = samples_are_due(run.step, settings.sample_interval) and self.stop_reason is None
-        if run.sample_prompts is None or not (is_due or self._is_last):
+        if run.sample_prompts is None:
             return
         self.watch.enter(f"the samples after step {run.step}", settings.startup_timeout)
         began = time.monotonic()
         rows = sampled_tokens(run.model, run.sample_prompts, settings)
         if run.tokenizer is not None:
-            self._report({"step": run.step, "samples": samples_row(run.sample_prompts, rows, run.tokenizer)})
-        self._longest_sampling = max(self._longest_sampling, time.monotonic() - began)
+            self.tracker.write({"step": run.step, "samples": samples_row(run.sample_prompts, rows, run.tokenizer)})
+        self._longest_sampling = max(self._longest_sampling, self._leave_out(began))
         self._meter.restart()
+
+    def make_up(self) -> None:
+        """Take the validation and the samples that were due at the step this start goes on from and are missing.
+
+        A stop after that step leaves no time for them, and a run that ended in one of them has no row of it.
+        """
+        run, settings = self.run, self.settings
+        if run.resumed_from is None or run.resumed_from.parent != run.directory or not settings.jsonl:
+            return
+        rows = on_first_rank(lambda: read_metrics(run.directory / METRICS_NAME) if run.step > 0 else [])
+        taken = {key for row in rows if row.get("step") == run.step for key in row}
+        if _is_due(run.step, settings.validation_interval) and "validation_loss" not in taken:
+            self._validate()
+        if samples_are_due(run.step, settings.sample_interval) and "samples" not in taken:
+            self._sample()
+
+    def _leave_out(self, began: float) -> float:
+        """The seconds since `began`, which are no part of a step's."""
+        seconds = time.monotonic() - began
+        self._elsewhere += seconds
+        return seconds
 
     def save(self, fingerprint: Fingerprint | None) -> None:
         run = self.run
         if not self._is_saved:
             return
         self.watch.enter(f"saving step {run.step}", self.settings.startup_timeout)
+        began = time.monotonic()
         check_before_save(run)
         save(run, fingerprint)
+        self._leave_out(began)
         self._saved_step = run.step
         self._meter.restart()
 
@@ -241,17 +303,42 @@ class _Loop:
         if self._fingerprints is not None:
             self._fingerprints.close()
         # A run that has taken its last step is complete, even if it was asked to stop meanwhile.
-        finish(run, self._saved_step, self.tracker, None if self._is_last else self.stop_reason)
+        reason = None if self._is_last else self.stop_reason
+        finish(run, self._saved_step, self.tracker, reason, self.progress.message)
         run.saver.close()
         if run.lock is not None:
             run.lock.release()
 
+    def explained(self, error: RuntimeError | MemoryError) -> BaseException:
+        """What to raise for an error of a phase: where it is a bug in a step, the error itself, with its traceback."""
+        if is_connection_lost(error):
+            return PeerError("another rank is gone")
+        phase = self.watch.phase
+        if is_out_of_memory(error):
+            return LocalRunError(
+                f"out of memory in {phase.what}; the last checkpoint stands: go on from it with a smaller micro-batch "
+                "(--initial-batch-size, and more --gradient-accumulation-steps), or fewer and shorter samples"
+            )
+        if phase.is_step:
+            return error
+        return LocalRunError(f"{phase.what} failed ({one_line(error)}); the last checkpoint stands")
+
+    def leave(self, error: BaseException) -> None:
+        """End what is under way before `error` ends this rank; tell the other ranks if they cannot know of it.
+
+        They may be blocked in a collective that this rank will never reach. One that finds its peer gone tells nobody:
+        it has nothing to add to what that peer, or the launcher, reports, and may interrupt the report of a third.
+        """
+        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish.
+        if self.run.saver is not None:
+            self.run.saver.settle(SETTLE_SECONDS)
+        if isinstance(error, LocalRunError) or not isinstance(error, ColonnadeError):
+            self.watch.announce_failure()
+        self.tracker.close(FAILED_CLOSE_SECONDS, failed=True)
+
     @property
     def _is_last(self) -> bool:
         return self.run.step == self.settings.total_steps
-
-    def _report(self, row: Mapping[str, Any]) -> None:
-        self.tracker.write(row)
 
 
 def _expected_save_seconds(run: Run) -> float:
@@ -275,20 +362,6 @@ def _open_log(run: Run, name: str) -> MetricsLog | None:
     log = MetricsLog(run.directory / name)
     log.truncate_after(run.step)
     return log
-
-
-def take_fingerprint(run: Run, log: MetricsLog | None) -> Fingerprint:
-    """Fingerprint parameters and moments after this step; write each tensor's fingerprint to `log`. Collective.
-
-    Raises:
-        RunError: in the deterministic mode, on all ranks, if copies of a tensor differ.
-    """
-    taken = fingerprint_of(run.model, run.optimizer)
-    if run.settings.deterministic:
-        taken.require_equal_copies(run.step)
-    if log is not None:
-        log.append({"step": run.step, **taken.columns(), "tensors": taken.tensors, "moments": taken.moments})
-    return taken
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -325,22 +398,16 @@ def train_step(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
     return replace(outcome, losses_before=before)
 
 
-def _step_or_leave(run: Run, batch: StepBatch, learning_rate: float, watch: Watchdog) -> StepOutcome:
-    """Take a step. On an error tell the other ranks and raise; if out of memory, record a smaller micro-batch as well.
+def _train_or_tell(run: Run, batch: StepBatch, learning_rate: float) -> StepOutcome:
+    """Take a step. If it runs out of memory, record a smaller micro-batch and raise LocalRunError.
 
     The deterministic mode records nothing, because its micro-batch is fixed. This rank cannot recover, because the
-    other ranks are blocked in a collective of this step. A rank that finds its peer gone only raises: it has nothing to
-    add to what that peer, or the launcher, reports.
+    other ranks are blocked in a collective of this step.
     """
     try:
         return train_step(run, batch, learning_rate)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if is_connection_lost(error):
-            raise PeerError("another rank is gone") from error
-        if run.saver is not None:
-            run.saver.settle(SETTLE_SECONDS)
-        watch.announce_failure()
-        if not is_out_of_memory(error):
+        if is_connection_lost(error) or not is_out_of_memory(error):
             raise
         if run.settings.deterministic:
             raise LocalRunError(

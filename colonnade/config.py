@@ -90,6 +90,7 @@ _CONTRADICTIONS = (
 _ALTERNATIVES = (
     *_CONTRADICTIONS,
     ("preset", "model_config"),
+    ("preset", "init_from"),
     ("activation_checkpointing", "disable_gradient_checkpointing"),
     ("tokens_per_step", "gradient_accumulation_steps"),
 )
@@ -166,6 +167,11 @@ def check_contradictions(settings: RunSettings) -> RunSettings:
         raise UsageError(
             f"--min-learning-rate {settings.min_learning_rate} is above --learning-rate {settings.learning_rate}: "
             f"give one that is not, as a tenth of it ({settings.learning_rate / 10:g})"
+        )
+    if settings.schedule_steps is not None and settings.schedule_steps <= settings.warmup_steps:
+        raise UsageError(
+            f"--schedule-steps {settings.schedule_steps} ends within --warmup-steps {settings.warmup_steps}, after "
+            "which the learning rate would fall to its minimum at once: raise the first or lower the second"
         )
     horizon = settings.schedule_steps or settings.total_steps
     if settings.decay_steps is not None and settings.decay_steps > horizon - settings.warmup_steps:

@@ -19,6 +19,8 @@ DECAY_SHAPES = ("1-sqrt", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 DATA_PARALLEL_SHARDS = ("none", "zero2", "zero3")
 MAX_STEPS = 10**9
+# Logits are divided by it: with much less, their quotients are beyond the largest float.
+MIN_TEMPERATURE = 1e-4
 # Four times the largest published batches. Reading ahead holds several copies of a step's tokens in memory.
 MAX_TOKENS_PER_STEP = 2**28
 
@@ -416,7 +418,13 @@ class RunSettings:
     sample_tokens: int = setting(
         64, "samples", "maximum number of tokens to generate per prompt", minimum=1, maximum=2**20, unit="TOKENS"
     )
-    sample_temperature: float = setting(0.8, "samples", "sampling temperature; 0 for greedy decoding", minimum=0.0)
+    sample_temperature: float = setting(
+        0.8,
+        "samples",
+        "sampling temperature; 0 for greedy decoding",
+        minimum=0.0,
+        minimum_above_zero=MIN_TEMPERATURE,
+    )
 
     # Tracking
     progress_bar: bool = setting(True, "tracking", "show a progress bar in addition to the log lines")

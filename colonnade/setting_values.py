@@ -47,6 +47,10 @@ def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
     for broken, limit in (
         (kind == "str" and not value.strip(), "some text, or left out"),
         ("minimum" in limits and value < limits["minimum"], f"at least {limits.get('minimum')}"),
+        (
+            "minimum_above_zero" in limits and 0 < value < limits["minimum_above_zero"],
+            f"0, or at least {limits.get('minimum_above_zero')}",
+        ),
         ("above" in limits and value <= limits["above"], f"above {limits.get('above')}"),
         ("below" in limits and value >= limits["below"], f"below {limits.get('below')}"),
         ("maximum" in limits and value > limits["maximum"], f"at most {limits.get('maximum')}"),

@@ -18,7 +18,7 @@ from colonnade.config import write_settings
 from colonnade.data.feed import BatchFeed
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError, UsageError
-from colonnade.optim.idle_switches import idle_switches
+from colonnade.optim.idle_switches import idle_settings, idle_switches
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
 from colonnade.parallel.determinism import check_micro_batches
@@ -196,7 +196,7 @@ def _reserved_saver(settings: RunSettings, lock: RunLock, origin: Origin, state:
 
 def _warnings(settings: RunSettings, layout: ParallelLayout, micro_batch: int) -> list[str]:
     """Warnings about settings that are valid but perhaps unintended."""
-    found = idle_switches(settings, layout.tp, layout.dp, micro_batch)
+    found = idle_switches(settings, layout.tp, layout.dp, micro_batch) + idle_settings(settings)
     if settings.warmup_steps >= settings.total_steps:
         found.append(
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "

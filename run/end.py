@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -29,7 +30,7 @@ LAUNCH_NAME, STOPPED_NAME, COMPLETE_NAME = ".launch.json", "STOPPED.json", "COMP
 CLOSE_SECONDS, UPLOAD_SECONDS, UPLOAD_SECONDS_STOPPED = 30.0, 300.0, 20.0
 
 
-def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:
+def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None, say: Callable[[str], None]) -> None:
     """Close feed, stream, uploads and sinks (which draw the pictures); report and record the end. Collective."""
     position = whole_position(run)
     close_data(run)
@@ -62,7 +63,7 @@ def finish(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None)
     for what, name in (("plot", PLOT_NAME), ("report", REPORT_NAME)):
         if run.settings.jsonl and (run.directory / name).exists():
             lines.append(f"  {what:<11} {run.directory / name}")
-    print("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _close_tracking(run: Run, saved_step: int, tracker: Tracker, stop_reason: str | None) -> None:

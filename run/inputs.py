@@ -205,7 +205,8 @@ def require_same_run(
     changed = [
         f"{name} {getattr(stored, name)} -> {getattr(settings, name)}"
         for name in {**old, **new}
-        if old.get(name) != new.get(name)
+        # One that says nothing under the other settings is in one of the two only, whatever its value.
+        if old.get(name) != new.get(name) and getattr(stored, name) != getattr(settings, name)
     ]
     own = model_of_record(found.path, record).to_dict()
     changed += [f"{name} {own[name]} -> {value}" for name, value in config.to_dict().items() if value != own[name]]

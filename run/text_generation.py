@@ -69,7 +69,11 @@ class PromptEncoder:
             self._begin, self.end = boundary_tokens(tokenizer)
 
     def encode(self, prompt: str, source: str) -> list[int]:
-        """Token ids of a prompt. Raises UsageError, naming `source`, if there are none."""
+        """Token ids of a prompt. Raises UsageError, naming `source`, if there are none or the prompt is not text."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # a byte of the command line that is not UTF-8, or half a pair in JSON
+            raise UsageError(f"{source} {prompt!r} is not UTF-8 text (character {error.start}): give text") from error
         tokens = self._tokenizer.encode(prompt, add_special_tokens=False)
         if self._begin is not None:
             tokens = [self._begin, *tokens]

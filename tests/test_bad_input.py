@@ -462,6 +462,10 @@ def test_a_run_is_not_gone_on_with_under_other_settings(name: str, inputs: Path,
     before = contents(stopped)
     (outcome,) = start(TRAINING, flags_of(base(inputs, stopped, **{name: value})))
     require_refusal(outcome, TRAINING, says, f"(--config {stopped}/run.yaml)", "another --checkpoint-dir")
+    told = outcome.errors.partition("other settings: ")[2].partition(". Give")[0]
+    for part in told.split("; "):
+        old, _, new = part.partition(" -> ")
+        assert not old.endswith(f" {new}"), part
     assert contents(stopped) == before
 
 
@@ -873,6 +877,8 @@ def test_a_single_file_has_no_optimizer_and_no_run(
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--max-new-tokens", "few"], "'few'"),
         (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "1e-45"], "--temperature 1e-45 must be 0 or at least 0.0001"),
+        (["--prompt", "d\udcff"], "--prompt 'd\\udcff' is not UTF-8 text (character 1)"),
         (["--seed", "9" * 20], "64 bits at most"),
         (["--tokenizer-path", "{}/none"], "none' does not exist"),
     ],

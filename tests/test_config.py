@@ -49,7 +49,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "min_learning_rate": ("0", 0.0),
     "warmup_steps": ("0", 0),
     "schedule": ("wsd", "wsd"),
-    "schedule_steps": ("88", 88),
+    "schedule_steps": ("888", 888),
     "init_from": ("folder", "folder"),
     "sample_interval": ("50", 50),
     "sample_prompts": ("prompts.txt", "prompts.txt"),
@@ -176,7 +176,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("min_learning_rate", ["-1e-9"], ["0"]),
     ("warmup_steps", ["-1", str(MAX_STEPS + 1)], ["0"]),
     ("schedule", ["WSD", "cos", "none"], ["cosine", "wsd", "constant"]),
-    ("schedule_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1", str(MAX_STEPS)]),
+    ("schedule_steps", ["0", "-1", str(MAX_STEPS + 1)], ["101", str(MAX_STEPS)]),  # the warm-up takes 100
     ("decay_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1"]),
     ("decay_shape", ["sqrt", "1-SQRT"], ["1-sqrt", "linear", "cosine"]),
     ("optimizer", ["adam", "Muon"], ["adamw", "muon"]),
@@ -198,6 +198,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [  # name, what is refused, wha
     ("drift_check_interval", ["-1"], ["0"]),
     ("max_skipped_steps", ["0", "-1", str(MAX_STEPS + 1)], ["1"]),
     ("spike_sigma", ["-1"], ["0"]),
+    ("sample_temperature", ["-1", "1e-45", "0.00009"], ["0", "0.0001"]),
     ("spike_window", ["9", "10001"], ["10", "10000"]),
     ("spike_action", ["stop", "Skip"], ["warn", "skip"]),
 ]
@@ -457,6 +458,7 @@ def test_flags_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
         ({"compile": True}, {"disable_compile": True}, {"disable_compile": True}),
         ({"disable_compile": True, "seed": 1}, {"compile": True}, {"compile": True, "seed": 1}),
         ({"preset": "tiny"}, {"model_config": "m.json"}, {"model_config": "m.json"}),
+        ({"preset": "tiny"}, {"init_from": "folder"}, {"init_from": "folder"}),
         ({"model_config": "m.json"}, {"preset": "tiny"}, {"preset": "tiny"}),
         ({"tokens_per_step": 64}, {"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 2}),
         ({"gradient_accumulation_steps": 2}, {"tokens_per_step": 64}, {"tokens_per_step": 64}),

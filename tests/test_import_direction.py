@@ -16,6 +16,7 @@ RUN = "run"
 PARTS = (
     "errors",
     "files",
+    "screen",
     "setting_values",
     "other_names",
     "run_settings",

@@ -52,6 +52,7 @@ def test_a_run_samples_itself_and_is_the_same_run(inputs: list[str], tmp_path: P
     (outcome,) = start("training", [*inputs, "--checkpoint-dir", str(plain)])
     assert outcome.code == 0, outcome
     assert sampled(plain) == {}
+    assert "--sample-tokens 10 does nothing without --sample-interval" in outcome.output
     for ranks, directory in ((1, one), (2, two)):
         flags = [*inputs, "--sample-interval", "2", "--checkpoint-dir", str(directory)]
         outcomes = start("training", flags, ranks=ranks)

@@ -122,6 +122,10 @@ def test_a_second_warm_up_ends_where_the_schedule_stands(changes: dict[str, Any]
         ({"schedule": "constant", "min_learning_rate": 1e-5}, "--min-learning-rate 1e-05 says nothing with"),
         ({"muon_momentum": 0.9}, "--muon-momentum 0.9 says nothing with --optimizer adamw: .* --optimizer muon"),
         (
+            {"schedule_steps": 6, "warmup_steps": 6},
+            "--schedule-steps 6 ends within --warmup-steps 6, .*: raise the first or lower the second",
+        ),
+        (
             {"schedule": "wsd", "decay_steps": 91, "total_steps": 100, "warmup_steps": 10},
             "--decay-steps 91 and --warmup-steps 10 are more than the 100 steps of the schedule: lower one of them",
         ),

@@ -1,9 +1,18 @@
-"""Switches without effect on the ranks of a run: allowed, since the next run may have other ranks, and reported."""
+"""Settings without effect in a run: allowed, since a file of settings may serve other runs too, and reported."""
 
 from __future__ import annotations
 
 from colonnade.optim.shard_limits import shard_count
 from colonnade.run_settings import RunSettings
+from colonnade.setting_values import flag_of
+
+# A setting, and those that do nothing without it.
+_NEEDED = {
+    "sample_interval": ("sample_prompts", "sample_tokens", "sample_temperature"),
+    "validation_glob": ("validation_interval", "validation_chunks"),
+    "spike_sigma": ("spike_window",),
+    "checkpoint_interval": ("keep_every",),
+}
 
 
 def idle_switches(settings: RunSettings, tp: int, dp: int, micro_batch: int) -> list[str]:
@@ -21,6 +30,25 @@ def idle_switches(settings: RunSettings, tp: int, dp: int, micro_batch: int) -> 
             found.append("--replicate-embeddings changes nothing at tp 1: one rank holds them whole anyway")
     elif settings.overlap_collectives and micro_batch == 1:
         found.append("--overlap-collectives changes nothing at a micro-batch of one sequence, which has no halves")
+    return found
+
+
+def idle_settings(settings: RunSettings) -> list[str]:
+    """One line for each setting that has no effect because another is off, whatever the ranks are."""
+    defaults = RunSettings()
+    found = []
+    for needed, names in _NEEDED.items():
+        if getattr(settings, needed):
+            continue
+        for name in names:
+            value = getattr(settings, name)
+            if value != getattr(defaults, name):
+                found.append(f"{flag_of(name)} {value} does nothing without {flag_of(needed)}")
+    if settings.memory_limit_gib is not None and settings.deterministic:
+        found.append(
+            f"--memory-limit-gib {settings.memory_limit_gib:g} does nothing with --deterministic, which keeps the "
+            "micro-batch"
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """Threads beside the training thread, for what that thread cannot notice while it is blocked in a collective.
 
-- **Signals.** SIGTERM, SIGINT and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main thread, and
-  only after a collective has returned; the signal wakeup descriptor notifies the watchdog thread at once.
+- **Signals.** SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to stop. Python runs signal handlers only on the main
+  thread, and only after a collective has returned; the signal wakeup descriptor notifies the watchdog thread at once.
 - **A failed peer.** A failing rank cannot vote: its peers are blocked in a collective that it will never reach, and its
   vote would be matched with that collective. So it sets a key in the rendezvous store.
 - **A phase that does not end.** Each phase of the main thread has a time limit. Beyond it, all ranks write their
@@ -28,7 +28,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+from colonnade.screen import surviving
+
+# SIGHUP comes when a terminal is closed; torchrun forwards it.
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 1.0
 # A rank that was asked to stop has to finish its step, and torchrun kills it after 30 s by default.
 STOP_GRACE_SECONDS = 20.0
@@ -96,7 +99,9 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         # Only the main thread may set handlers; a run inside another program keeps that program's.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, _noted) for number in STOP_SIGNALS}
+            # One that is ignored stays so: `nohup` asks for that.
+            heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, _noted) for number in heeded}
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         if self._on_cuda:  # NCCL writes there too, and creates no folder
             with contextlib.suppress(OSError):
@@ -129,11 +134,17 @@ class Watchdog:
             self._longest_step = max(self._longest_step, now - last.began)
         self._phase = Phase(what, last.order + 1, limit, is_step, is_first, now)
 
+    @property
+    def phase(self) -> Phase:
+        """What the main thread is doing."""
+        return self._phase
+
     def announce_failure(self) -> None:
         """Tell all ranks that this one is exiting; call it before raising the exception that ends it."""
         self._done.set()
         if self._store is not None:
-            self._store.set(_FAILED, str(self._rank))
+            with contextlib.suppress(dist.DistError):  # the rank that holds the store is gone itself
+                self._store.set(_FAILED, str(self._rank))
 
     # ----------------------------------------------------------------------------------------- on the threads
 
@@ -165,7 +176,8 @@ class Watchdog:
             if number not in STOP_SIGNALS:
                 continue
             if number == signal.SIGINT and self.stop_signal == "SIGINT":
-                print("interrupted a second time: left without a save", file=sys.stderr)
+                with surviving(sys.stderr):
+                    print("interrupted a second time: left without a save", file=sys.stderr)
                 _leave(130)
             if self.stop_signal is None:
                 self._stop_asked_at = time.monotonic()
@@ -252,6 +264,7 @@ def _noted(number: int, frame: object) -> None:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # no screen keeps a rank from leaving
+            stream.flush()
     os._exit(code)

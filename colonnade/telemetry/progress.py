@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from colonnade.screen import surviving
+
 if TYPE_CHECKING:
     import tqdm
 
@@ -39,6 +41,7 @@ class ProgressReport:
     Counts optimizer steps out of `total_steps`, starting at `initial_step`. On a terminal, lines scroll above the bar;
     elsewhere (a file, a pipe) nothing is redrawn: the bar is printed as a line, at most every 30 s and at the end. With
     `bar=False` there are only the lines. With `enabled=False`, for ranks other than 0, every method is a no-op.
+    A stream that cannot be written is dropped, with one line on stderr.
     """
 
     def __init__(
@@ -85,7 +88,8 @@ class ProgressReport:
         if self._bar is not None:
             if loss is not None:
                 self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self._bar.update(advance)
+            with surviving(self._bar_stream):
+                self._bar.update(advance)
         elif self._has_bar and time.monotonic() - self._shown >= PLAIN_INTERVAL_S:
             self._show_plain()
 
@@ -99,19 +103,20 @@ class ProgressReport:
         """Print `text` on a separate line, above the bar."""
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=self._lines)
-        else:
-            print(text, file=self._lines)
-        # Pipes are block-buffered; without a flush, readers of the log could be minutes behind.
-        self._lines.flush()
+        # Pipes are block-buffered; without a flush, which ends the block, readers of the log could be minutes behind.
+        with surviving(self._lines):
+            if self._bar is not None:
+                self._bar.write(text, file=self._lines)
+            else:
+                print(text, file=self._lines)
 
     def close(self) -> None:
         """Draw the last state and release the screen. May be called twice."""
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.close()
+            with surviving(self._bar_stream):
+                self._bar.close()
         elif self._has_bar and self._step > self._initial and self._shown_step != self._step:
             self._show_plain()
         self._enabled = False
@@ -129,7 +134,8 @@ class ProgressReport:
             ncols=100,
             postfix=None if self._loss is None else f"loss {self._loss:.4f}",
         )
-        print(line, file=self._bar_stream, flush=True)
+        with surviving(self._bar_stream):
+            print(line, file=self._bar_stream)
         self._shown, self._shown_step = time.monotonic(), self._step
 
     def __enter__(self) -> ProgressReport:

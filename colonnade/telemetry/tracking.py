@@ -13,6 +13,7 @@ from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
 from colonnade.setting_values import useless_alone
 from colonnade.telemetry.csv_table import CsvTable
+from colonnade.telemetry.metrics import read_metrics
 from colonnade.telemetry.pictures import Pictures
 from colonnade.telemetry.progress import ProgressReport
 from colonnade.telemetry.report import METRICS_NAME
@@ -34,7 +35,10 @@ WANDB_NAME = "wandb"
 
 
 def require_sinks(settings: RunSettings) -> None:
-    """Raises UsageError if tracking settings have no effect or contradict others, or if they need a missing package."""
+    """Raises UsageError if tracking settings have no effect or contradict others, or if they need a missing package.
+
+    Also if the folder holds a `metrics.jsonl` that cannot be read: found here, before anything is built.
+    """
     for needs, needed in _NEEDED:
         if getattr(settings, needs) and not getattr(settings, needed):
             raise useless_alone(needs, needed)
@@ -46,6 +50,9 @@ def require_sinks(settings: RunSettings) -> None:
         )
     if settings.wandb_project is not None:
         require_client("--wandb-project")
+    record = Path(settings.checkpoint_dir) / METRICS_NAME
+    if settings.jsonl and record.exists():
+        read_metrics(record)
 
 
 def open_tracker(

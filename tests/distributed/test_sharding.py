@@ -14,7 +14,7 @@ import torch.distributed as dist
 import forked_commands
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
-from colonnade.optim.idle_switches import idle_switches
+from colonnade.optim.idle_switches import idle_settings, idle_switches
 from colonnade.optim.shard_limits import Ranks, check_shards, fewest_replicas, part_off_border
 from colonnade.parallel.batch_tree import leaf_order, nodes_completed
 from colonnade.parallel.mesh import init_parallel
@@ -288,6 +288,23 @@ def test_switches_that_have_nothing_to_do_are_told(
     assert len(found) == len(says)
     for line, pattern in zip(found, says, strict=True):
         assert re.search(pattern, line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "needed"),
+    [
+        ({"sample_prompts": "p", "sample_tokens": 5, "sample_temperature": 0.0}, 3, {"sample_interval": 9}),
+        ({"validation_interval": 3, "validation_chunks": 2}, 2, {"validation_glob": "v"}),
+        ({"spike_window": 50}, 1, {"spike_sigma": 4.0}),
+        ({"keep_every": 100, "checkpoint_interval": 0}, 1, {"checkpoint_interval": 50}),
+        ({"memory_limit_gib": 2.0, "deterministic": True}, 1, {"deterministic": False}),
+    ],
+)
+def test_settings_that_have_nothing_to_do_are_told(changes: dict[str, Any], names: int, needed: dict[str, Any]) -> None:
+    found = idle_settings(RunSettings(**changes))
+    assert len(found) == names
+    assert all(" does nothing with" in line for line in found)
+    assert idle_settings(RunSettings(**{**changes, **needed})) == []
 
 
 def test_parts_that_keep_bits_are_allowed() -> None:

@@ -87,6 +87,15 @@ def rank_1_has_no_time() -> None:
     stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
 
 
+def hangups_are_not_ignored() -> None:
+    """As in a terminal; the tests may have been started by `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def hangups_are_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def first_attempt_dies_in_step_15() -> None:
     """Under torchrun, rank 1 of the first attempt is killed just before step 15."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
@@ -214,3 +223,85 @@ def rank_1_runs_out_of_memory() -> None:
         return forward(model, input_ids, *others, **options)
 
     TensorParallelModel.forward = failing  # type: ignore[assignment,method-assign]
+
+
+def _in_phase(name: str, fault: Any) -> None:
+    """Call `fault` as a rank enters `training_utils.NAME`, a phase between two steps."""
+    import training_utils
+
+    real = getattr(training_utils, name)
+
+    def failing(*args: Any) -> Any:
+        fault()
+        return real(*args)
+
+    setattr(training_utils, name, failing)
+
+
+def rank_1_dies_in_a_validation() -> None:
+    if is_rank(1):
+        _in_phase("validate", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _no_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def rank_1_has_no_memory_for_a_validation() -> None:
+    if is_rank(1):
+        _in_phase("validate", _no_memory)
+
+
+def samples_fail() -> None:
+    def fault() -> None:
+        raise RuntimeError("probability tensor contains either `inf`, `nan`\nor element < 0")
+
+    _in_phase("sampled_tokens", fault)
+
+
+def no_room_for_fingerprints() -> None:
+    """The file of fingerprints is on a disk that is full."""
+    from colonnade.telemetry.metrics import MetricsLog
+
+    append = MetricsLog.append
+
+    def failing(log: Any, row: Any) -> None:
+        if log.path.name == "fingerprints.jsonl":
+            log._file = open("/dev/full", "wb")  # noqa: SIM115 - lives as long as the process
+        append(log, row)
+
+    MetricsLog.append = failing  # type: ignore[assignment,method-assign]
+
+
+def device_takes_long() -> None:
+    """Half a second passes from step 2 on until the host learns of a step's outcome; each vote's reserve is printed."""
+    import training_utils
+    from colonnade.parallel.stopping import StopVote
+
+    note, reason = training_utils.StepGuard.note, StopVote.reason
+
+    def waiting(guard: Any, *args: Any) -> None:
+        if guard._run.step > 1:
+            time.sleep(0.5)
+        note(guard, *args)
+
+    def printing(votes: Any, reserve: float, **options: Any) -> Any:
+        print(f"reserve {reserve}")
+        return reason(votes, reserve, **options)
+
+    training_utils.StepGuard.note = waiting  # type: ignore[assignment,method-assign]
+    StopVote.reason = printing  # type: ignore[assignment,method-assign]
+
+
+def saves_and_validations_take_long() -> None:
+    """Three seconds each; each vote's reserve is printed."""
+    device_takes_long()
+    _in_phase("save", lambda: time.sleep(3))
+    _in_phase("validate", lambda: time.sleep(3))
+
+
+def stopped_at_step_8() -> None:
+    """As by a signal that comes in step 8."""
+    at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -141,3 +141,14 @@ def test_a_checkpoint_cannot_ask_for_code_to_be_run(unfinished: Path, tmp_path: 
     (outcome,) = start("generate", asked)
     assert outcome.code == 0, outcome.errors
     assert ran.exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "fingerprints.jsonl"])
+def test_a_damaged_line_of_the_log_is_named_on_all_ranks(flags: list[str], unfinished: Path, name: str) -> None:
+    lines = (unfinished / name).read_text().splitlines()
+    damaged = "\n".join([lines[0], lines[1][:-5], *lines[2:]]) + "\n"
+    (unfinished / name).write_text(damaged)
+    outcomes = start("training", [*flags, "--checkpoint-dir", str(unfinished)], ranks=2)
+    assert [outcome.code for outcome in outcomes] == [2, 2], outcomes
+    assert f"usage error: line 2 of {unfinished}/{name} is not a JSON object: remove that line" in outcomes[0].errors
+    assert (unfinished / name).read_text() == damaged

@@ -77,6 +77,25 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(
     assert_same_end(roomy, undisturbed, STEPS, tmp_path)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_no_room_for_fingerprints_ends_a_run_only_where_an_audit_needs_them(
+    flags: list[str], tmp_path: Path, deterministic: bool
+) -> None:
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory), "--total-steps", "12"]
+    if not deterministic:
+        these.remove("--deterministic")
+    (outcome,) = start("training", these, prepare=inject.no_room_for_fingerprints)
+    message = f"cannot write metrics to {directory}/fingerprints.jsonl: No space left on device"
+    assert outcome.code == int(deterministic)
+    assert "Traceback" not in outcome.errors
+    if deterministic:
+        assert message in outcome.errors
+    else:
+        assert outcome.output.count(f"warning: {message}; the run goes on without it") == 1
+        assert (directory / "COMPLETE.json").exists()
+
+
 def test_a_prune_that_fails_is_a_warning(flags: list[str], undisturbed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory), "--keep-checkpoints", "1"]

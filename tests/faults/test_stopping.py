@@ -37,13 +37,16 @@ def assert_stopped(directory: Path, outcomes: list[Outcome], reason: str) -> int
     return step
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1)), (signal.SIGUSR1, (0,))])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1)), (signal.SIGHUP, (0, 1)), (signal.SIGUSR1, (0,))],
+)
 def test_a_signal_to_any_rank_stops_all_and_no_step_is_lost(
     flags: list[str], undisturbed: Path, tmp_path: Path, number: signal.Signals, ranks: tuple[int, ...]
 ) -> None:
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
-    running = begin("training", these, ranks=2)
+    running = begin("training", these, ranks=2, prepare=inject.hangups_are_not_ignored)
     running.until(r"step +3/")
     running.signal(number, *ranks)
     assert_stopped(directory, running.finish(), number.name)
@@ -54,12 +57,63 @@ def test_a_signal_to_any_rank_stops_all_and_no_step_is_lost(
     assert_same_end(directory, undisturbed, STEPS, tmp_path)
 
 
+def test_a_hangup_that_nohup_ignores_stops_nothing(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory), "--total-steps", "12"]
+    running = begin("training", these, prepare=inject.hangups_are_ignored)
+    running.until(r"step +3/")
+    running.signal(signal.SIGHUP)
+    assert [outcome.code for outcome in running.finish()] == [0]
+    assert end_of(directory, "COMPLETE.json")["step"] == 12
+
+
 def test_the_wall_time_stops_a_run_before_it_is_over(flags: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "run"
     began = time.monotonic()
     outcomes = start("training", [*flags, "--checkpoint-dir", str(directory), "--wall-time", "00:00:01"], ranks=2)
     assert_stopped(directory, outcomes, "wall time")
     assert time.monotonic() - began < 60
+
+
+def test_what_is_left_for_a_step_includes_the_wait_for_the_device_and_no_save(flags: list[str], tmp_path: Path) -> None:
+    glob = flags[flags.index("--data-glob") + 1]
+    these = [*flags, "--total-steps", "4", "--checkpoint-dir", str(tmp_path), "--checkpoint-interval", "2"]
+    validated = ["--validation-glob", glob, "--validation-interval", "3", "--validation-chunks", "4"]
+    (outcome,) = start("training", [*these, *validated], prepare=inject.saves_and_validations_take_long)
+    assert outcome.code == 0, outcome
+    last = [float(value) for value in re.findall("reserve ([0-9.]+)", outcome.output)][-1]
+    assert last >= 2 * 0.5
+    assert last < 2 * 0.5 + 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_validation_and_samples_that_a_stop_left_out_are_made_up(
+    flags: list[str], tmp_path: Path, ranks: int
+) -> None:
+    glob, prompts = flags[flags.index("--data-glob") + 1], tmp_path / "prompts"
+    prompts.write_text("def \n")
+    these = [
+        *(*flags, "--total-steps", "10", "--validation-glob", glob, "--validation-chunks", "4"),
+        *("--validation-interval", "4", "--sample-prompts", str(prompts), "--sample-interval", "2"),
+        *("--sample-tokens", "4", "--sample-temperature", "0"),
+    ]
+    rows = {}
+    for name, prepare in (("stopped", inject.stopped_at_step_8), ("whole", None)):
+        directory = tmp_path / name
+        outcomes = start("training", [*these, "--checkpoint-dir", str(directory)], ranks=ranks, prepare=prepare)
+        assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
+        if prepare is not None:
+            assert end_of(directory, "STOPPED.json")["step"] == 8
+            outcomes = start("training", [*these, "--checkpoint-dir", str(directory)], ranks=ranks)
+            assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
+        told = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        kept = ("step", "loss", "validation_loss", "samples")
+        rows[name] = sorted(
+            str({key: row[key] for key in kept if key in row}) for row in told if not row.get("started")
+        )
+    assert rows["stopped"] == rows["whole"]
+    assert sum("validation_loss" in row for row in rows["whole"]) == 3
+    assert sum("samples" in row for row in rows["whole"]) == 4
 
 
 def test_ranks_that_disagree_on_the_wall_time_stop_after_the_same_step(flags: list[str], tmp_path: Path) -> None:
