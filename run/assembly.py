@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.config import write_settings
@@ -94,6 +95,13 @@ def assemble(
         stream=stream,
         validation=data.validation,
         batch=batch,
+        retention=Retention(
+            Path(settings.checkpoint_dir),
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            damaged=origin.damaged,
+            resumed_from=origin.path,
+        ),
         batch_depends_on=depends_on,
         global_batch=global_batch,
         tokenizer_backend=data.backend,
@@ -109,7 +117,6 @@ def assemble(
         skipped_steps=record.get("skipped_steps") or 0,
         skipped_in_row=record.get("skipped_in_row") or 0,
         resumed_from=origin.path,
-        damaged=origin.damaged,
         saver=saver,
         sample_prompts=data.sample_prompts,
         tokenizer=data.tokenizer,

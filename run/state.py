@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from colonnade.checkpoint.prune import prune_checkpoints
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.checkpoint.uploads import CheckpointUploads
@@ -58,6 +58,7 @@ class Run:
     Attributes:
         settings: as resolved: what `--config` takes back.
         batch: micro-batch and accumulation on this many ranks; `global_batch` chunks a step follow on any number.
+        retention: which checkpoints of the folder must stay.
         batch_depends_on: what the micro-batch depends on, the key of its record.
         stream: the chunk stream, on reading ranks.
         tokenizer_backend: the library that encodes, as settled on the first rank.
@@ -74,7 +75,6 @@ class Run:
         code: version of the program, as the manifest records it.
         validation_loss: of the last validation.
         resumed_from: the checkpoint this start went on from.
-        damaged: newer ones that were passed over.
         saver: what writes checkpoints; None for a replay, which writes nothing.
         sample_prompts: what samples of its text continue; None where it takes none.
         tokenizer: on ranks that read; None on the others.
@@ -94,6 +94,7 @@ class Run:
     stream: TokenStream | None
     validation: Validation | None
     batch: TunedMicroBatch
+    retention: Retention
     batch_depends_on: Mapping[str, Any]
     global_batch: int
     tokenizer_backend: Backend
@@ -110,7 +111,6 @@ class Run:
     skipped_in_row: int = 0
     validation_loss: float | None = None
     resumed_from: Path | None = None
-    damaged: tuple[Path, ...] = ()
     saver: CheckpointSaver | None = None
     sample_prompts: SamplePrompts | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -150,26 +150,19 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
     manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
 
     def after_commit(path: Path) -> None:
+        run.retention.committed(path)
         if position is not None:
             write_data_ledger(directory / LEDGER_NAME, position)
         if uploads is not None:
             uploads.add(path)
-        prune(run, path)
+        prune(run)
 
     run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
 
 
-def prune(run: Run, newest: Path) -> None:
+def prune(run: Run) -> None:
     """Remove the oldest checkpoints of the run, but those that are still to be uploaded. On one rank."""
-    settings = run.settings
-    pending = () if run.uploads is None else run.uploads.pending
-    prune_checkpoints(
-        run.directory,
-        settings.keep_checkpoints,
-        protect=(newest, *pending),
-        keep_every=settings.keep_every,
-        damaged=run.damaged,
-    )
+    run.retention.prune(() if run.uploads is None else run.uploads.pending)
 
 
 def whole_position(run: Run) -> DataPosition | None:

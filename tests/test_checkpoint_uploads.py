@@ -12,6 +12,7 @@ from colonnade.checkpoint import remote_artifacts
 from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.remote_artifacts import upload_checkpoint
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.uploads import MOST_WAITING, CheckpointUploads, StoreClosed, uploaded
 from colonnade.checkpoint.verify import verified
 from colonnade.errors import UsageError
@@ -49,7 +50,7 @@ def local(directory: Path) -> list[int]:
 
 def test_what_waits_is_not_pruned_and_goes_in_order(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    uploads = CheckpointUploads(Retention(tmp_path), gate.upload, say=said.append)
     made = [make(tmp_path, step) for step in (1, 2, 3)]
     for path in made:
         uploads.add(path)
@@ -68,7 +69,7 @@ def test_what_waits_is_not_pruned_and_goes_in_order(tmp_path: Path) -> None:
 
 def test_a_local_copy_goes_once_it_is_confirmed_and_never_the_newest(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append, drop=True, keep_every=2)
+    uploads = CheckpointUploads(Retention(tmp_path, keep_every=2), gate.upload, say=said.append, drop=True)
     made = [make(tmp_path, step) for step in (1, 2, 3, 5, 7)]
     for path in made[:4]:
         uploads.add(path)
@@ -88,9 +89,41 @@ def test_a_local_copy_goes_once_it_is_confirmed_and_never_the_newest(tmp_path: P
     assert made[2].name not in uploaded(tmp_path)
 
 
+def test_what_the_run_has_gone_back_to_is_not_dropped_for_a_newer_damaged_one(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    older, start, damaged = (make(tmp_path, step) for step in (1, 2, 3))  # by its sizes, 3 is whole
+    retention = Retention(tmp_path, damaged=[tmp_path / "." / damaged.name], resumed_from=start)
+    uploads = CheckpointUploads(retention, gate.upload, say=said.append, drop=True)
+    uploads.resend(step=2)
+    assert [gate.let(), gate.let()] == [older, start]
+    uploads.close(30)
+    assert local(tmp_path) == [2, 3]
+    # Step 3 is trained and saved again: now its checkpoint is the newest.
+    retention.committed(damaged)
+    uploads = CheckpointUploads(retention, gate.upload, say=said.append, drop=True)
+    uploads.add(damaged)
+    gate.let()
+    uploads.close(30)
+    assert local(tmp_path) == [3]
+
+
+def test_until_its_first_save_a_start_keeps_what_it_resumed_from(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    start, newer = (make(tmp_path, step) for step in (2, 3))
+    retention = Retention(tmp_path, keep=1, resumed_from=start)
+    uploads = CheckpointUploads(retention, gate.upload, say=said.append, drop=True)
+    uploads.resend(step=2)
+    gate.let()
+    uploads.close(30)
+    assert retention.prune() == []
+    assert local(tmp_path) == [2, 3]
+    retention.committed(newer)
+    assert retention.prune() == [start]
+
+
 def test_a_step_saved_once_more_is_not_taken_for_what_was_uploaded_of_it(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append, drop=True)
+    uploads = CheckpointUploads(Retention(tmp_path), gate.upload, say=said.append, drop=True)
     twice = make(tmp_path, 2)
     uploads.add(twice)
     gate.let()
@@ -106,7 +139,7 @@ def test_a_step_saved_once_more_is_not_taken_for_what_was_uploaded_of_it(tmp_pat
 def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
     made = [make(tmp_path, step) for step in (1, 2, 3, 9)]
-    first = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    first = CheckpointUploads(Retention(tmp_path), gate.upload, say=said.append)
     first.add(made[0])
     gate.let()
     first.add(made[1])
@@ -114,7 +147,7 @@ def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
     first.close(0.0)
     assert f"not uploaded in time: {made[1].name}" in said[-1]
     again = Gate()
-    second = CheckpointUploads(tmp_path, again.upload, say=said.append)
+    second = CheckpointUploads(Retention(tmp_path), again.upload, say=said.append)
     second.resend(step=3)  # 9 is of a future that this start computes again
     assert [again.let(), again.let()] == made[1:3]
     second.close(30)
@@ -123,7 +156,7 @@ def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
 
 def test_a_store_that_hangs_holds_few_checkpoints(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    uploads = CheckpointUploads(Retention(tmp_path), gate.upload, say=said.append)
     made = [make(tmp_path, step) for step in range(1, MOST_WAITING + 4)]
     uploads.add(made[0])
     assert gate.began.get(timeout=30) == made[0]
@@ -141,7 +174,7 @@ def test_a_store_that_is_closed_is_told_once(tmp_path: Path) -> None:
         told.wait(30)
         raise StoreClosed("it is offline")
 
-    uploads = CheckpointUploads(tmp_path, closed, say=said.append)
+    uploads = CheckpointUploads(Retention(tmp_path), closed, say=said.append)
     for step in (1, 2):
         uploads.add(make(tmp_path, step))
     told.set()

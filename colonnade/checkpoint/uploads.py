@@ -1,7 +1,7 @@
 """Uploading checkpoints to a remote store, one after the other, on a background thread.
 
 Checkpoints that wait for upload are not pruned. If requested, a local copy is removed once the store has confirmed the
-upload, but never that of the newest checkpoint.
+upload, but never one that `Retention` says must stay.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 
-from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.prune import move_aside
+from colonnade.checkpoint.retention import Retention
 from colonnade.files import replace_file
 from colonnade.parallel.vote import one_line
 
@@ -36,26 +36,24 @@ class CheckpointUploads:
     """Uploads the checkpoints of one run folder; exists on the rank that uploads.
 
     Args:
-        directory: the run's folder.
+        retention: knows the run's folder, and which of its checkpoints must stay.
         upload: uploads a checkpoint's folder and returns its name in the store once the upload is confirmed, else
             raises: `StoreClosed` if further uploads are of no use. Called on one thread.
         say: takes a line for the screen.
-        drop: remove local copies of confirmed checkpoints, except the newest checkpoint.
-        keep_every: keep local checkpoints at multiples of this many steps; 0 for none.
+        drop: remove local copies of confirmed checkpoints that are superseded.
     """
 
     def __init__(
         self,
-        directory: Path,
+        retention: Retention,
         upload: Callable[[Path], str],
         *,
         say: Callable[[str], None],
         drop: bool = False,
-        keep_every: int = 0,
     ) -> None:
-        self._directory, self._upload, self._say = directory, upload, say
-        self._drop, self._keep_every = drop, keep_every
-        self._uploaded = uploaded(directory)
+        self._retention, self._directory, self._upload, self._say = retention, retention.directory, upload, say
+        self._drop = drop
+        self._uploaded = uploaded(self._directory)
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._lock = Lock()
         self._waiting: list[Path] = []
@@ -68,8 +66,8 @@ class CheckpointUploads:
         """Queue the newest checkpoints up to `step` that earlier starts have not uploaded, at most `MOST_WAITING`."""
         unsent = [
             info.path
-            for info in find_checkpoints(self._directory)
-            if not info.is_single_file and (info.step or 0) <= step and info.path.name not in self._uploaded
+            for info in self._retention.intact()
+            if (info.step or 0) <= step and info.path.name not in self._uploaded
         ]
         for path in reversed(unsent[:MOST_WAITING]):
             self.add(path)
@@ -147,15 +145,18 @@ class CheckpointUploads:
 
     def _drop_uploaded(self) -> None:
         """Remove confirmed checkpoints that the run does not need for a restart."""
-        newest_first = [info for info in find_checkpoints(self._directory) if not info.is_single_file]
-        for info in newest_first[1:]:
-            is_kept = self._keep_every and (info.step or 0) % self._keep_every == 0
-            if is_kept or info.path.name not in self._uploaded or info.path in self.pending:
+        try:
+            superseded = self._retention.superseded()
+        except OSError as error:
+            logger.warning("uploaded checkpoints in %s were not dropped: %s", self._directory, error)
+            return
+        for path in superseded:
+            if path.name not in self._uploaded or path in self.pending:
                 continue
             try:
-                shutil.rmtree(move_aside(info.path))
+                shutil.rmtree(move_aside(path))
             except OSError as error:
-                logger.warning("uploaded checkpoint %s was not dropped: %s", info.path, error)
+                logger.warning("uploaded checkpoint %s was not dropped: %s", path, error)
 
 
 def uploaded(directory: Path) -> dict[str, str]:

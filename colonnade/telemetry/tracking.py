@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from colonnade.checkpoint.remote_artifacts import require_client, upload_checkpoint
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.uploads import CheckpointUploads, StoreClosed
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
@@ -47,7 +48,12 @@ def require_sinks(settings: RunSettings) -> None:
 
 
 def open_tracker(
-    settings: RunSettings, step: int, progress: ProgressReport, *, unigram_entropy: float | None
+    settings: RunSettings,
+    step: int,
+    progress: ProgressReport,
+    *,
+    retention: Retention,
+    unigram_entropy: float | None,
 ) -> tuple[Tracker, CheckpointUploads | None]:
     """Open a run's sinks, and its checkpoint uploads if the settings ask for them; on the rank that writes.
 
@@ -55,6 +61,7 @@ def open_tracker(
         settings: the run's settings.
         step: the step the run is at.
         progress: the screen.
+        retention: knows which of the run's checkpoints must stay.
         unigram_entropy: as for `plot_loss`.
 
     Raises:
@@ -85,11 +92,10 @@ def open_tracker(
             lines.put(f"warning: checkpoints are not uploaded: WANDB_MODE is {mode}")
         elif settings.wandb_checkpoints:
             uploads = CheckpointUploads(
-                directory,
+                retention,
                 lambda path: _upload(tracked, path),
                 say=lines.put,
                 drop=settings.drop_uploaded_checkpoints,
-                keep_every=settings.keep_every,
             )
             uploads.resend(step)
     record = JsonLines(directory / METRICS_NAME) if settings.jsonl else None
