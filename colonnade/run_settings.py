@@ -333,7 +333,8 @@ class RunSettings:
     keep_every: int = step_setting(
         0,
         "checkpoints and logs",
-        "checkpoints at multiples of so many steps stay for good, and are not among the newest kept; 0 for none",
+        "the first checkpoint at or after each multiple of so many steps stays for good, and is not among the newest "
+        "kept; 0 for none",
         minimum=0,
     )
     checkpoint_mode: str = setting(

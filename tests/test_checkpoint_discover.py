@@ -269,6 +269,18 @@ def test_milestones_stay_and_do_not_count(tmp_path: Path) -> None:
         prune_checkpoints(tmp_path, 1, keep_every=-1)
 
 
+@pytest.mark.parametrize(("interval", "skipped"), [(35, ()), (50, (100, 300)), (100, ()), (250, (250,))])
+def test_each_window_of_steps_leaves_one_checkpoint(tmp_path: Path, interval: int, skipped: tuple[int, ...]) -> None:
+    """A save due at a skipped step comes one step later; pruning after each save keeps the first from each 100th on."""
+    saved = [step + (step in skipped) for step in range(interval, 801, interval)]
+    for step in saved:
+        make(tmp_path, step)
+        prune_checkpoints(tmp_path, 2, keep_every=100)
+    first = {min([step for step in saved if start <= step < start + 100], default=0) for start in range(100, 801, 100)}
+    newest = [step for step in saved if step not in first][-2:]
+    assert steps(tmp_path) == sorted({*first, *newest} - {0}, reverse=True)
+
+
 def test_a_checkpoint_that_replaced_a_damaged_one_counts(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make(tmp_path, step)

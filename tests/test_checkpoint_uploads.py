@@ -69,21 +69,21 @@ def test_what_waits_is_not_pruned_and_goes_in_order(tmp_path: Path) -> None:
 
 def test_a_local_copy_goes_once_it_is_confirmed_and_never_the_newest(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(Retention(tmp_path, keep_every=2), gate.upload, say=said.append, drop=True)
-    made = [make(tmp_path, step) for step in (1, 2, 3, 5, 7)]
+    uploads = CheckpointUploads(Retention(tmp_path, keep_every=4), gate.upload, say=said.append, drop=True)
+    made = [make(tmp_path, step) for step in (2, 4, 5, 6, 7)]
     for path in made[:4]:
         uploads.add(path)
     gate.let()
     gate.let()
     gate.let(ValueError("the store\nrefused it"))
     assert gate.began.get(timeout=30) == made[3]
-    assert local(tmp_path) == [2, 3, 5, 7]  # 1 is gone, 2 is kept for good, 3 is only here
+    assert local(tmp_path) == [4, 5, 6, 7]  # 2 is gone, 4 is kept for good, 5 is only here
     gate.began.put(made[3])
     gate.let()
     uploads.add(made[4])
     gate.let()
     uploads.close(30)
-    assert local(tmp_path) == [2, 3, 7]
+    assert local(tmp_path) == [4, 5, 7]
     (warning,) = [line for line in said if line.startswith("warning")]
     assert f"{made[2].name} is not uploaded (ValueError: the store refused it); the local copy stays" in warning
     assert made[2].name not in uploaded(tmp_path)

@@ -84,8 +84,17 @@ def prune_checkpoints(
 
 
 def milestones(infos: Iterable[CheckpointInfo], keep_every: int) -> set[Path]:
-    """The checkpoints among `infos` at multiples of `keep_every` steps; none if it is 0."""
-    return {info.path for info in infos if keep_every and (info.step or 0) % keep_every == 0}
+    """The checkpoints to keep for good: for each multiple of `keep_every`, the first at or after it; none if it is 0.
+
+    Not only those at the multiples themselves, because there may be none: the interval of saves need not divide
+    `keep_every`, and a save that is due at a skipped step comes later. A multiple's window ends before the next one.
+    """
+    first: dict[int, CheckpointInfo] = {}
+    for info in sorted(infos, key=lambda info: info.step or 0):
+        window = (info.step or 0) // keep_every if keep_every else 0
+        if window > 0:
+            first.setdefault(window, info)
+    return {info.path for info in first.values()}
 
 
 def move_aside(path: Path) -> Path:
