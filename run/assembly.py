@@ -109,7 +109,7 @@ def assemble(
         losses=LossWindow(settings.spike_window, layout.device, record.get("loss_window") or ()),
         code=on_first_rank(code_version),
         arithmetic=arithmetic_of_run(settings, layout, size) if settings.deterministic else None,
-        began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
+        began_at=on_first_rank(lambda: _began_at(origin, stream)),
         step=state.step,
         tokens_seen=record.get("tokens_seen", 0),
         position=stream.start if stream is not None else None,
@@ -252,6 +252,17 @@ def _schedule(settings: RunSettings, origin: Origin, step: int) -> Schedule:
         stored = origin.record["schedule"]
         return schedule_of(settings, stored["rewarmup_start"], stored["rewarmup_steps"])
     return schedule_of(settings, step, origin.rewarmup_steps)
+
+
+def _began_at(origin: Origin, stream: TokenStream | None) -> int:
+    """The step at which the run was last changed. That its data may change does not mean that they have."""
+    if origin.began_at is not None:
+        return origin.began_at
+    if not origin.record:
+        return 0
+    if stream is not None and DataPosition.from_dict(origin.record["data_position"]).head != stream.start.head:
+        return origin.step
+    return int(origin.record["began_at"])
 
 
 def _describe(

@@ -31,7 +31,7 @@ class Origin:
 
     Attributes:
         global_batch: None: from the settings.
-        began_at: the step at which the run was last changed; None: as the record says.
+        began_at: the step at which the run was last changed; None: as the record says, unless the data have changed.
         libraries: versions that the checkpoint was written with.
         actions: what this start changes, for its report.
         damaged: newer checkpoints that were passed over.

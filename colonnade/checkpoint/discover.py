@@ -7,6 +7,7 @@ what was written and makes all ranks use the same checkpoint.
 from __future__ import annotations
 
 import logging
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,22 @@ def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
     return survey(directory)[0]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path given by the user means a checkpoint itself, damaged or not, instead of a run's folder."""
+    named = _named(path)
+    return os.path.isfile(path) or step_of_name(named.name) is not None or os.path.exists(named / MANIFEST_NAME)
+
+
+def run_folder_of(path: Path) -> Path:
+    """The run's folder that a path given by the user belongs to: the folder a checkpoint lies in, else the path."""
+    return _named(path).parent if is_checkpoint(path) else path
+
+
+def _named(path: Path) -> Path:
+    """`path`, resolved if it ends in `.` or `..`: such a path has neither its folder's name nor its parent in it."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
     """The error message for a folder in which every checkpoint is damaged; None if it has no damaged ones."""
     if not damaged:
@@ -102,9 +119,9 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
         return _inspect(path)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
-    if step_of_name(path.name) is not None or (path / MANIFEST_NAME).exists():
+    if is_checkpoint(path):
         try:
-            return _inspect(path)
+            return _inspect(_named(path))
         except UsageError as error:
             raise UsageError(f"{error}; {GIVE_ANOTHER}") from error
     if not any(survey(path)):
