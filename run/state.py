@@ -151,11 +151,12 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
 
     def after_commit(path: Path) -> None:
         run.retention.committed(path)
-        if position is not None:
-            write_data_ledger(directory / LEDGER_NAME, position)
         if uploads is not None:
             uploads.add(path)
+        # First of all that may need space: on a full disk, only this frees any.
         prune(run)
+        if position is not None:
+            write_data_ledger(directory / LEDGER_NAME, position)
 
     run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
 
