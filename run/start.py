@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, run_folder_of
-from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, fetch_checkpoint, is_artifact
+from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, is_artifact
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified, verified
@@ -193,10 +193,8 @@ def _checkpoint_meant(
         if newest is not None and (newest.step or 0) > began:
             again = replace(resume, checkpoint_path=str(directory), keep_optimizer=True, rewarmup_steps=0)
             return again, newest, tuple(item.path for item in passed_over)
-    if is_artifact(resume.checkpoint_path):
-        beside = Path(given["checkpoint_dir"]).absolute().parent / FOLDER_NAME
-        resume = replace(resume, checkpoint_path=str(fetch_checkpoint(resume.checkpoint_path, beside)))
-    return resume, *verified(Path(resume.checkpoint_path), compare_hashes=compare_hashes)
+    beside = directory.absolute().parent / FOLDER_NAME
+    return resume, *verified(Path(resume.checkpoint_path), compare_hashes=compare_hashes, downloads=beside)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 import queue
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
@@ -37,6 +37,7 @@ class CheckpointUploads:
 
     Args:
         retention: knows the run's folder, and which of its checkpoints must stay.
+        store: what identifies the store. Uploads confirmed by another one do not count.
         upload: uploads a checkpoint's folder and returns its name in the store once the upload is confirmed, else
             raises: `StoreClosed` if further uploads are of no use. Called on one thread.
         say: takes a line for the screen.
@@ -48,12 +49,13 @@ class CheckpointUploads:
         retention: Retention,
         upload: Callable[[Path], str],
         *,
+        store: Mapping[str, str | None],
         say: Callable[[str], None],
         drop: bool = False,
     ) -> None:
         self._retention, self._directory, self._upload, self._say = retention, retention.directory, upload, say
-        self._drop = drop
-        self._uploaded = uploaded(self._directory)
+        self._drop, self._store = drop, dict(store)
+        self._uploaded = uploaded(self._directory, self._store)
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._lock = Lock()
         self._waiting: list[Path] = []
@@ -141,7 +143,9 @@ class CheckpointUploads:
                 self._drop_uploaded()
 
     def _record(self) -> None:
-        replace_file(self._directory / UPLOADED_NAME, json.dumps(self._uploaded, indent=2) + "\n")
+        replace_file(
+            self._directory / UPLOADED_NAME, json.dumps({**self._store, "checkpoints": self._uploaded}, indent=2) + "\n"
+        )
 
     def _drop_uploaded(self) -> None:
         """Remove confirmed checkpoints that the run does not need for a restart."""
@@ -159,10 +163,12 @@ class CheckpointUploads:
                 logger.warning("uploaded checkpoint %s was not dropped: %s", path, error)
 
 
-def uploaded(directory: Path) -> dict[str, str]:
-    """The checkpoints of a run's folder that the store has confirmed: folder name -> name in the store."""
+def uploaded(directory: Path, store: Mapping[str, str | None]) -> dict[str, str]:
+    """The checkpoints of a run's folder that this store has confirmed: folder name -> name in the store."""
     try:
         content = json.loads((directory / UPLOADED_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing or unreadable: all checkpoints count as not uploaded
-        return {}
-    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
+        if all(content[key] == value for key, value in store.items()):
+            return {str(key): str(value) for key, value in content["checkpoints"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # missing or unreadable: all checkpoints count as not uploaded
+    return {}

@@ -94,6 +94,7 @@ def open_tracker(
             uploads = CheckpointUploads(
                 retention,
                 lambda path: _upload(tracked, path),
+                store={"project": settings.wandb_project, "entity": settings.wandb_entity},
                 say=lines.put,
                 drop=settings.drop_uploaded_checkpoints,
             )
