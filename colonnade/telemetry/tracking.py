@@ -12,7 +12,7 @@ from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.uploads import CheckpointUploads, StoreClosed
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
-from colonnade.setting_values import useless_alone
+from colonnade.setting_values import useless_alone, without_credentials
 from colonnade.telemetry.csv_table import CsvTable
 from colonnade.telemetry.pictures import Pictures
 from colonnade.telemetry.progress import ProgressReport
@@ -83,7 +83,10 @@ def open_tracker(
             project=settings.wandb_project,
             entity=settings.wandb_entity,
             run_name=settings.wandb_run_name,
-            config=settings.to_dict(),
+            config={
+                name: without_credentials(value) if isinstance(value, str) else value
+                for name, value in settings.to_dict().items()
+            },
             say=lines.put,
         )
         others.append(tracked)
