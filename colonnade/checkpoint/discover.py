@@ -29,7 +29,7 @@ GIVE_ANOTHER = "give another checkpoint, or the run's folder for its newest that
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A usable checkpoint.
+    """A checkpoint that looks complete: its content may still differ from what was written.
 
     Attributes:
         path: the folder, or the single file.
@@ -56,7 +56,10 @@ class IncompleteCheckpoint:
 
 
 def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """Complete checkpoints directly inside `directory`, newest (highest step) first; a folder before a file.
+    """Checkpoints directly inside `directory` that look complete, newest (highest step) first; a folder before a file.
+
+    They need not be usable, because only names and sizes are looked at: `verify.newest_verified` finds the newest one
+    that is, and `Retention.intact` leaves out those that the start of a run found damaged.
 
     Only exact names count: a folder `streaming_checkpoint_step_N` whose manifest can be read and whose listed files
     exist with their sizes, or a file `streaming_checkpoint_step_N.pth`. A directory that does not exist has none.
@@ -133,7 +136,7 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
 
 
 def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
-    """Complete checkpoints as in `find_checkpoints`, and what is named like one but incomplete, both newest first."""
+    """What looks complete, as in `find_checkpoints`, and what is named like one but incomplete, both newest first."""
     complete: list[tuple[int, bool, CheckpointInfo]] = []
     incomplete: list[IncompleteCheckpoint] = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
