@@ -351,7 +351,9 @@ def _open_tracker(run: Run, progress: ProgressReport) -> Tracker:
     if not run.layout.is_main:
         return Tracker(run.step, progress, None)
     entropy = run.validation.unigram_entropy if run.validation is not None else None
-    tracker, run.uploads = open_tracker(run.settings, run.step, progress, unigram_entropy=entropy)
+    tracker, run.uploads = open_tracker(
+        run.settings, run.step, progress, retention=run.retention, unigram_entropy=entropy
+    )
     return tracker
 
 

@@ -374,7 +374,8 @@ class RunSettings:
     keep_every: int = step_setting(
         0,
         "checkpoints and logs",
-        "keep checkpoints at multiples of this many steps forever, in addition to --keep-checkpoints; 0 for none",
+        "keep the first checkpoint at or after each multiple of this many steps forever, in addition to "
+        "--keep-checkpoints; 0 for none",
         minimum=0,
     )
     checkpoint_mode: str = setting(

@@ -25,6 +25,17 @@ brief.maxstring = brief.maxother = brief.maxlong = 100
 brief.maxlevel = 2
 
 
+# In abfs:// URLs, what stands before the @ is the container.
+_USERINFO = re.compile(r"\b((?!abfss?:|wasbs?:)[a-z][a-z0-9+.-]*://)[^/,\s]*@", re.IGNORECASE)
+# Elsewhere than on the web, a question mark stands for any character. The weight of a corpus may follow.
+_QUERY = re.compile(r"(https?://[^\s,?#]*)[?#][^\s,]*?(?=(?::[0-9.]+)?(?:[\s,]|$))", re.IGNORECASE)
+
+
+def without_credentials(text: str) -> str:
+    """`text`, such as a data pattern, without the user names, passwords and query strings of the URLs in it."""
+    return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", text))
+
+
 def check_field(spec: dataclasses.Field[Any], value: Any, source: str) -> Any:
     """Check one value and convert it to its field's type. `source` is the flag or key the user wrote.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.config import write_settings
@@ -91,6 +92,13 @@ def assemble(
         stream=stream,
         validation=data.validation,
         batch=batch,
+        retention=Retention(
+            Path(settings.checkpoint_dir),
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            damaged=origin.damaged,
+            resumed_from=origin.path,
+        ),
         batch_depends_on=depends_on,
         global_batch=global_batch,
         tokenizer_backend=data.backend,
@@ -98,7 +106,7 @@ def assemble(
         losses=LossWindow(settings.spike_window, layout.device, record.get("loss_window") or ()),
         code=on_first_rank(code_version),
         arithmetic=arithmetic_of_run(settings, layout, size) if settings.deterministic else None,
-        began_at=record.get("began_at", 0) if origin.began_at is None else origin.began_at,
+        began_at=on_first_rank(lambda: _began_at(origin, stream)),
         step=state.step,
         tokens_seen=record.get("tokens_seen", 0),
         position=stream.start if stream is not None else None,
@@ -106,7 +114,6 @@ def assemble(
         skipped_steps=record.get("skipped_steps") or 0,
         skipped_in_row=record.get("skipped_in_row") or 0,
         resumed_from=origin.path,
-        damaged=origin.damaged,
         saver=saver,
         sample_prompts=data.sample_prompts,
         tokenizer=data.tokenizer,
@@ -242,6 +249,17 @@ def _schedule(settings: RunSettings, origin: Origin, step: int) -> Schedule:
         stored = origin.record["schedule"]
         return schedule_of(settings, stored["rewarmup_start"], stored["rewarmup_steps"])
     return schedule_of(settings, step, origin.rewarmup_steps)
+
+
+def _began_at(origin: Origin, stream: TokenStream | None) -> int:
+    """The step at which the run was last changed. That its data may change does not mean that they have."""
+    if origin.began_at is not None:
+        return origin.began_at
+    if not origin.record:
+        return 0
+    if stream is not None and DataPosition.from_dict(origin.record["data_position"]).head != stream.start.head:
+        return origin.step
+    return int(origin.record["began_at"])
 
 
 def _describe(

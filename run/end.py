@@ -74,7 +74,7 @@ def _close_tracking(run: Run, saved_step: int, tracker: Tracker, stop_reason: st
         run.uploads.close(min(seconds, patience / 2), tell=tracker.tell)
         if saved_step >= 0:
             # Checkpoints that were kept only until their upload can now be deleted.
-            prune(run, run.directory / checkpoint_name(saved_step))
+            prune(run)
     tracker.close(min(CLOSE_SECONDS, patience / 2))
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none_usable, survey
-from colonnade.checkpoint.manifest import step_of_name
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none_usable, run_folder_of, survey
+from colonnade.checkpoint.manifest import MANIFEST_NAME, step_of_name
 from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.verify import newest_verified
@@ -68,25 +67,32 @@ def clear_leftovers(lock: RunLock) -> bool:
 
 def folder_of_resumed(resume: ResumeSettings, checkpoint_dir: str | None) -> Path:
     """The folder of a resumed run: --checkpoint-dir if given, otherwise the folder that contains the checkpoint."""
-    path = Path(resume.checkpoint_path)
-    is_checkpoint = os.path.isfile(path) or step_of_name(path.name) is not None
-    return Path(checkpoint_dir or (path.parent if is_checkpoint else path))
+    return Path(checkpoint_dir or run_folder_of(Path(resume.checkpoint_path)))
 
 
-def attempt_of_launch(resume: ResumeSettings, checkpoint_dir: str | None, launched_by: list[str]) -> ResumeSettings:
-    """`resume`, but on a restarted attempt of the same launch: resume exactly from what an earlier attempt saved.
+def saved_since_launch(directory: Path, launched_by: list[str]) -> int | None:
+    """The step at which an earlier attempt of this launch began, if it has saved a later one; else None.
 
-    torchrun's `--max-restarts` repeats the whole command; without this, it would reset the optimizer and warm up again.
+    torchrun's `--max-restarts` repeats the whole command, and with it the optimizer reset and the warm-up. A restarted
+    attempt must instead resume exactly from what the first one saved. Whether those files are intact is not checked.
     """
-    directory = folder_of_resumed(resume, checkpoint_dir)
     try:
         began = step_of_launch(directory, launched_by)
         saved = [] if began is None else [info.step for info in find_checkpoints(directory) if not info.is_single_file]
-    except OSError:  # the search for the checkpoint will report what is wrong with the path
-        return resume
-    if began is None or not saved or (saved[0] or 0) <= began:
-        return resume
-    return replace(resume, checkpoint_path=str(directory), keep_optimizer=True)
+    except OSError:  # the search for the checkpoint will say what is wrong with the path
+        return None
+    return began if saved and (saved[0] or 0) > (began or 0) else None
+
+
+def require_outside_checkpoints(directory: Path) -> None:
+    """Refuse a run's folder inside a checkpoint: whoever prunes or replaces that one would delete the run with it."""
+    own = Path(os.path.realpath(directory))
+    for place in (own, *own.parents):
+        if step_of_name(place.name) is not None or (place == own and os.path.exists(place / MANIFEST_NAME)):
+            raise UsageError(
+                f"--checkpoint-dir {directory} {'is' if place == own else 'is inside'} a checkpoint of another run, "
+                f"{place}, which may be pruned with all that is in it; give a run's folder, such as {place.parent}"
+            )
 
 
 def require_writable(directory: Path) -> None:
@@ -124,7 +130,8 @@ def require_own_model(path: Path, own: Mapping[str, Any], given: Mapping[str, An
 def require_no_other_run(found: CheckpointInfo, directory: Path, damaged: Collection[Path]) -> None:
     """Raise UsageError if the folder's newest checkpoint is another run's, which the next start would resume."""
     complete, incomplete = survey(directory)
-    there = next((info for info in complete if info.path not in damaged), None)
+    passed_over = {path.resolve() for path in damaged}
+    there = next((info for info in complete if info.path.resolve() not in passed_over), None)
     if there is None:
         refusal = none_usable(directory, incomplete)
         if refusal is not None:

@@ -33,7 +33,8 @@ class Origin:
         path: the checkpoint; None for a fresh run.
         record: what its manifest says about the run; empty for a single file.
         global_batch: sequences per step; None to derive it from the settings.
-        began_at: the step at which the run was last changed; None to take it from the record.
+        began_at: the step at which the run was last changed; None to take it from the record, unless the data have
+            changed.
         libraries: library versions that the checkpoint was written with.
         actions: what this start changes, for its report.
         damaged: newer checkpoints that were skipped.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from colonnade.data.mixture import parse_data_glob
 from colonnade.errors import UsageError
+from colonnade.setting_values import without_credentials
 from colonnade.telemetry.code_version import describe_code
 from colonnade.telemetry.metrics import read_metrics
 from colonnade.telemetry.report import METRICS_NAME
@@ -41,7 +42,10 @@ def model_card(trained: TrainedModel, parameters: int, dtype: str, name: str) ->
 def _data(trained: TrainedModel) -> str:
     settings = trained.settings
     corpora = parse_data_glob(settings.data_glob) if settings.data_glob else []
-    lines = [f"- {corpus.name}: `{corpus.pattern}`, weight {corpus.weight:g}" for corpus in corpora]
+    # A card is written to be published.
+    lines = [
+        f"- {corpus.name}: `{without_credentials(corpus.pattern)}`, weight {corpus.weight:g}" for corpus in corpora
+    ]
     tokens = trained.record["tokens_seen"]
     return "\n".join([f"{tokens:,} tokens were seen, of:\n", *lines])
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints
-from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, fetch_checkpoint, is_artifact
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, run_folder_of
+from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, is_artifact
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified, verified
@@ -37,14 +37,15 @@ from run.assembly import assemble
 from run.batch_sizes import batch_of_resumed, fixed_micro_batch
 from run.data import resolve_data, weight_changes
 from run.folder import (
-    attempt_of_launch,
     clear_leftovers,
     folder_of_resumed,
     newest_checkpoint,
     require_no_other_run,
+    require_outside_checkpoints,
     require_own_model,
     require_steps_left,
     require_writable,
+    saved_since_launch,
     with_own_settings,
 )
 from run.inputs import (
@@ -88,6 +89,7 @@ def _folder_of(settings: RunSettings) -> Iterator[RunLock]:
     """Check the run's folder and, if it exists, lock it; unlock it if the block raises. Collective."""
     directory = Path(settings.checkpoint_dir)
     lock = RunLock(directory)
+    on_first_rank(lambda: require_outside_checkpoints(directory))
     on_first_rank(lambda: require_writable(directory))
     on_first_rank(lambda: require_sinks(settings))
     on_first_rank(lock.take)
@@ -147,22 +149,17 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
     Raises:
         UsageError: there is no usable checkpoint, or the settings do not work with it.
     """
-    layout = _join_ranks(given, resume)
-    notes: list[str] = []
-    names = launchers()
     if is_artifact(resume.checkpoint_path):
         # A downloaded checkpoint does not lie in a run's folder, so this run gets a folder of its own.
         given = {"checkpoint_dir": RunSettings().checkpoint_dir, **given}
-    resume = on_first_rank(lambda: attempt_of_launch(resume, given.get("checkpoint_dir"), names))
-    if is_artifact(resume.checkpoint_path):
-        beside = Path(given["checkpoint_dir"]).absolute().parent / FOLDER_NAME
-        resume = replace(resume, checkpoint_path=str(fetch_checkpoint(resume.checkpoint_path, beside)))
-    found, damaged = verified(Path(resume.checkpoint_path), compare_hashes=given.get("checkpoint_hash", True))
+    layout = _join_ranks(given, resume)
+    notes: list[str] = []
+    resume, found, damaged = _checkpoint_meant(resume, given)
     with vote():
         record = run_record(found)
         if not record and resume.keep_optimizer:
             raise UsageError(f"--keep-optimizer: {found.path} holds no optimizer state; leave the flag out")
-        own = {**record.get("settings", {}), "checkpoint_dir": str(found.path.parent)}
+        own = {**record.get("settings", {}), "checkpoint_dir": str(folder_of_resumed(resume, None))}
         own["tensor_parallel_size"] = None  # all ranks of this launch, unless given
         if record:
             require_own_model(found.path, own, given)
@@ -183,6 +180,26 @@ def resume_run(resume: ResumeSettings, given: Mapping[str, Any]) -> Run | None:
         require_steps_left(found.path, found.step or 0, settings)
     with _folder_of(settings) as lock:
         return _resume(resume, given, settings, layout, notes, _Chosen(found, record, damaged), lock)
+
+
+def _checkpoint_meant(
+    resume: ResumeSettings, given: Mapping[str, Any]
+) -> tuple[ResumeSettings, CheckpointInfo, tuple[Path, ...]]:
+    """The checkpoint to resume from, how to, and the damaged ones that were passed over. Collective.
+
+    In a later attempt of the same launch that is what an earlier one has saved, and nothing is reset again.
+    """
+    compare_hashes = given.get("checkpoint_hash", True)
+    directory = folder_of_resumed(resume, given.get("checkpoint_dir"))
+    names = launchers()
+    began = on_first_rank(lambda: saved_since_launch(directory, names))
+    if began is not None:
+        newest, passed_over = newest_verified(directory, compare_hashes=compare_hashes)
+        if newest is not None and (newest.step or 0) > began:
+            again = replace(resume, checkpoint_path=str(directory), keep_optimizer=True, rewarmup_steps=0)
+            return again, newest, tuple(item.path for item in passed_over)
+    beside = directory.absolute().parent / FOLDER_NAME
+    return resume, *verified(Path(resume.checkpoint_path), compare_hashes=compare_hashes, downloads=beside)
 
 
 @dataclass(frozen=True)
@@ -229,7 +246,6 @@ def _resume(
         and global_batch == record["global_batch"]
         and not arithmetic_changes(record, settings, layout)
         and not weight_changes(record, settings)
-        and not resume.allow_data_change
     )
     origin = Origin(
         found.path,
@@ -355,7 +371,8 @@ def _checkpoint_from(directory: Path, last: int) -> CheckpointInfo:
 
 def _say_finished(found: CheckpointInfo, settings: RunSettings, layout: ParallelLayout) -> None:
     if layout.is_main:
+        folder = run_folder_of(found.path)
         print(
             f"{found.path} is at the last of {settings.total_steps} steps: the run is finished, nothing was changed; "
-            f"resume_pretrain_tensor.py --checkpoint-path {found.path.parent} --total-steps N trains it for longer"
+            f"resume_pretrain_tensor.py --checkpoint-path {folder} --total-steps N trains it for longer"
         )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from colonnade.checkpoint.prune import prune_checkpoints
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.run_lock import RunLock
 from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.checkpoint.uploads import CheckpointUploads
@@ -59,6 +59,7 @@ class Run:
         settings: resolved settings, in the form that `--config` reads.
         batch: micro-batch size and accumulation, which depend on the number of ranks; `global_batch`, the number of
             chunks per step, does not.
+        retention: which checkpoints of the folder must be kept.
         batch_depends_on: what the micro-batch depends on, the key of its record.
         stream: the chunk stream; None on ranks that do not read.
         tokenizer_backend: the library that tokenizes, as determined on the first rank.
@@ -75,7 +76,6 @@ class Run:
         code: version of the program, as the manifest records it.
         validation_loss: loss of the last validation.
         resumed_from: the checkpoint that this start resumed from.
-        damaged: newer checkpoints that were skipped as damaged.
         saver: writes checkpoints; None for a replay, which writes nothing.
         sample_prompts: prompts for samples of the model's text; None if no samples are taken.
         tokenizer: the tokenizer; None on ranks that do not read.
@@ -95,6 +95,7 @@ class Run:
     stream: TokenStream | None
     validation: Validation | None
     batch: TunedMicroBatch
+    retention: Retention
     batch_depends_on: Mapping[str, Any]
     global_batch: int
     tokenizer_backend: Backend
@@ -111,7 +112,6 @@ class Run:
     skipped_in_row: int = 0
     validation_loss: float | None = None
     resumed_from: Path | None = None
-    damaged: tuple[Path, ...] = ()
     saver: CheckpointSaver | None = None
     sample_prompts: SamplePrompts | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -151,26 +151,20 @@ def save(run: Run, fingerprint: Fingerprint | None) -> None:
     manifest = manifest_of(run, position, fingerprint if run.settings.deterministic else None)
 
     def after_commit(path: Path) -> None:
-        if position is not None:
-            write_data_ledger(directory / LEDGER_NAME, position)
+        run.retention.committed(path)
         if uploads is not None:
             uploads.add(path)
-        prune(run, path)
+        # First of all that may need space: on a full disk, only this frees any.
+        prune(run)
+        if position is not None:
+            write_data_ledger(directory / LEDGER_NAME, position)
 
     run.saver.save(run.step, model=run.model, optimizer=run.optimizer, manifest=manifest, after_commit=after_commit)
 
 
-def prune(run: Run, newest: Path) -> None:
+def prune(run: Run) -> None:
     """Remove the oldest checkpoints of the run, except those still to be uploaded. Call it on one rank."""
-    settings = run.settings
-    pending = () if run.uploads is None else run.uploads.pending
-    prune_checkpoints(
-        run.directory,
-        settings.keep_checkpoints,
-        protect=(newest, *pending),
-        keep_every=settings.keep_every,
-        damaged=run.damaged,
-    )
+    run.retention.prune(() if run.uploads is None else run.uploads.pending)
 
 
 def whole_position(run: Run) -> DataPosition | None:

@@ -5,12 +5,14 @@ Every case is a command as a user starts it, in processes of its own (`forked_co
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "weights").mkdir()
     (folder / "weights" / "config.json").write_text(json.dumps(MODEL))
     (folder / "file").write_text("text")
+    (folder / "of_a_checkpoint").mkdir()
+    (folder / "of_a_checkpoint" / "MANIFEST.json").touch()
     (folder / "dangling").symlink_to(folder / "nowhere" / "at all")
     for name, changes in MODELS.items():
         (folder / f"{name}.json").write_text(json.dumps({**MODEL, **changes}))
@@ -268,6 +272,8 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"blok_size": 3}, ("unknown flag --blok-size", "nearest known one is --block-size")),
     ({"total": 3}, ("unknown flag --total;", "--total-steps")),
     ({"config": "{}/nowhere.yaml"}, ("--config", "No such file")),
+    ({"checkpoint_dir": "{}/streaming_checkpoint_step_7"}, ("is a checkpoint of another run", "give a run's folder")),
+    ({"checkpoint_dir": "{}/of_a_checkpoint/."}, ("is a checkpoint of another run", "pruned with all that is in it")),
     ({"checkpoint_dir": "{}/file"}, ("--checkpoint-dir", "file cannot be written", "give a folder")),
     ({"checkpoint_dir": "{}/file/below"}, ("file/below cannot be written", "Not a directory")),
     ({"checkpoint_dir": "{}/dangling"}, ("dangling cannot be written",)),
@@ -632,6 +638,8 @@ RESUME_REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["{more}", "--tokens-per-step", "33"], ("--tokens-per-step 33 is no multiple of --block-size 32",)),
     (["{more}", "--tensor-slices", "16"], ("cannot be cut into 16",)),
     (["{more}", "--checkpoint-dir", "{inputs}/file"], ("file cannot be written",)),
+    (["{more}", "--checkpoint-dir", "{run}/streaming_checkpoint_step_2"], ("is a checkpoint of another run",)),
+    (["{more}", "--checkpoint-dir", "{run}/streaming_checkpoint_step_2/x/y"], ("is inside a checkpoint",)),
     (["{more}", "--checkpoint-dir", "{other}"], ("holds streaming_checkpoint_step_4, which does not come from",)),
     (
         ["--checkpoint-path", "{run}/streaming_checkpoint_step_2", "--total-steps", "6"],
@@ -667,6 +675,41 @@ def test_resume_into_another_folder_and_from_an_earlier_checkpoint(copied: Path,
     assert outcome.code == 0, outcome
     assert contents(copied) == before
     assert losses(tmp_path / "fork") == {step: loss for step, loss in losses(copied).items() if step > 2}
+
+
+def one_launch() -> None:
+    """As if torchrun had repeated the command."""
+    for module in ("run.start", "run.assembly"):
+        setattr(importlib.import_module(module), "launchers", lambda: ["one launch"])  # noqa: B010
+
+
+def one_launch_in(folder: Path) -> None:
+    one_launch()
+    os.chdir(folder)
+
+
+def test_a_second_attempt_goes_on_from_a_checkpoint_of_another_name(copied: Path, tmp_path: Path) -> None:
+    """The run's folder is the one the checkpoint lies in, however it is named; and nothing is reset twice."""
+    directory, base = tmp_path / "moved", tmp_path / "moved" / "base"
+    directory.mkdir()
+    (copied / "streaming_checkpoint_step_2").rename(base)
+    before = contents(base)
+    flags = ["--total-steps", "6", "--rewarmup-steps", "3", "--allow-data-change", "--checkpoint-path"]
+    (outcome,) = start(RESUME, [*flags, "."], prepare=partial(one_launch_in, base))
+    assert outcome.code == 0, outcome
+    assert "optimizer state reset" in outcome.output
+    expected = losses(directory)
+    assert sorted(expected) == [3, 4, 5, 6]
+    shutil.rmtree(directory / "streaming_checkpoint_step_6")
+    (outcome,) = start(RESUME, [*flags, str(base)], prepare=one_launch)
+    assert outcome.code == 0, outcome
+    assert f"resuming from {directory / 'streaming_checkpoint_step_4'}" in outcome.output
+    assert "optimizer state reset" not in outcome.output
+    assert "--rewarmup-steps" not in outcome.output
+    assert losses(directory) == expected
+    assert contents(base) == before
+    run = json.loads((directory / "streaming_checkpoint_step_6" / "MANIFEST.json").read_text())["run"]
+    assert run["began_at"] == 2
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -22,6 +22,7 @@ from colonnade.checkpoint import prune as prune_module
 from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, survey
 from colonnade.checkpoint.manifest import Manifest, checkpoint_name, read_manifest, write_manifest
 from colonnade.checkpoint.prune import collect_leftovers, prune_checkpoints
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.verify import newest_verified, verified
 from colonnade.errors import UsageError
 
@@ -266,6 +267,30 @@ def test_milestones_stay_and_do_not_count(tmp_path: Path) -> None:
     assert len(removed) == 3
     with pytest.raises(UsageError, match="cannot keep every -1th step"):
         prune_checkpoints(tmp_path, 1, keep_every=-1)
+
+
+@pytest.mark.parametrize(("interval", "skipped"), [(35, ()), (50, (100, 300)), (100, ()), (250, (250,))])
+def test_each_window_of_steps_leaves_one_checkpoint(tmp_path: Path, interval: int, skipped: tuple[int, ...]) -> None:
+    """A save due at a skipped step comes one step later; pruning after each save keeps the first from each 100th on."""
+    saved = [step + (step in skipped) for step in range(interval, 801, interval)]
+    for step in saved:
+        make(tmp_path, step)
+        prune_checkpoints(tmp_path, 2, keep_every=100)
+    first = {min([step for step in saved if start <= step < start + 100], default=0) for start in range(100, 801, 100)}
+    newest = [step for step in saved if step not in first][-2:]
+    assert steps(tmp_path) == sorted({*first, *newest} - {0}, reverse=True)
+
+
+def test_a_checkpoint_that_replaced_a_damaged_one_counts(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    retention = Retention(tmp_path, keep=1, damaged=[tmp_path / checkpoint_name(step) for step in (2, 3)])
+    assert retention.prune() == []
+    retention.committed(tmp_path / checkpoint_name(2))
+    assert retention.prune() == [tmp_path / checkpoint_name(1)]
+    retention.committed(tmp_path / checkpoint_name(3))
+    retention.prune()
+    assert steps(tmp_path) == [3]
 
 
 def test_a_failed_prune_warns(

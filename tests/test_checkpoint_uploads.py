@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import queue
 import threading
 from pathlib import Path
@@ -10,14 +12,17 @@ import pytest
 
 from colonnade.checkpoint import remote_artifacts
 from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.manifest import read_manifest, write_manifest
 from colonnade.checkpoint.prune import prune_checkpoints
 from colonnade.checkpoint.remote_artifacts import upload_checkpoint
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.uploads import MOST_WAITING, CheckpointUploads, StoreClosed, uploaded
 from colonnade.checkpoint.verify import verified
 from colonnade.errors import UsageError
 from test_checkpoint_discover import make
 from wandb_records import Store
 
+STORE = {"project": "demo", "entity": None}
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 
@@ -49,7 +54,7 @@ def local(directory: Path) -> list[int]:
 
 def test_what_waits_is_not_pruned_and_goes_in_order(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    uploads = CheckpointUploads(Retention(tmp_path), gate.upload, store=STORE, say=said.append)
     made = [make(tmp_path, step) for step in (1, 2, 3)]
     for path in made:
         uploads.add(path)
@@ -62,35 +67,85 @@ def test_what_waits_is_not_pruned_and_goes_in_order(tmp_path: Path) -> None:
     gate.began.put(made[2])
     gate.let()
     uploads.close(30)
-    assert uploaded(tmp_path) == {path.name: f"remote/{path.name}" for path in made}
+    assert uploaded(tmp_path, STORE) == {path.name: f"remote/{path.name}" for path in made}
     assert uploads.pending == ()
 
 
 def test_a_local_copy_goes_once_it_is_confirmed_and_never_the_newest(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append, drop=True, keep_every=2)
-    made = [make(tmp_path, step) for step in (1, 2, 3, 5, 7)]
+    uploads = CheckpointUploads(Retention(tmp_path, keep_every=4), gate.upload, store=STORE, say=said.append, drop=True)
+    made = [make(tmp_path, step) for step in (2, 4, 5, 6, 7)]
     for path in made[:4]:
         uploads.add(path)
     gate.let()
     gate.let()
     gate.let(ValueError("the store\nrefused it"))
     assert gate.began.get(timeout=30) == made[3]
-    assert local(tmp_path) == [2, 3, 5, 7]  # 1 is gone, 2 is kept for good, 3 is only here
+    assert local(tmp_path) == [4, 5, 6, 7]  # 2 is gone, 4 is kept for good, 5 is only here
     gate.began.put(made[3])
     gate.let()
     uploads.add(made[4])
     gate.let()
     uploads.close(30)
-    assert local(tmp_path) == [2, 3, 7]
+    assert local(tmp_path) == [4, 5, 7]
     (warning,) = [line for line in said if line.startswith("warning")]
     assert f"{made[2].name} is not uploaded (ValueError: the store refused it); the local copy stays" in warning
-    assert made[2].name not in uploaded(tmp_path)
+    assert made[2].name not in uploaded(tmp_path, STORE)
+
+
+def test_what_the_run_has_gone_back_to_is_not_dropped_for_a_newer_damaged_one(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    older, start, damaged = (make(tmp_path, step) for step in (1, 2, 3))  # by its sizes, 3 is whole
+    retention = Retention(tmp_path, damaged=[tmp_path / "." / damaged.name], resumed_from=start)
+    uploads = CheckpointUploads(retention, gate.upload, store=STORE, say=said.append, drop=True)
+    uploads.resend(step=2)
+    assert [gate.let(), gate.let()] == [older, start]
+    uploads.close(30)
+    assert local(tmp_path) == [2, 3]
+    # Step 3 is trained and saved again: now its checkpoint is the newest.
+    retention.committed(damaged)
+    uploads = CheckpointUploads(retention, gate.upload, store=STORE, say=said.append, drop=True)
+    uploads.add(damaged)
+    gate.let()
+    uploads.close(30)
+    assert local(tmp_path) == [3]
+
+
+def test_until_its_first_save_a_start_keeps_what_it_resumed_from(tmp_path: Path) -> None:
+    gate, said = Gate(), list[str]()
+    start, newer = (make(tmp_path, step) for step in (2, 3))
+    retention = Retention(tmp_path, keep=1, resumed_from=start)
+    uploads = CheckpointUploads(retention, gate.upload, store=STORE, say=said.append, drop=True)
+    uploads.resend(step=2)
+    gate.let()
+    uploads.close(30)
+    assert retention.prune() == []
+    assert local(tmp_path) == [2, 3]
+    retention.committed(newer)
+    assert retention.prune() == [start]
+
+
+@pytest.mark.parametrize("change", [{"project": "another"}, {"entity": "me"}])
+def test_what_another_store_has_confirmed_is_uploaded_to_this_one(tmp_path: Path, change: dict[str, str]) -> None:
+    gate, said = Gate(), list[str]()
+    made = [make(tmp_path, step) for step in (1, 2)]
+    first = CheckpointUploads(Retention(tmp_path), gate.upload, store=STORE, say=said.append)
+    first.resend(2)
+    assert [gate.let(), gate.let()] == made
+    first.close(30)
+    another = CheckpointUploads(Retention(tmp_path), gate.upload, store={**STORE, **change}, say=said.append, drop=True)
+    another.resend(2)
+    gate.let(ValueError("no room"))
+    gate.let()
+    another.close(30)
+    assert local(tmp_path) == [1, 2]  # 1 is in the first store alone
+    assert uploaded(tmp_path, STORE) == {}
+    assert uploaded(tmp_path, {**STORE, **change}).keys() == {made[1].name}
 
 
 def test_a_step_saved_once_more_is_not_taken_for_what_was_uploaded_of_it(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append, drop=True)
+    uploads = CheckpointUploads(Retention(tmp_path), gate.upload, store=STORE, say=said.append, drop=True)
     twice = make(tmp_path, 2)
     uploads.add(twice)
     gate.let()
@@ -100,13 +155,13 @@ def test_a_step_saved_once_more_is_not_taken_for_what_was_uploaded_of_it(tmp_pat
     later = gate.let()
     uploads.close(30)
     assert local(tmp_path) == [2, 3]
-    assert uploaded(tmp_path).keys() == {later.name}
+    assert uploaded(tmp_path, STORE).keys() == {later.name}
 
 
 def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
     made = [make(tmp_path, step) for step in (1, 2, 3, 9)]
-    first = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    first = CheckpointUploads(Retention(tmp_path), gate.upload, store=STORE, say=said.append)
     first.add(made[0])
     gate.let()
     first.add(made[1])
@@ -114,16 +169,16 @@ def test_the_next_start_sends_what_the_last_one_has_not(tmp_path: Path) -> None:
     first.close(0.0)
     assert f"not uploaded in time: {made[1].name}" in said[-1]
     again = Gate()
-    second = CheckpointUploads(tmp_path, again.upload, say=said.append)
+    second = CheckpointUploads(Retention(tmp_path), again.upload, store=STORE, say=said.append)
     second.resend(step=3)  # 9 is of a future that this start computes again
     assert [again.let(), again.let()] == made[1:3]
     second.close(30)
-    assert uploaded(tmp_path).keys() == {path.name for path in made[:3]}
+    assert uploaded(tmp_path, STORE).keys() == {path.name for path in made[:3]}
 
 
 def test_a_store_that_hangs_holds_few_checkpoints(tmp_path: Path) -> None:
     gate, said = Gate(), list[str]()
-    uploads = CheckpointUploads(tmp_path, gate.upload, say=said.append)
+    uploads = CheckpointUploads(Retention(tmp_path), gate.upload, store=STORE, say=said.append)
     made = [make(tmp_path, step) for step in range(1, MOST_WAITING + 4)]
     uploads.add(made[0])
     assert gate.began.get(timeout=30) == made[0]
@@ -141,7 +196,7 @@ def test_a_store_that_is_closed_is_told_once(tmp_path: Path) -> None:
         told.wait(30)
         raise StoreClosed("it is offline")
 
-    uploads = CheckpointUploads(tmp_path, closed, say=said.append)
+    uploads = CheckpointUploads(Retention(tmp_path), closed, store=STORE, say=said.append)
     for step in (1, 2):
         uploads.add(make(tmp_path, step))
     told.set()
@@ -196,6 +251,31 @@ def test_a_damaged_download_is_refused(store: Store, tmp_path: Path) -> None:
         verified(Path("wandb:me/demo/checkpoint-1a2b3c4d:latest"))
     (tmp_path / "store" / "v0" / "__0_0.distcp").write_bytes(b"x" * 100)
     assert verified(Path("wandb:me/demo/checkpoint-1a2b3c4d:latest"))[0].step == 4  # fetched again
+
+
+def test_a_download_damaged_since_is_fetched_again(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(tmp_path / "run", 4)
+    shard = made / "__0_0.distcp"
+    hashes = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in (".metadata", shard.name)}
+    manifest = read_manifest(made)
+    (made / "MANIFEST.json").unlink()
+    write_manifest(made, dataclasses.replace(manifest, sha256=hashes))
+    upload_checkpoint(store.run, made)
+    name = Path("wandb:me/demo/checkpoint-1a2b3c4d:v0")
+    there = verified(name)[0].path
+    (there / shard.name).write_bytes(b"y" * 100)
+    assert verified(name)[0].path == there
+    assert (there / shard.name).read_bytes() == shard.read_bytes()
+    (message,) = caplog.messages
+    assert f"{there} is damaged: __0_0.distcp has SHA-256" in message
+    assert message.endswith("; it is downloaded again")
+    # The store's own copy is damaged: no start can be helped by another download.
+    (tmp_path / "store" / "v0" / shard.name).write_bytes(b"z" * 100)
+    (there / shard.name).write_bytes(b"y" * 100)
+    with pytest.raises(UsageError, match="as it was downloaded: give another version than wandb:me/demo/"):
+        verified(name)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from colonnade.checkpoint.retention import Retention
 from colonnade.config import complete_settings
+from colonnade.data.mixture import parse_data_glob
 from colonnade.errors import RunError, UsageError
 from colonnade.telemetry import sinks, tracking
 from colonnade.telemetry.csv_table import COLUMNS, CsvTable
@@ -22,6 +25,7 @@ from colonnade.telemetry.progress import ProgressReport
 from colonnade.telemetry.sinks import JsonLines, Tracker
 from colonnade.telemetry.tensorboard import TensorBoard
 from colonnade.telemetry.weights_and_biases import WeightsAndBiases, own_id
+from run import model_card
 from wandb_records import history, offline_runs, records
 
 START = {"step": 0, "started": True, "tp": 2, "dp": 1}
@@ -161,6 +165,45 @@ def test_without_a_key_or_a_server_the_run_is_kept_offline(
     assert modes == [None, "offline"]
     assert len(said) == 1
     assert said_of_it in said[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("https://me:secret@host/a.parquet?X-Signature=ab%2Fc&e=1", "https://host/a.parquet"),
+        (
+            "web=https://me:se@cret@h/a.parquet?sig=x:y:0.25,s3=s3://b/part-?.parquet:2",
+            "web=https://h/a.parquet:0.25,s3=s3://b/part-?.parquet:2",
+        ),
+        (
+            "ftp://me:secret@h:21/x/*.parquet,https://h/b.parquet#t=9,/local/a@b?.parquet",
+            "ftp://h:21/x/*.parquet,https://h/b.parquet,/local/a@b?.parquet",
+        ),
+        ("abfs://container@account.dfs.core.windows.net/*.parquet",) * 2,
+        ("hf://datasets/owner/name@main/data/*.parquet",) * 2,
+    ],
+)
+def test_nothing_secret_of_a_data_pattern_leaves_the_machine(
+    given: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the configuration that the client is given, nor in a model card."""
+    configs: list[Mapping[str, Any]] = []
+
+    def client(*_: Any, config: Mapping[str, Any], **__: Any) -> Kept:
+        configs.append(config)
+        return Kept()
+
+    monkeypatch.setattr(tracking, "WeightsAndBiases", client)
+    settings = complete_settings(
+        {"data_glob": given, "validation_glob": given, "wandb_project": "p", "checkpoint_dir": str(tmp_path)}
+    )
+    progress = ProgressReport(9, line_stream=io.StringIO(), bar_stream=io.StringIO())
+    tracker, _ = tracking.open_tracker(settings, 0, progress, retention=Retention(tmp_path), unigram_entropy=None)
+    tracker.close(10)
+    assert (configs[0]["data_glob"], configs[0]["validation_glob"]) == (expected, expected)
+    trained: Any = SimpleNamespace(settings=settings, record={"tokens_seen": 7})
+    patterns = [line.split("`")[1] for line in model_card._data(trained).splitlines() if line.startswith("- ")]
+    assert [corpus.pattern for corpus in parse_data_glob(expected)] == patterns
 
 
 # Sinks that fail -----------------------------------------------------------------------------------------------------

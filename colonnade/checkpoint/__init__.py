@@ -4,6 +4,7 @@
     discover      find_checkpoints: checkpoints that look complete
     verify        newest_verified, verified: checkpoints whose content is what was written
     prune         prune_checkpoints, collect_leftovers
+    retention     Retention: which checkpoints must stay, for pruning and for uploads
     run_lock      RunLock: one job at a time in a run's folder
     state         flat names for the tensors of a model and its optimizer
     hashing       a file's SHA-256, computed during its fsync

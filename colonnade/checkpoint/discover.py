@@ -7,6 +7,7 @@ what was written and makes all ranks use the same checkpoint.
 from __future__ import annotations
 
 import logging
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ GIVE_ANOTHER = "give another checkpoint, or the run's folder for its newest that
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A usable checkpoint.
+    """A checkpoint that looks complete: its content may still differ from what was written.
 
     Attributes:
         path: the folder, or the single file.
@@ -55,12 +56,31 @@ class IncompleteCheckpoint:
 
 
 def find_checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """Complete checkpoints directly inside `directory`, newest (highest step) first; a folder before a file.
+    """Checkpoints directly inside `directory` that look complete, newest (highest step) first; a folder before a file.
+
+    They need not be usable, because only names and sizes are looked at: `verify.newest_verified` finds the newest one
+    that is, and `Retention.intact` leaves out those that the start of a run found damaged.
 
     Only exact names count: a folder `streaming_checkpoint_step_N` whose manifest can be read and whose listed files
     exist with their sizes, or a file `streaming_checkpoint_step_N.pth`. A directory that does not exist has none.
     """
     return survey(directory)[0]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path given by the user means a checkpoint itself, damaged or not, instead of a run's folder."""
+    named = _named(path)
+    return os.path.isfile(path) or step_of_name(named.name) is not None or os.path.exists(named / MANIFEST_NAME)
+
+
+def run_folder_of(path: Path) -> Path:
+    """The run's folder that a path given by the user belongs to: the folder a checkpoint lies in, else the path."""
+    return _named(path).parent if is_checkpoint(path) else path
+
+
+def _named(path: Path) -> Path:
+    """`path`, resolved if it ends in `.` or `..`: such a path has neither its folder's name nor its parent in it."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def none_usable(directory: Path, damaged: list[IncompleteCheckpoint]) -> str | None:
@@ -102,9 +122,9 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
         return _inspect(path)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; give a run folder or a checkpoint")
-    if step_of_name(path.name) is not None or (path / MANIFEST_NAME).exists():
+    if is_checkpoint(path):
         try:
-            return _inspect(path)
+            return _inspect(_named(path))
         except UsageError as error:
             raise UsageError(f"{error}; {GIVE_ANOTHER}") from error
     if not any(survey(path)):
@@ -122,7 +142,7 @@ def _if_hugging_face(path: Path) -> str:
 
 
 def survey(directory: Path) -> tuple[list[CheckpointInfo], list[IncompleteCheckpoint]]:
-    """Complete checkpoints as in `find_checkpoints`, and what is named like one but incomplete, both newest first."""
+    """What looks complete, as in `find_checkpoints`, and what is named like one but incomplete, both newest first."""
     complete: list[tuple[int, bool, CheckpointInfo]] = []
     incomplete: list[IncompleteCheckpoint] = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

@@ -10,10 +10,10 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from colonnade.checkpoint.discover import find_checkpoints
+from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints
 from colonnade.checkpoint.manifest import (
     TEMPORARY_PREFIX,
     TRASH_PREFIX,
@@ -43,7 +43,7 @@ def prune_checkpoints(
         directory: the run folder.
         keep: how many complete checkpoints to keep; 0 keeps all.
         protect: checkpoints to keep whatever their age, such as the one just written.
-        keep_every: checkpoints at multiples of this many steps are kept and not counted among the newest; 0 for none.
+        keep_every: as for `milestones`, which are kept and not counted among the newest.
         damaged: checkpoints known to be damaged although their files have the right sizes.
 
     Returns:
@@ -62,16 +62,16 @@ def prune_checkpoints(
     known_damaged = {path.resolve() for path in damaged}
     removed = []
     try:
-        folders = [
-            info.path
+        intact = [
+            info
             for info in find_checkpoints(directory)
-            if not (info.is_single_file or (keep_every and (info.step or 0) % keep_every == 0))
-            and info.path.resolve() not in known_damaged
+            if not info.is_single_file and info.path.resolve() not in known_damaged
         ]
     except OSError as error:
         logger.warning("old checkpoints in %s were not pruned: %s", directory, error)
         return []
-    for path in folders[keep:]:
+    kept = milestones(intact, keep_every)
+    for path in [info.path for info in intact if info.path not in kept][keep:]:
         if path.resolve() in protected:
             continue
         try:
@@ -81,6 +81,20 @@ def prune_checkpoints(
         if not path.exists():
             removed.append(path)
     return removed
+
+
+def milestones(infos: Iterable[CheckpointInfo], keep_every: int) -> set[Path]:
+    """The checkpoints to keep for good: for each multiple of `keep_every`, the first at or after it; none if it is 0.
+
+    Not only those at the multiples themselves, because there may be none: the interval of saves need not divide
+    `keep_every`, and a save that is due at a skipped step comes later. A multiple's window ends before the next one.
+    """
+    first: dict[int, CheckpointInfo] = {}
+    for info in sorted(infos, key=lambda info: info.step or 0):
+        window = (info.step or 0) // keep_every if keep_every else 0
+        if window > 0:
+            first.setdefault(window, info)
+    return {info.path for info in first.values()}
 
 
 def move_aside(path: Path) -> Path:

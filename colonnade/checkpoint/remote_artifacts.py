@@ -87,6 +87,13 @@ def fetch_checkpoint(reference: str, folder: Path) -> Path:
     return fetched
 
 
+def discard_download(path: Path) -> None:
+    """Remove a downloaded checkpoint whose content is damaged, on each node that has it. Collective."""
+    with vote():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            shutil.rmtree(path, ignore_errors=True)  # nodes that share the folder remove it together
+
+
 def _fetch(reference: str, folder: Path) -> Path:
     require_artifact_name(reference)
     match = _REFERENCE.fullmatch(reference)
@@ -118,7 +125,8 @@ def _fetch(reference: str, folder: Path) -> Path:
 
 
 def _checkpoint_in(place: Path) -> Path | None:
-    """The checkpoint that an earlier start downloaded, if its files have the right sizes; else None."""
+    """The checkpoint that an earlier start downloaded, if its files have the right sizes; else None. Whoever reads it
+    finds out whether the bytes are right."""
     return next((info.path for info in find_checkpoints(place)), None)
 
 

@@ -1,7 +1,7 @@
 """Uploading checkpoints to a remote store, one after the other, on a background thread.
 
 Checkpoints that wait for upload are not pruned. If requested, a local copy is removed once the store has confirmed the
-upload, but never that of the newest checkpoint.
+upload, but never one that `Retention` says must stay.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import logging
 import queue
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 
-from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.prune import move_aside
+from colonnade.checkpoint.retention import Retention
 from colonnade.files import replace_file
 from colonnade.parallel.vote import one_line
 
@@ -36,26 +36,26 @@ class CheckpointUploads:
     """Uploads the checkpoints of one run folder; exists on the rank that uploads.
 
     Args:
-        directory: the run's folder.
+        retention: knows the run's folder, and which of its checkpoints must stay.
+        store: what identifies the store. Uploads confirmed by another one do not count.
         upload: uploads a checkpoint's folder and returns its name in the store once the upload is confirmed, else
             raises: `StoreClosed` if further uploads are of no use. Called on one thread.
         say: takes a line for the screen.
-        drop: remove local copies of confirmed checkpoints, except the newest checkpoint.
-        keep_every: keep local checkpoints at multiples of this many steps; 0 for none.
+        drop: remove local copies of confirmed checkpoints that are superseded.
     """
 
     def __init__(
         self,
-        directory: Path,
+        retention: Retention,
         upload: Callable[[Path], str],
         *,
+        store: Mapping[str, str | None],
         say: Callable[[str], None],
         drop: bool = False,
-        keep_every: int = 0,
     ) -> None:
-        self._directory, self._upload, self._say = directory, upload, say
-        self._drop, self._keep_every = drop, keep_every
-        self._uploaded = uploaded(directory)
+        self._retention, self._directory, self._upload, self._say = retention, retention.directory, upload, say
+        self._drop, self._store = drop, dict(store)
+        self._uploaded = uploaded(self._directory, self._store)
         self._queue: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._lock = Lock()
         self._waiting: list[Path] = []
@@ -68,8 +68,8 @@ class CheckpointUploads:
         """Queue the newest checkpoints up to `step` that earlier starts have not uploaded, at most `MOST_WAITING`."""
         unsent = [
             info.path
-            for info in find_checkpoints(self._directory)
-            if not info.is_single_file and (info.step or 0) <= step and info.path.name not in self._uploaded
+            for info in self._retention.intact()
+            if (info.step or 0) <= step and info.path.name not in self._uploaded
         ]
         for path in reversed(unsent[:MOST_WAITING]):
             self.add(path)
@@ -143,25 +143,32 @@ class CheckpointUploads:
                 self._drop_uploaded()
 
     def _record(self) -> None:
-        replace_file(self._directory / UPLOADED_NAME, json.dumps(self._uploaded, indent=2) + "\n")
+        replace_file(
+            self._directory / UPLOADED_NAME, json.dumps({**self._store, "checkpoints": self._uploaded}, indent=2) + "\n"
+        )
 
     def _drop_uploaded(self) -> None:
         """Remove confirmed checkpoints that the run does not need for a restart."""
-        newest_first = [info for info in find_checkpoints(self._directory) if not info.is_single_file]
-        for info in newest_first[1:]:
-            is_kept = self._keep_every and (info.step or 0) % self._keep_every == 0
-            if is_kept or info.path.name not in self._uploaded or info.path in self.pending:
+        try:
+            superseded = self._retention.superseded()
+        except OSError as error:
+            logger.warning("uploaded checkpoints in %s were not dropped: %s", self._directory, error)
+            return
+        for path in superseded:
+            if path.name not in self._uploaded or path in self.pending:
                 continue
             try:
-                shutil.rmtree(move_aside(info.path))
+                shutil.rmtree(move_aside(path))
             except OSError as error:
-                logger.warning("uploaded checkpoint %s was not dropped: %s", info.path, error)
+                logger.warning("uploaded checkpoint %s was not dropped: %s", path, error)
 
 
-def uploaded(directory: Path) -> dict[str, str]:
-    """The checkpoints of a run's folder that the store has confirmed: folder name -> name in the store."""
+def uploaded(directory: Path, store: Mapping[str, str | None]) -> dict[str, str]:
+    """The checkpoints of a run's folder that this store has confirmed: folder name -> name in the store."""
     try:
         content = json.loads((directory / UPLOADED_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # missing or unreadable: all checkpoints count as not uploaded
-        return {}
-    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
+        if all(content[key] == value for key, value in store.items()):
+            return {str(key): str(value) for key, value in content["checkpoints"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # missing or unreadable: all checkpoints count as not uploaded
+    return {}

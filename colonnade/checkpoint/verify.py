@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +22,12 @@ from colonnade.checkpoint.discover import (
     warn_of_damaged,
 )
 from colonnade.checkpoint.manifest import Manifest, require_recorded_hash
-from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, fetch_checkpoint, is_artifact
+from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, discard_download, fetch_checkpoint, is_artifact
 from colonnade.checkpoint.safe_reader import SafeFileSystemReader
 from colonnade.errors import UsageError
 from colonnade.parallel.vote import on_first_rank, vote
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Found = tuple[CheckpointInfo | None, list[IncompleteCheckpoint]]
@@ -85,18 +88,20 @@ def _one_by_one(infos: Sequence[CheckpointInfo]) -> Iterator[CheckpointInfo]:
         yield info
 
 
-def verified(path: Path, *, compare_hashes: bool = True) -> tuple[CheckpointInfo, tuple[Path, ...]]:
+def verified(
+    path: Path, *, compare_hashes: bool = True, downloads: Path = Path(FOLDER_NAME)
+) -> tuple[CheckpointInfo, tuple[Path, ...]]:
     """The checkpoint that `path` refers to, and the damaged ones that were skipped. Collective.
 
     `path` is a run folder (which refers to its newest usable checkpoint), a checkpoint folder, a `.pth` file, or the
-    name of an artifact (`remote_artifacts`), which is downloaded into a subfolder of the working folder.
+    name of an artifact (`remote_artifacts`), which is downloaded into a subfolder of `downloads`.
 
     Raises:
         UsageError: `path` does not exist, a run folder has no usable checkpoint, or the checkpoint requested by name is
             damaged.
     """
     if is_artifact(path):
-        path = fetch_checkpoint(str(path), Path(FOLDER_NAME))
+        return _verified_download(str(path), downloads, compare_hashes), ()
     named = on_first_rank(lambda: _readable(lambda: the_one_meant(path), path))
     if named is None:
         found, damaged = newest_verified(path, compare_hashes=compare_hashes)
@@ -106,6 +111,23 @@ def verified(path: Path, *, compare_hashes: bool = True) -> tuple[CheckpointInfo
     if reason is not None:
         raise UsageError(f"{reason}; {GIVE_ANOTHER}")
     return named, ()
+
+
+def _verified_download(reference: str, downloads: Path, compare_hashes: bool) -> CheckpointInfo:
+    """The checkpoint of an artifact. A download that an earlier start left, and that is damaged, is fetched again."""
+    path = fetch_checkpoint(reference, downloads)
+    try:
+        return verified(path, compare_hashes=compare_hashes)[0]
+    except UsageError as error:
+        if dist.get_rank() == 0:
+            logger.warning("%s; it is downloaded again", str(error).removesuffix(f"; {GIVE_ANOTHER}"))
+    discard_download(path)
+    fetch_checkpoint(reference, downloads)
+    try:
+        return verified(path, compare_hashes=compare_hashes)[0]
+    except UsageError as error:
+        damage = str(error).removesuffix(f"; {GIVE_ANOTHER}")
+        raise UsageError(f"{damage}, as it was downloaded: give another version than {reference}") from error
 
 
 def damage_of(info: CheckpointInfo, *, compare_hashes: bool = True) -> str | None:

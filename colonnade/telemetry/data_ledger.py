@@ -6,13 +6,15 @@ Tokens are counted when they are delivered. Rows are counted up to the place whe
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from colonnade.data.lane import filtered_rows
 from colonnade.data.position import DataPosition, LaneCounts
-from colonnade.errors import RunError
 from colonnade.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 
 def data_metrics(position: DataPosition) -> dict[str, Any]:
@@ -89,11 +91,15 @@ def data_ledger(position: DataPosition) -> dict[str, Any]:
 
 
 def write_data_ledger(path: Path, position: DataPosition) -> None:
-    """Replace a run's ledger file. Raises RunError if it cannot be written."""
+    """Replace a run's ledger file.
+
+    A failure is a one-line warning and never ends a run: the checkpoint holds the counts too, and the ledger is written
+    whole after the next one.
+    """
     try:
         replace_file(path, json.dumps(data_ledger(position), indent=2) + "\n")
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        logger.warning("%s cannot be written: %s; the next checkpoint's is", path, error.strerror or error)
 
 
 def _shares(totals: dict[str, LaneCounts]) -> dict[str, float]:

@@ -8,10 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from colonnade.checkpoint.remote_artifacts import require_client, upload_checkpoint
+from colonnade.checkpoint.retention import Retention
 from colonnade.checkpoint.uploads import CheckpointUploads, StoreClosed
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
-from colonnade.setting_values import useless_alone
+from colonnade.setting_values import useless_alone, without_credentials
 from colonnade.telemetry.csv_table import CsvTable
 from colonnade.telemetry.metrics import read_metrics
 from colonnade.telemetry.pictures import Pictures
@@ -56,7 +57,12 @@ def require_sinks(settings: RunSettings) -> None:
 
 
 def open_tracker(
-    settings: RunSettings, step: int, progress: ProgressReport, *, unigram_entropy: float | None
+    settings: RunSettings,
+    step: int,
+    progress: ProgressReport,
+    *,
+    retention: Retention,
+    unigram_entropy: float | None,
 ) -> tuple[Tracker, CheckpointUploads | None]:
     """Open a run's sinks, and its checkpoint uploads if the settings ask for them; on the rank that writes.
 
@@ -64,6 +70,7 @@ def open_tracker(
         settings: the run's settings.
         step: the step the run is at.
         progress: the screen.
+        retention: knows which of the run's checkpoints must stay.
         unigram_entropy: as for `plot_loss`.
 
     Raises:
@@ -85,7 +92,10 @@ def open_tracker(
             project=settings.wandb_project,
             entity=settings.wandb_entity,
             run_name=settings.wandb_run_name,
-            config=settings.to_dict(),
+            config={
+                name: without_credentials(value) if isinstance(value, str) else value
+                for name, value in settings.to_dict().items()
+            },
             say=lines.put,
         )
         others.append(tracked)
@@ -94,11 +104,11 @@ def open_tracker(
             lines.put(f"warning: checkpoints are not uploaded: WANDB_MODE is {mode}")
         elif settings.wandb_checkpoints:
             uploads = CheckpointUploads(
-                directory,
+                retention,
                 lambda path: _upload(tracked, path),
+                store={"project": settings.wandb_project, "entity": settings.wandb_entity},
                 say=lines.put,
                 drop=settings.drop_uploaded_checkpoints,
-                keep_every=settings.keep_every,
             )
             uploads.resend(step)
     record = JsonLines(directory / METRICS_NAME) if settings.jsonl else None

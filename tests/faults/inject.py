@@ -5,6 +5,7 @@ The variable `RANK` tells a fault which rank it is on.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -139,6 +140,22 @@ def nothing_can_be_pruned() -> None:
         raise PermissionError(13, "Permission denied")
 
     prune.move_aside = refuse
+
+
+def room_for_a_ledger_beside_two_checkpoints() -> None:
+    """The disk is full while there are three checkpoints, and for the second ledger in any case."""
+    from colonnade.telemetry import data_ledger
+
+    replace_file = data_ledger.replace_file
+    calls: list[int] = []
+
+    def full(path: Any, content: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2 or len(list(path.parent.glob("streaming_checkpoint_step_*"))) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        replace_file(path, content)
+
+    data_ledger.replace_file = full
 
 
 def _die_at(owner: Any, name: str, rank: int, call: int) -> None:

@@ -82,6 +82,8 @@ def test_the_folder_it_records_into_is_there_while_a_gpu_runs(tmp_path: Path) ->
         ("runs/a", None, "runs/a"),
         ("runs/a/streaming_checkpoint_step_4", None, "runs/a"),
         ("runs/a/weights.pth", None, "runs/a"),
+        ("runs/a/base", None, "runs/a"),
+        ("runs/a/base/.", None, "runs/a"),
         ("runs/a", "runs/b", "runs/b"),
     ],
 )
@@ -89,6 +91,19 @@ def test_the_folder_of_a_resumed_run(
     path: str, checkpoint_dir: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/base").mkdir(parents=True)
+    Path("runs/a/base/MANIFEST.json").touch()
     Path("runs/a/weights.pth").touch()
     assert folder_of_resumed(ResumeSettings(checkpoint_path=path), checkpoint_dir) == Path(expected)
+
+
+@pytest.mark.parametrize("name", ["base", "streaming_checkpoint_step_4"])
+def test_the_folder_of_a_run_resumed_from_inside_its_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "run" / name / "deeper"
+    inside.mkdir(parents=True)
+    (inside.parent / "MANIFEST.json").touch()
+    for where, path in ((inside.parent, "."), (inside.parent, "./"), (inside, "..")):
+        monkeypatch.chdir(where)
+        assert folder_of_resumed(ResumeSettings(checkpoint_path=path), None) == tmp_path / "run"

@@ -106,6 +106,18 @@ def test_a_prune_that_fails_is_a_warning(flags: list[str], undisturbed: Path, tm
     assert_same_end(directory, undisturbed, STEPS, tmp_path)
 
 
+def test_a_full_disk_is_pruned_before_the_ledger_whose_failure_is_a_warning(
+    flags: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    these = [*flags, "--checkpoint-dir", str(directory), "--keep-checkpoints", "2"]
+    (outcome,) = start("training", these, prepare=inject.room_for_a_ledger_beside_two_checkpoints)
+    assert outcome.code == 0, outcome.errors
+    assert outcome.errors.count(f"{directory / 'data_ledger.json'} cannot be written: No space left on device") == 1
+    assert checkpoints(directory) == ["streaming_checkpoint_step_18", "streaming_checkpoint_step_24"]
+    assert (directory / "data_ledger.json").read_text() == (undisturbed / "data_ledger.json").read_text()
+
+
 def test_a_second_job_in_the_folder_is_refused_and_a_dead_one_is_not_waited_for(
     flags: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
