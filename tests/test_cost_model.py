@@ -87,6 +87,24 @@ def test_memory_is_what_torch_allocates(rank_pool: RankPool, name: str, precisio
     compare(rank_pool, CONFIG, ParallelConfig(precision=precision, on_cpu=True, **PARALLEL_CONFIGS[name]))
 
 
+@pytest.mark.parametrize(
+    ("options", "accumulation"),
+    [
+        ({"activation_checkpointing": "none"}, 4),
+        ({"tp": 2}, 6),  # as many levels of the tree as with 8
+        ({"dp": 2, "data_parallel_shard": "zero2"}, 4),
+        ({"dp": 8, "data_parallel_shard": "zero3"}, 4),
+    ],
+    ids=["kept", "two ranks", "zero2", "zero3"],
+)
+def test_gradients_wait_in_the_tree_of_the_deterministic_mode(
+    rank_pool: RankPool, options: dict[str, Any], accumulation: int
+) -> None:
+    for precision in ("fp32", "bf16"):
+        parallel = ParallelConfig(precision=precision, deterministic=True, on_cpu=True, **options)
+        compare(rank_pool, CONFIG, parallel, accumulation, 1)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("shard", ["none", "zero2", "zero3"])
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])

@@ -64,6 +64,7 @@ def allocated(
             accumulation=accumulation,
             targets=chunks.numel(),
             max_grad_norm=1.0,
+            deterministic=parallel.deterministic,
         )
 
     step()  # allocates what is created once and stays
@@ -87,11 +88,12 @@ def _trained(
         activation_checkpointing=parallel.activation_checkpointing,
         sequence_parallel=parallel.sequence_parallel,
         overlap_collectives=parallel.overlap_collectives,
+        slices=parallel.tp if parallel.deterministic else None,
         shares_memory=False,  # the prediction is for accelerators, which have no such shared memory
     )
     if layout.shard_mesh is not None:
-        lower = None if parallel.precision == "fp32" else dtype
-        model.share_out(mode=parallel.data_parallel_shard, fixed_order=False, gather_dtype=lower)
+        lower = None if parallel.precision == "fp32" or parallel.deterministic else dtype
+        model.share_out(mode=parallel.data_parallel_shard, fixed_order=parallel.deterministic, gather_dtype=lower)
     common: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     optimizer = create_adamw(model, **common) if parallel.optimizer == "adamw" else create_muon(model, **common)
     allocate_state(optimizer)

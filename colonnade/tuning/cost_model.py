@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from colonnade.model_config import ModelConfig, layer_shapes, outer_shapes
@@ -39,6 +39,8 @@ class ParallelConfig:
         overlap_weight_gradients: as in `TensorParallelModel`; it affects which collectives a rank has to wait for.
         overlaps_gradients: without sharding, data-parallel gradients are summed during the backward pass.
         replicas: number of data-parallel groups that each shard a full copy of the model (hybrid sharding).
+        deterministic: the gradients of micro-batches wait for each other in the summation tree. The partial results of
+            several slices on one rank are not counted.
         on_cpu: whether the ranks run on CPUs.
     """
 
@@ -54,6 +56,7 @@ class ParallelConfig:
     data_parallel_shard: str = "none"
     replicas: int = 1
     replicate_embeddings: bool = False
+    deterministic: bool = False
     on_cpu: bool = False
 
     @property
@@ -72,7 +75,7 @@ class ParallelConfig:
     @property
     def gather_bytes(self) -> int:
         """Bytes per element when a block's sharded parameters are all-gathered."""
-        return BYTES[self.precision]
+        return FLOAT32 if self.deterministic else BYTES[self.precision]
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Memory:
         parameters: this rank's parameters, float32.
         weights: what matrix products need in addition: copies in another dtype, and parameters that data-parallel ranks
             shard and have all-gathered.
-        gradients: float32, as held between two micro-batches.
+        gradients: float32, as held between two micro-batches; in the deterministic mode, in the tree over all of them.
         optimizer: the optimizer's moments, float32: two for AdamW, one for the matrices that Muon updates.
         activations: what the forward pass keeps for the backward pass.
         logits: what head and loss hold in addition to the activations: logits of a chunk of tokens, gradients of the
@@ -291,8 +294,21 @@ class _Step:
         return head + FLOAT32 * elements.outside + parallel.gather_bytes * blocks * elements.block
 
     @property
+    def waiting_gradients(self) -> int:
+        """In the deterministic mode, gradients of earlier micro-batches when the last one begins: one copy per level of
+        the tree, and whole ones if data-parallel ranks shard the parameters."""
+        if not self.parallel.deterministic:
+            return 0
+        levels = (self.accumulation - 1).bit_length()
+        elements = self.elements
+        whole = elements.outside + self.config.num_hidden_layers * elements.block
+        return FLOAT32 * levels * whole
+
+    @property
     def adds_whole_gradients(self) -> bool:
         """Whether whole gradients accumulate over the micro-batches before they are reduce-scattered."""
+        if self.parallel.deterministic:
+            return False
         return self.parallel.data_parallel_shard == "zero2" and self.parallel.shards > 1 and self.accumulation > 1
 
     @property
@@ -305,7 +321,7 @@ class _Step:
         if self.adds_whole_gradients:
             elements = self.elements
             return FLOAT32 * (elements.outside + self.config.num_hidden_layers * elements.block)
-        return FLOAT32 * self.elements.own
+        return FLOAT32 * self.elements.own + self.waiting_gradients
 
     @property
     def end_of_block(self) -> int:
@@ -337,6 +353,9 @@ class _Step:
     def worst(self) -> int:
         """The peak of gradients, activations and temporary tensors together."""
         parallel, elements = self.parallel, self.elements
+        if parallel.deterministic and self.accumulation > 1:
+            # The last micro-batch's gradients are created as if it were the only one.
+            return self.waiting_gradients + replace(self, accumulation=1).worst()
         is_full = parallel.activation_checkpointing == "full"
         first_layer = self.stream if is_full else self.activations // self.config.num_hidden_layers
         in_layer = max(self.activations + self.layer, self.activations - first_layer + self.end_of_block)

@@ -228,6 +228,8 @@ def _assumptions(asked: PlanSettings, settings: RunSettings, choice: Choice, *, 
         overlap_collectives=parallel.overlap_collectives,
     )
     yield from idle_switches(planned, parallel.tp, parallel.dp, best.micro_batch)
+    if settings.deterministic:
+        yield "deterministic: collectives and times are those of the default mode; slices that share a rank hold more"
     if settings.float8:
         yield "float8: neither the time nor the memory it saves is counted"
     memory = memory_of_device(asked)

@@ -293,6 +293,7 @@ def _start(asked: PlanSettings, settings: RunSettings) -> ParallelConfig:
         data_parallel_shard=settings.data_parallel_shard,
         replicas=settings.data_parallel_replicate_size,
         replicate_embeddings=settings.replicate_embeddings,
+        deterministic=settings.deterministic,
         on_cpu=asked.gpu is None,
     )
 
