@@ -83,6 +83,7 @@ def streaming_token_generator(
     block_size: int,
     add_document_boundary_tokens: bool = False,
     text_column: str = "text",
+    symbol_filter: bool = True,
     shuffle: bool = False,
     seed: int = 0,
     lanes: int | None = None,
@@ -107,6 +108,7 @@ def streaming_token_generator(
         add_document_boundary_tokens: put `boundary_tokens(tokenizer)` around each document. The ids of token shards
             stay as they are.
         text_column: name of the text column.
+        symbol_filter: drop rows that have more digits and symbols than letters.
         shuffle: read the units of a lane, and the rows in each window of a unit, in a seeded order that changes every
             epoch.
         seed: seed of all orders.
@@ -162,6 +164,7 @@ def streaming_token_generator(
         packing=packing,
         filter_version=FILTER_VERSION,
         text_column=text_column,
+        symbol_filter=symbol_filter,
     )
     _require_lanes(corpora, head.lanes)
     position = _position_in(head, corpora, position, allow_data_change=allow_data_change)

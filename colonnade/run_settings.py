@@ -72,6 +72,11 @@ class RunSettings:
         "(default: the shards in data/)",
     )
     text_column: str = identity_setting("text", "data", "column (key, for JSON lines) that holds the text", unit="NAME")
+    symbol_filter: bool = identity_setting(
+        True,
+        "data",
+        "drop rows that have more digits and symbols than letters; off for mathematics, tables or logs",
+    )
     tokenizer_path: str | None = setting(None, "data", "tokenizer: a folder or a Hugging Face hub name")
     tokenizer_backend: str = setting(
         "auto",
@@ -374,8 +379,7 @@ class RunSettings:
     keep_every: int = step_setting(
         0,
         "checkpoints and logs",
-        "keep the first checkpoint at or after each multiple of this many steps forever, in addition to "
-        "--keep-checkpoints; 0 for none",
+        "keep the first checkpoint at or after each multiple of this many steps forever, besides the newest; 0 for none",
         minimum=0,
     )
     checkpoint_mode: str = setting(

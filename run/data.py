@@ -232,6 +232,7 @@ def _stream_of(
         block_size=settings.block_size or 0,
         add_document_boundary_tokens=settings.add_document_boundary_tokens,
         text_column=settings.text_column,
+        symbol_filter=settings.symbol_filter,
         packing=settings.packing,
         mark_documents=settings.document_mask,
         strict=settings.strict_data,

@@ -422,6 +422,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 IDENTITY: dict[str, tuple[Any, str]] = {
     "add_document_boundary_tokens": (True, "add_document_boundary_tokens False -> True"),
     "text_column": ("body", "text_column text -> body"),
+    "symbol_filter": (False, "symbol_filter True -> False"),
     "shuffle": (False, "shuffle True -> False"),
     "packing": ("best-fit", "packing concat -> best-fit"),
     "document_mask": (True, "document_mask False -> True"),

@@ -111,6 +111,14 @@ def test_bad_rows_are_dropped_alone_and_counted(tmp_path: Path) -> None:
     assert counted.rows == cursor.unit * GROUP + cursor.row
 
 
+def test_rows_of_symbols_are_kept_without_the_symbol_filter(tmp_path: Path) -> None:
+    texts = [*stdlib_texts(10), "1 + 1 = 2\n" * 50, "| 1 | 2 |\n|---|---|", *stdlib_texts(20)[10:]]
+    shard = write_shard(tmp_path / "a.parquet", [*texts, "", None], group=GROUP)
+    with open_stream([shard], epochs=1, symbol_filter=False) as stream:
+        assert_same_blocks([chunk.tokens for chunk in stream], plain_blocks(plain_tokens(texts), BLOCK))
+        assert "mostly_digits_or_symbols" not in filtered_rows(stream.position.totals()["data"])
+
+
 def test_a_row_group_of_nulls_is_passed_over(tmp_path: Path) -> None:
     texts = [*stdlib_texts(GROUP), *[None] * GROUP, *stdlib_texts(20)]
     shard = write_shard(tmp_path / "a.parquet", texts, group=GROUP)

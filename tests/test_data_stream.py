@@ -202,6 +202,7 @@ def test_a_position_of_something_else_is_refused_naming_old_and_new(corpus: list
     cases: list[tuple[str, dict[str, Any]]] = [
         (r"block_size 64 -> 32", {"block_size": 32}),
         (r"seed 0 -> 7", {"seed": 7}),
+        (r"symbol_filter True -> False", {"symbol_filter": False}),
         (r"eos None -> 0", {"add_document_boundary_tokens": True}),
     ]
     for message, settings in cases:
@@ -347,7 +348,7 @@ def test_no_error_looks_like_the_end(corpus: list[Path], monkeypatch: pytest.Mon
         with open_stream(corpus, epochs=1, batch_rows=1) as stream, monkeypatch.context() as patch:
             next(stream)
 
-            def fail(*_: Any) -> Any:
+            def fail(*_: Any, **__: Any) -> Any:
                 raise MemoryError("no room")
 
             patch.setattr(place, fail)

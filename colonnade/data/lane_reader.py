@@ -83,6 +83,7 @@ class LaneReader:
         batch_rows: rows encoded in one call.
         vocabulary_size: ids of token shards must be below it.
         by_portion: cursors count portions of a unit that are packed together (best-fit), instead of rows.
+        drop_symbols: whether the filter drops rows of mostly digits and symbols.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class LaneReader:
         batch_rows: int,
         vocabulary_size: int,
         by_portion: bool,
+        drop_symbols: bool,
     ) -> None:
         self.corpus = corpus
         self.name = name
@@ -108,6 +110,7 @@ class LaneReader:
         self._batch_rows = batch_rows
         self._vocabulary_size = vocabulary_size
         self.by_portion = by_portion
+        self._drop_symbols = drop_symbols
         self._reader = UnitReader(text_column)
 
     def __len__(self) -> int:
@@ -218,7 +221,7 @@ class LaneReader:
         for start in range(rows.start, rows.stop, stretch):
             stop = min(start + stretch, rows.stop)
             taken = window.slice(start, stop - start) if order is None else window.take(order[start:stop])
-            texts, verdicts = judge(taken)
+            texts, verdicts = judge(taken, drop_symbols=self._drop_symbols)
             yield RowsJudged(epoch, unit, portion, first_row + start, verdicts)
             kept = verdicts == KEPT
             numbers = first_row + start + np.flatnonzero(kept)

@@ -123,6 +123,7 @@ class StreamHead:
     packing: str
     filter_version: int
     text_column: str
+    symbol_filter: bool = True  # the filter drops rows of mostly digits and symbols
 
     @property
     def by_portion(self) -> bool:
@@ -278,7 +279,9 @@ class DataPosition:
         if not differences:
             return self
         own = {corpus.name: index for index, corpus in enumerate(self.head.corpora)}
-        keeps_order = self.head.has_same(head, "lanes", "seed", "shuffle", "packing", "filter_version", "text_column")
+        keeps_order = self.head.has_same(
+            head, "lanes", "seed", "shuffle", "packing", "filter_version", "text_column", "symbol_filter"
+        )
         keeps_tokens = self.head.has_same(head, "tokenizer", "bos", "eos", *["block_size"] * head.by_portion)
         totals, retired = self.totals(), dict(self.retired)
         states: list[tuple[LaneState, ...]] = []

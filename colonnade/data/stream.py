@@ -116,6 +116,7 @@ class TokenStream:
                     batch_rows=batch_rows,
                     vocabulary_size=vocabulary_size,
                     by_portion=head.by_portion,
+                    drop_symbols=head.symbol_filter,
                 )
                 self._lanes[index][lane] = Lane(
                     lane_reader,

@@ -36,10 +36,13 @@ class JudgedText(NamedTuple):
     verdicts: npt.NDArray[np.uint8]
 
 
-def judge(column: pa.Array) -> JudgedText:
+def judge(column: pa.Array, *, drop_symbols: bool = True) -> JudgedText:
     """Apply the filter to a column of strings, bytes, dictionary-encoded strings or nulls.
 
     Temporary memory is about twice the size of the column, so callers slice long columns.
+
+    Args:
+        drop_symbols: drop rows of mostly digits and symbols, too.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -56,7 +59,8 @@ def judge(column: pa.Array) -> JudgedText:
     length = pc.binary_length(texts).to_numpy()
     blank = pc.utf8_is_space(texts).to_numpy(zero_copy_only=False)
     verdicts = np.zeros(len(raw), np.uint8)
-    verdicts[_letter_surplus(texts, length > 0) < 0] = _SYMBOLS
+    if drop_symbols:
+        verdicts[_letter_surplus(texts, length > 0) < 0] = _SYMBOLS
     verdicts[blank | (length == 0)] = _EMPTY
     verdicts[not_text] = _NOT_TEXT
     verdicts[missing] = _MISSING
