@@ -379,7 +379,7 @@ class RunSettings:
     keep_every: int = step_setting(
         0,
         "checkpoints and logs",
-        "keep the first checkpoint at or after each multiple of this many steps forever, besides the newest; 0 for none",
+        "keep the first checkpoint at or after each multiple of so many steps for good, besides the newest; 0 for none",
         minimum=0,
     )
     checkpoint_mode: str = setting(
