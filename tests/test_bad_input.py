@@ -553,7 +553,7 @@ def test_a_finished_run_says_so_and_stays(script: str, ranks: int, inputs: Path,
 
 def test_a_folder_of_unusable_checkpoints_is_not_started_over(inputs: Path, tmp_path: Path) -> None:
     for name in ("streaming_checkpoint_step_2", "streaming_checkpoint_step_9.pth"):
-        folder = tmp_path / name.partition(".")[0]
+        folder = tmp_path / f"run{len(name)}"
         folder.mkdir()
         if name.endswith(".pth"):
             (folder / name).touch()

@@ -83,7 +83,7 @@ def test_a_pattern_without_files_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is a folder: write '.*folder/\*\.parquet'"):
         discover_shards(f"{tmp_path}/folder")
     touch(tmp_path, "a,b.parquet")
-    with pytest.raises(UsageError, match=r"'.*/a' matches no file.*write \? for a comma"):
+    with pytest.raises(UsageError, match=r"'.*/a' matches no file.*for a comma in a path write"):
         discover_shards(f"{tmp_path}/a,b.parquet")
     assert names_of(discover_shards(f"{tmp_path}/a?b.parquet")) == ["a,b.parquet"]
     for empty in ("", " , "):
