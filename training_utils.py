@@ -265,16 +265,16 @@ class _Loop:
     def make_up(self) -> None:
         """Take the validation and the samples that were due at the step this start goes on from and are missing.
 
-        A stop after that step leaves no time for them, and a run that ended in one of them has no row of it.
+        A stop after that step leaves no time for them, and a run that was interrupted in one of them has no row of it.
         """
         run, settings = self.run, self.settings
-        if run.resumed_from is None or run.resumed_from.parent != run.directory or not settings.jsonl:
+        if run.step == 0 or run.resumed_from is None or run.resumed_from.parent != run.directory or not settings.jsonl:
             return
-        rows = on_first_rank(lambda: read_metrics(run.directory / METRICS_NAME) if run.step > 0 else [])
+        rows = on_first_rank(lambda: read_metrics(run.directory / METRICS_NAME))
         taken = {key for row in rows if row.get("step") == run.step for key in row}
-        if _is_due(run.step, settings.validation_interval) and "validation_loss" not in taken:
+        if (self._is_last or _is_due(run.step, settings.validation_interval)) and "validation_loss" not in taken:
             self._validate()
-        if samples_are_due(run.step, settings.sample_interval) and "samples" not in taken:
+        if (self._is_last or samples_are_due(run.step, settings.sample_interval)) and "samples" not in taken:
             self._sample()
 
     def _leave_out(self, began: float) -> float:
@@ -329,8 +329,9 @@ class _Loop:
         They may be blocked in a collective that this rank will never reach. One that finds its peer gone tells nobody:
         it has nothing to add to what that peer, or the launcher, reports, and may interrupt the report of a third.
         """
-        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish.
-        if self.run.saver is not None:
+        # A save in progress is of an earlier step and may become the last good checkpoint: let it finish. If a peer is
+        # gone it cannot.
+        if self.run.saver is not None and not isinstance(error, PeerError):
             self.run.saver.settle(SETTLE_SECONDS)
         if isinstance(error, LocalRunError) or not isinstance(error, ColonnadeError):
             self.watch.announce_failure()

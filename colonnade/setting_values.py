@@ -27,8 +27,12 @@ brief.maxlevel = 2
 
 # In abfs:// URLs, what stands before the @ is the container.
 _USERINFO = re.compile(r"\b((?!abfss?:|wasbs?:)[a-z][a-z0-9+.-]*://)[^/,\s]*@", re.IGNORECASE)
-# Elsewhere than on the web, a question mark stands for any character. The weight of a corpus may follow.
-_QUERY = re.compile(r"(https?://[^\s,?#]*)[?#][^\s,]*?(?=(?::[0-9.]+)?(?:[\s,]|$))", re.IGNORECASE)
+# A question mark stands for any character, unless an equals sign or a single word follows. The weight of a corpus may
+# come behind it.
+_QUERY = re.compile(
+    r"(https?://[^\s,#=]*?)(?:\?(?=[^\s,]*=|[^\s,.*/]+(?:[\s,]|$))|#)[^\s,]*?(?=(?::[0-9.]+)?(?:[\s,]|$))",
+    re.IGNORECASE,
+)
 
 
 def without_credentials(text: str) -> str:

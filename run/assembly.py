@@ -69,7 +69,8 @@ def assemble(
     data = _open_data(settings, config, layout, notes, origin, with_samples=lock is not None)
     state = build_state(settings, config, layout, origin, compares=lock is not None)
     with vote():
-        require_steps_left(origin.path or Path(settings.checkpoint_dir), state.step, settings)
+        if not origin.owes_end:
+            require_steps_left(origin.path or Path(settings.checkpoint_dir), state.step, settings)
     # Before the tuner measures how much memory is available.
     saver = None if lock is None else _reserved_saver(settings, lock, origin, state)
     batch, depends_on = tune_batch(state.model, settings, layout, global_batch, micro_batch)

@@ -124,6 +124,11 @@ def step_of_launch(directory: Path, launched_by: list[str]) -> int | None:
         return None
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether the run in the folder has ended after its last step: with its last validation, samples and summary."""
+    return (directory / COMPLETE_NAME).exists()
+
+
 def forget_end(directory: Path) -> None:
     """Delete COMPLETE.json and STOPPED.json, since the run has been resumed. Raises LocalRunError."""
     try:

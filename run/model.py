@@ -38,6 +38,7 @@ class Origin:
         libraries: library versions that the checkpoint was written with.
         actions: what this start changes, for its report.
         damaged: newer checkpoints that were skipped.
+        owes_end: the run has taken its last step, but was interrupted before its end.
     """
 
     path: Path | None = None
@@ -51,6 +52,7 @@ class Origin:
     libraries: Mapping[str, str] = field(default_factory=dict)
     actions: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
+    owes_end: bool = False
 
 
 def build_model(

@@ -36,6 +36,7 @@ from colonnade.telemetry.tracking import require_sinks
 from run.assembly import assemble
 from run.batch_sizes import batch_of_resumed, fixed_micro_batch
 from run.data import resolve_data, weight_changes
+from run.end import is_complete
 from run.folder import (
     clear_leftovers,
     folder_of_resumed,
@@ -123,7 +124,8 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
             notes.append(f"weights from {settings.init_from}")
         return assemble(settings, config, layout, notes, Origin(), lock)
     step = found.step or 0
-    if step >= settings.total_steps:
+    owes_end = step == settings.total_steps and not on_first_rank(lambda: is_complete(lock.directory))
+    if step >= settings.total_steps and not owes_end:
         _say_finished(found, settings, layout)
         lock.release()
         return None
@@ -136,6 +138,7 @@ def _start(settings: RunSettings, layout: ParallelLayout, notes: list[str], lock
         global_batch=record["global_batch"],
         libraries=found.manifest.libraries if found.manifest is not None else {},
         damaged=damaged,
+        owes_end=owes_end,
     )
     return assemble(settings, config, layout, notes, origin, lock)
 

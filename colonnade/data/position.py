@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from colonnade.data.mixture import ONLY_CORPUS, WeightChange, are_same_shares
 from colonnade.data.order import deal_units, unit_order
 from colonnade.data.shards import Manifest, Units
-from colonnade.errors import RunError, UsageError
+from colonnade.errors import LocalRunError, UsageError
 
 POSITION_FORMAT = 2
 
@@ -352,7 +352,7 @@ class DataPosition:
             start: number of the chunk the readers started with.
 
         Raises:
-            RunError: readers of the same lane disagree on what it holds, so that they trained on different text.
+            LocalRunError: readers of the same lane disagree on what it holds, so that they trained on different text.
         """
         first = parts[0]
         owners = [parts[owner] for owner in lane_owners(first.head.lanes, len(parts), start)]
@@ -378,7 +378,8 @@ def _require_agreement(parts: Sequence[DataPosition], start: int) -> None:
         for reader in range(owner + apart, len(parts), apart):
             for corpus, ours, theirs in zip(head.corpora, parts[owner].states, parts[reader].states, strict=True):
                 if ours[lane] != theirs[lane]:
-                    raise RunError(
+                    # The ranks beside the reader know nothing of positions, and have to be told.
+                    raise LocalRunError(
                         f"lane {lane} of corpus {corpus.name} is at {[*ours[lane].cursor]} for data-parallel rank "
                         f"{owner} and at {[*theirs[lane].cursor]} for rank {reader}: they do not see the same files; "
                         "make them the same on all hosts and go on from the last checkpoint"

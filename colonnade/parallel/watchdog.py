@@ -150,8 +150,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Handle signals and limits. Never uses the store, which may not answer if the network is down."""
+        signals = select.poll()  # `select.select` refuses descriptors above 1023, which a run of many shards may reach
+        signals.register(self._signalled, select.POLLIN)
         while not self._done.is_set():
-            if select.select([self._signalled], [], [], POLL_SECONDS)[0]:
+            if signals.poll(POLL_SECONDS * 1000):
                 self._take_signals(self._signalled.recv(64))
             if self._done.is_set():
                 return

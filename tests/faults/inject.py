@@ -278,6 +278,14 @@ def samples_fail() -> None:
     _in_phase("sampled_tokens", fault)
 
 
+def many_open_files() -> None:
+    """As many as a mixture of many corpora opens: new descriptors are above 1023."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096), most))
+    for _ in range(1100):
+        os.open(os.devnull, os.O_RDONLY)
+
+
 def no_room_for_fingerprints() -> None:
     """The file of fingerprints is on a disk that is full."""
     from colonnade.telemetry.metrics import MetricsLog

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,3 +52,11 @@ def test_samples_that_fail_are_one_line_after_the_save(flags: list[str], tmp_pat
     said = [line for line in outcome.errors.splitlines() if "error" in line.lower()]
     assert len(said) == 1
     assert f"rank 0: the samples after step {step} failed (RuntimeError: probability tensor contains " in said[0]
+    # What was left to do comes with the next start, also where the last step was taken.
+    (outcome,) = start("training", these)
+    assert outcome.code == 0, outcome
+    assert (tmp_path / "run" / "COMPLETE.json").exists()
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert step in {row["step"] for row in rows if "samples" in row}
+    (outcome,) = start("training", these)
+    assert "the run is finished, nothing was changed" in outcome.output

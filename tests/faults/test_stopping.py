@@ -67,6 +67,14 @@ def test_a_hangup_that_nohup_ignores_stops_nothing(flags: list[str], tmp_path: P
     assert end_of(directory, "COMPLETE.json")["step"] == 12
 
 
+def test_a_signal_is_heard_with_thousands_of_open_files(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    running = begin("training", [*flags, "--checkpoint-dir", str(directory)], prepare=inject.many_open_files)
+    running.until(r"step +3/")
+    running.signal(signal.SIGTERM)
+    assert_stopped(directory, running.finish(), "SIGTERM")
+
+
 def test_the_wall_time_stops_a_run_before_it_is_over(flags: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "run"
     began = time.monotonic()
