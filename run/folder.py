@@ -15,9 +15,9 @@ from colonnade.checkpoint.discover import CheckpointInfo, find_checkpoints, none
 from colonnade.checkpoint.manifest import MANIFEST_NAME, step_of_name
 from colonnade.checkpoint.prune import collect_leftovers
 from colonnade.checkpoint.run_lock import RunLock
+from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.verify import newest_verified
 from colonnade.command_settings import ResumeSettings
-from colonnade.config import read_settings
 from colonnade.errors import UsageError
 from colonnade.run_settings import RunSettings
 from run.end import step_of_launch
@@ -26,20 +26,22 @@ SETTINGS_NAME = "run.yaml"
 
 
 def with_own_settings(given: Mapping[str, Any], notes: list[str]) -> Mapping[str, Any]:
-    """The settings given; where they name a run's folder and nothing else, those of the run in it.
+    """The settings given; where they name a run's folder and nothing else, those of its newest checkpoint.
 
-    Read on every rank, as a --config file is: they are needed before the ranks have joined. Raises UsageError.
+    Not those of run.yaml: a resume with changed settings that saved nothing has left its own there. Read on every rank,
+    as a --config file is: they are needed before the ranks have joined. Raises UsageError.
     """
     directory = Path(given.get("checkpoint_dir", RunSettings().checkpoint_dir))
-    path = directory / SETTINGS_NAME
-    try:
-        is_run = given.keys() <= {"checkpoint_dir"} and os.path.isfile(path) and bool(find_checkpoints(directory))
-    except OSError:  # the search for the newest checkpoint will say what is wrong with the folder
-        is_run = False
-    if not is_run:
+    if not given.keys() <= {"checkpoint_dir"}:
         return given
-    notes.append(f"nothing else given: the settings of {path}")
-    return {**read_settings(path, "--checkpoint-dir"), "checkpoint_dir": str(directory)}
+    try:
+        newest = next((info for info in find_checkpoints(directory) if info.manifest is not None), None)
+    except OSError:  # the search for the newest checkpoint will say what is wrong with the folder
+        newest = None
+    if newest is None:
+        return given
+    notes.append(f"nothing else given: the settings of {newest.path}")
+    return {**run_record(newest)["settings"], "checkpoint_dir": str(directory)}
 
 
 def newest_checkpoint(directory: Path, settings: RunSettings) -> tuple[CheckpointInfo | None, tuple[Path, ...]]:

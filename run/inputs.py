@@ -30,7 +30,6 @@ from colonnade.tuning.memory import GIB
 from data_processing import vocabulary_size
 from run.batch_sizes import requested_global_batch
 from run.data import require_vocabulary, run_tokenizer, weight_changes
-from run.folder import SETTINGS_NAME
 
 FINGERPRINT_INTERVAL = 100
 
@@ -220,7 +219,7 @@ def require_same_run(
     if changed:
         raise UsageError(
             f"{settings.checkpoint_dir} holds a run with other settings: {'; '.join(changed)}. Give the run's own "
-            f"(--config {Path(settings.checkpoint_dir, SETTINGS_NAME)}), another --checkpoint-dir, or change them with "
+            "(those of the folder where only --checkpoint-dir is given), another --checkpoint-dir, or change them with "
             "resume_pretrain_tensor.py"
         )
     return record
