@@ -24,6 +24,7 @@ from colonnade.checkpoint.manifest import read_manifest
 from colonnade.checkpoint.save import CommittingWriter
 from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.errors import RunError
+from forked_commands import PATIENCE
 
 
 def trained(last: int) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -143,7 +144,7 @@ def a_disk_full_on_one_rank(folder: Path) -> None:
         if dist.get_rank() == 1:
             patch.setattr(CommittingWriter, "write_data", write_data)
         saver.save(2, model=model, optimizer=optimizer, manifest={})
-        saver.settle(30)
+        saver.settle(PATIENCE)
         assert saver.has_failed
         words = r"^checkpoint of step 2 was not saved in .*full: rank 1: OSError: \[Errno 28\] No space left on device"
         with pytest.raises(RunError, match=words) as caught:
@@ -175,7 +176,7 @@ def what_follows_a_save_fails(folder: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "data_ledger.json")
 
     saver.save(1, model=model, optimizer=optimizer, manifest={}, after_commit=after_commit)
-    saver.settle(30)
+    saver.settle(PATIENCE)
     assert saver.has_failed == (dist.get_rank() == 0)
     with pytest.raises(RunError, match="what follows a save failed: OSError") as caught:
         saver.wait()
