@@ -154,6 +154,7 @@ def a_disk_full_on_one_rank(folder: Path) -> None:
     saver.wait()  # told once
     dist.barrier()
     assert os.listdir(directory) == ["streaming_checkpoint_step_1"]
+    dist.barrier()  # the next save begins only when all ranks have looked
     # What failed before is raised by the save after it, too.
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
