@@ -21,7 +21,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from colonnade.data.corpus import file_name
+from colonnade.data.corpus import Shard, file_name
 from colonnade.data.lane import after_skip, filtered_rows
 from colonnade.data.mixture import ONLY_CORPUS, normalized, parse_data_glob
 from colonnade.data.order import default_lanes
@@ -201,22 +201,20 @@ def _open_corpora(shards: Sequence[str | Path] | str, text_column: str, *, stric
 def _require_documents(corpora: Sequence[Corpus], packing: str, mark_documents: bool) -> None:
     if packing == "concat" and not mark_documents:
         return
-    for corpus in corpora:
-        for shard in corpus.units.shards:
-            if shard.layout == "tokens":
-                asked = "--document-mask" if mark_documents else f"--packing {packing}"
-                raise UsageError(
-                    f"{asked} cannot be used with {shard.path}: a shard of tokens does not say where documents begin; "
-                    "leave it out, or give the text"
-                )
+    tokens = _token_shards(corpora)
+    if tokens:
+        asked = "--document-mask" if mark_documents else f"--packing {packing}"
+        raise UsageError(
+            f"{asked} cannot be used with {tokens[0].path}: a shard of tokens does not say where documents begin; "
+            "leave it out, or give the text"
+        )
 
 
 def _require_text(corpora: Sequence[Corpus], *, goes_on: bool) -> None:
     """Refuse boundary tokens for a new stream of nothing but token shards. One that goes on keeps its ids, and beside
     text they may be meant for the text alone: then a line says where none are put."""
-    shards = [shard for corpus in corpora for shard in corpus.units.shards]
-    tokens = [shard for shard in shards if shard.layout == "tokens"]
-    if len(tokens) == len(shards) and not goes_on:
+    tokens = _token_shards(corpora)
+    if len(tokens) == sum(len(corpus.units.shards) for corpus in corpora) and not goes_on:
         raise UsageError(
             f"--add-document-boundary-tokens cannot be used with {tokens[0].path}: a shard of tokens does not say "
             "where documents begin; leave the flag out, or give the text"
@@ -228,6 +226,10 @@ def _require_text(corpora: Sequence[Corpus], *, goes_on: bool) -> None:
             len(tokens),
             tokens[0].path,
         )
+
+
+def _token_shards(corpora: Sequence[Corpus]) -> list[Shard]:
+    return [shard for corpus in corpora for shard in corpus.units.shards if shard.layout == "tokens"]
 
 
 def _require_lanes(corpora: Sequence[Corpus], lanes: int) -> None:

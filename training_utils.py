@@ -270,11 +270,15 @@ class _Loop:
         run, settings = self.run, self.settings
         if run.step == 0 or run.resumed_from is None or run.resumed_from.parent != run.directory or not settings.jsonl:
             return
+        validates = self._is_last or _is_due(run.step, settings.validation_interval)
+        samples = self._is_last or samples_are_due(run.step, settings.sample_interval)
+        if not (validates or samples):
+            return
         rows = on_first_rank(lambda: read_metrics(run.directory / METRICS_NAME))
         taken = {key for row in rows if row.get("step") == run.step for key in row}
-        if (self._is_last or _is_due(run.step, settings.validation_interval)) and "validation_loss" not in taken:
+        if validates and "validation_loss" not in taken:
             self._validate()
-        if (self._is_last or samples_are_due(run.step, settings.sample_interval)) and "samples" not in taken:
+        if samples and "samples" not in taken:
             self._sample()
 
     def _leave_out(self, began: float) -> float:

@@ -29,3 +29,8 @@ class LocalRunError(RunError):
 
 class PeerError(RunError):
     """Another rank failed and has reported why; this one exits silently."""
+
+
+def message_line(error: BaseException) -> str:
+    """The message of an error, such as a library's, on one line."""
+    return " ".join(str(error).split())

@@ -20,6 +20,7 @@ from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
+from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.cost_model import ParallelConfig, state_memory
 from colonnade.tuning.memory import GIB
 from run.batch_sizes import check_shares, fixed_micro_batch, requested_global_batch
@@ -82,8 +83,7 @@ def batch_of(settings: RunSettings, layout: ParallelLayout) -> tuple[int, int]:
     if settings.deterministic:
         check_micro_batches(global_batch, micro_batch, layout.dp)
     # As in the tuner: the largest divisor of a rank's share of the step that is at most the given number.
-    share = global_batch // layout.dp
-    return next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0), global_batch
+    return micro_batch_candidates(global_batch // layout.dp, micro_batch)[-1], global_batch
 
 
 def require_memory_for_both(config: ModelConfig, optimizer: str, layout: ParallelLayout, kept: int) -> None:

@@ -63,12 +63,13 @@ class ControlTokens:
         ids, lengths = self._without_ids(pieces, encode)
         return FlatIds(ids, np.add.reduceat(lengths, first_pieces))
 
-    def first_piece(self, text: str, encode: Encode) -> str:
-        """The beginning of the text that `encode` is given by itself: all of the text as a rule."""
-        piece = text if self._spelled is None else self._cut(text)[0]
-        while len(piece) > 1 and self._holds_control(encode([piece])):
-            piece = piece[: len(piece) // 2]
-        return piece
+    def first_piece(self, text: str) -> str:
+        """The text up to its first cut: all of it, unless it spells a special token."""
+        return text if self._spelled is None else self._cut(text)[0]
+
+    def are_in(self, ids: Collection[int]) -> bool:
+        """Whether one of these ids is a special token's."""
+        return not self._ids.isdisjoint(ids)
 
     def _cut(self, text: str) -> list[str]:
         """The text, cut after the first character of each spelling of a special token, so that none is recognised."""

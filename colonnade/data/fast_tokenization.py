@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from colonnade.data.flat_ids import FlatIds
+from colonnade.errors import message_line
 
 PACKAGE = "fastokens"
 
@@ -43,7 +44,7 @@ class FastEncoder:
         try:
             self._tokenizer: Any = fastokens.Tokenizer.from_json_str(serialized)
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = message_line(error)[:200]
             raise BackendUnavailableError(f"{self.version} cannot use this tokenizer: {reason}") from error
 
     def __call__(self, texts: list[str]) -> FlatIds:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from colonnade.data.retries import POLICY, UnreachableError, with_retries
-from colonnade.errors import UsageError
+from colonnade.errors import UsageError, message_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,9 +109,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         remedy = f"install it: pip install 'colonnade[{extra}]'" if extra else "install that package"
-        raise UsageError(f"{url}: a package for {scheme}:// is missing ({_one_line(error)}); {remedy}") from error
+        raise UsageError(f"{url}: a package for {scheme}:// is missing ({message_line(error)}); {remedy}") from error
     except ValueError as error:
-        raise UsageError(f"{url}: {_one_line(error)}; give a local path or a URL that fsspec can read") from error
+        raise UsageError(f"{url}: {message_line(error)}; give a local path or a URL that fsspec can read") from error
     return filesystem, path
 
 
@@ -408,7 +408,3 @@ class PositionedFile(io.RawIOBase):
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     names = filesystem.protocol
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from colonnade.errors import RunError
+from colonnade.errors import RunError, message_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -141,7 +141,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, network_errors()):
         error = error.__cause__
     status = status_of(error)
-    text = " ".join(str(error).split())[:200]
+    text = message_line(error)[:200]
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return f"HTTP status {status}" if status is not None else (text or type(error).__name__)

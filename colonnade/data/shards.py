@@ -18,7 +18,7 @@ from colonnade.data.filesystems import local_path, open_source
 from colonnade.data.formats import DESCRIBE, detect_layout
 from colonnade.data.retries import UnreachableError
 from colonnade.data.unit_reader import UnitReader
-from colonnade.errors import UsageError
+from colonnade.errors import UsageError, message_line
 
 __all__ = [
     "DEFAULT_GLOBS",
@@ -115,5 +115,5 @@ def open_shard(path: str, text_column: str) -> Shard:
 
 
 def _unreadable(path: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = message_line(error)
     return f"data shard {path} cannot be read ({reason}); replace or remove it"

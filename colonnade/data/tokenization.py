@@ -270,12 +270,15 @@ class Encoder:
                 "the tokenizer is written in Python and does not tell where its tokens end; give "
                 "--document-prefix token"
             )
-        pieces = [self._control.first_piece(text, self._encode) for text in texts]
+        pieces = [self._control.first_piece(text) for text in texts]
         encodings = self._rust.encode_batch(pieces, add_special_tokens=False)
-        return [
-            len((text[: encoding.offsets[0][1]] if encoding.offsets else text).encode())
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        sizes = []
+        for text, piece, encoding in zip(texts, pieces, encodings, strict=True):
+            while len(piece) > 1 and self._control.are_in(encoding.ids):  # cut in halves, as when it is encoded
+                piece = piece[: len(piece) // 2]
+                encoding = self._rust.encode(piece, add_special_tokens=False)
+            sizes.append(len((text[: encoding.offsets[0][1]] if encoding.offsets else text).encode()))
+        return sizes
 
     def load_fast(self) -> FastEncoder:
         """The fast encoder for this tokenizer. Raises BackendUnavailableError."""

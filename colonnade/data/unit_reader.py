@@ -16,7 +16,7 @@ from colonnade.data.corpus import WINDOW_BYTES, DamagedUnit, Shard
 from colonnade.data.filesystems import Background, is_remote, open_source
 from colonnade.data.formats import OPEN, ShardFile
 from colonnade.data.windows import cut_windows
-from colonnade.errors import RunError
+from colonnade.errors import RunError, message_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -188,7 +188,7 @@ class UnitReader:
                 raise failure from error
             if isinstance(error, DamagedUnit):
                 raise
-            reason = " ".join(str(error).split())
+            reason = message_line(error)
             # pyarrow raises OSError for bad data as well; only errors from the system carry an errno.
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise RunError(

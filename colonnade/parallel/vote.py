@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from colonnade.errors import ColonnadeError, RunError, UsageError
+from colonnade.errors import ColonnadeError, RunError, UsageError, message_line
 
 T = TypeVar("T")
 _Failure = tuple[bool, str]
@@ -17,7 +17,7 @@ _Failure = tuple[bool, str]
 
 def one_line(error: BaseException) -> str:
     """`error` on one line, prefixed with its type unless it is a `ColonnadeError`, whose text is enough."""
-    text = " ".join(str(error).split())
+    text = message_line(error)
     return text if isinstance(error, ColonnadeError) else f"{type(error).__name__}: {text}"
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from colonnade.errors import RunError
+from colonnade.errors import RunError, message_line
 from colonnade.files import replace_file
 from colonnade.setting_values import divisors
 
@@ -121,7 +121,7 @@ def _read_entries(directory: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:  # a damaged file: JSONDecodeError and UnicodeDecodeError are ValueErrors
-        logger.warning("%s is ignored: %s", path, " ".join(str(error).split()))
+        logger.warning("%s is ignored: %s", path, message_line(error))
         return {}
     if not isinstance(content, dict) or content.get("version") != RECORD_VERSION:
         logger.warning("%s is ignored: it is no micro-batch record of version %d", path, RECORD_VERSION)

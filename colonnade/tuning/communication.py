@@ -10,7 +10,7 @@ Letters as in `cost_model.py`; G is the number of ranks of a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from colonnade.model_config import ModelConfig, layer_shapes
 from colonnade.optim.overlapped_sum import SMALLEST_ALONE
@@ -157,7 +157,8 @@ def _gradients(config: ModelConfig, parallel: ParallelConfig) -> Traffic:
     """
     sizes = [(name, FLOAT32 * math.prod(shape), count) for name, shape, count in local_shapes(config, parallel)]
     if not parallel.overlaps_gradients:
-        alone, total = _in_collectives_of_their_own(sizes), sum(size * count for _, size, count in sizes)
+        alone = _sent_alone((size, count) for _, size, count in sizes)
+        total = sum(size * count for _, size, count in sizes)
         return Traffic("dp", "gradients and loss", ALL_REDUCE, parallel.dp, alone + 1, total + FLOAT32)
     of = {name: size for name, size, _ in sizes}
     layers = config.num_hidden_layers
@@ -171,8 +172,8 @@ def _gradients(config: ModelConfig, parallel: ParallelConfig) -> Traffic:
         of["mlp.gate_proj.weight"] + of["mlp.up_proj.weight"],
         of["mlp.down_proj.weight"],
     ]
-    outside = [size for name, size, _ in sizes if name not in layer_shapes(config)]
-    alone = layers * sum(size >= SMALLEST_ALONE for size in matrices) + sum(size >= SMALLEST_ALONE for size in outside)
+    outside = [(size, 1) for name, size, _ in sizes if name not in layer_shapes(config)]
+    alone = _sent_alone([*((size, layers) for size in matrices), *outside])
     total = sum(size * count for _, size, count in sizes)
     for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
         whole = of.get(f"self_attn.{name}", 0)
@@ -204,15 +205,15 @@ def _shared_out(config: ModelConfig, parallel: ParallelConfig, accumulation: int
     if parallel.replicas > 1:
         # Of the first shard, which holds as many rows as any.
         own = [
-            (name, FLOAT32 * -(-shape[0] // shards) * math.prod(shape[1:]), count)
-            for name, shape, count in local_shapes(config, parallel)
+            (FLOAT32 * -(-shape[0] // shards) * math.prod(shape[1:]), count)
+            for _, shape, count in local_shapes(config, parallel)
         ]
-        alone = _in_collectives_of_their_own(own)
-        calls = alone + (alone < sum(count for *_, count in own))
+        alone = _sent_alone(own)
+        calls = alone + (alone < sum(count for _, count in own))
         size = FLOAT32 * Elements.of(config, parallel).own
         yield Traffic("replicas", "gradients", ALL_REDUCE, parallel.replicas, calls, size)
 
 
-def _in_collectives_of_their_own(sizes: Sequence[tuple[str, int, int]]) -> int:
-    """How many of these gradients (name, bytes, count) are large enough for one each; the others share one."""
-    return sum(count for _, size, count in sizes if size >= SMALLEST_ALONE)
+def _sent_alone(sizes: Iterable[tuple[int, int]]) -> int:
+    """How many of these gradients (bytes, count) are large enough for a collective each; the others share one."""
+    return sum(count for size, count in sizes if size >= SMALLEST_ALONE)

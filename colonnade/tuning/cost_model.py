@@ -294,15 +294,18 @@ class _Step:
         return head + FLOAT32 * elements.outside + parallel.gather_bytes * blocks * elements.block
 
     @property
+    def whole_gradients(self) -> int:
+        """The gradients of this rank's tensor-parallel part, before data-parallel ranks shard them."""
+        return FLOAT32 * (self.elements.outside + self.config.num_hidden_layers * self.elements.block)
+
+    @property
     def waiting_gradients(self) -> int:
         """In the deterministic mode, gradients of earlier micro-batches when the last one begins: one copy per level of
         the tree, and whole ones if data-parallel ranks shard the parameters."""
         if not self.parallel.deterministic:
             return 0
         levels = (self.accumulation - 1).bit_length()
-        elements = self.elements
-        whole = elements.outside + self.config.num_hidden_layers * elements.block
-        return FLOAT32 * levels * whole
+        return levels * self.whole_gradients
 
     @property
     def adds_whole_gradients(self) -> bool:
@@ -319,8 +322,7 @@ class _Step:
     @property
     def gradients(self) -> int:
         if self.adds_whole_gradients:
-            elements = self.elements
-            return FLOAT32 * (elements.outside + self.config.num_hidden_layers * elements.block)
+            return self.whole_gradients
         return FLOAT32 * self.elements.own + self.waiting_gradients
 
     @property

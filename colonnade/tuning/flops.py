@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from colonnade.run_settings import PRECISION_ALIASES
+
 # Dense peaks in TFLOP/s per device as torch names it, from the vendors' data sheets (figures there marked "with
 # sparsity" are halved). "fp32" is arithmetic outside the matrix units, "tf32" what fp32 products use when
 # torch.set_float32_matmul_precision allows it. Consumer cards: with accumulation in fp32, as in training.
@@ -55,8 +57,6 @@ _MEMORY_GIB: tuple[tuple[str, float], ...] = (
 
 _FLOAT8_OF_ROWS = r"\b(G?H[12]00|B200)\b"  # Ada has float8, but no kernels with row-wise scales (torch 2.13)
 
-_DTYPE_ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
 
 def training_flops_per_token(
     num_parameters_without_embeddings: int,
@@ -98,7 +98,7 @@ def peak_flops(device_name: str, dtype_name: str) -> float | None:
     """
     if re.search(r"\bMIG\b", device_name):
         return None
-    dtype = _DTYPE_ALIASES.get(dtype_name.removeprefix("torch."), dtype_name)
+    dtype = PRECISION_ALIASES.get(dtype_name.removeprefix("torch."), dtype_name)
     for pattern, tflops in _PEAK_TFLOPS:
         if re.search(pattern, device_name, re.IGNORECASE):
             return tflops[dtype] * 1e12 if dtype in tflops else None

@@ -24,7 +24,7 @@ from colonnade.tuning.flops import device_memory, has_float8_of_rows, peak_flops
 from colonnade.tuning.memory import GIB
 from colonnade.tuning.search_space import (
     micro_batches,
-    placements,
+    parallel_configs,
     refusal_to_share,
     tensor_sizes,
     that_share_out,
@@ -170,7 +170,7 @@ def recommend(
             refused = refused or refusal  # keep the first: it has the lowest tp, so the most ranks to shard over
             continue
         sizes_of_rank = micro_batches(asked, settings, chunks // dp, limit)
-        for parallel in placements(replace(start, tp=tp, dp=dp), asked, settings, config, given):
+        for parallel in parallel_configs(replace(start, tp=tp, dp=dp), asked, settings, config, given):
             best.append(_with_most_sequences(config, parallel, sizes_of_rank, chunks // dp, block, limit, machine))
     if refused is not None and not best:
         raise refused

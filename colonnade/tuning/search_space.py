@@ -91,7 +91,7 @@ def _that_float8_takes(sizes: list[int], settings: RunSettings, config: ModelCon
     return taken
 
 
-def placements(
+def parallel_configs(
     start: ParallelConfig, asked: PlanSettings, settings: RunSettings, config: ModelConfig, given: Collection[str]
 ) -> Iterator[ParallelConfig]:
     """Variants of `start` over sharding and its replicas, recomputation, sequence parallelism and overlap.

@@ -16,6 +16,7 @@ from colonnade.data.corpus import DamagedUnit, Layout, Shard
 from colonnade.data.filesystems import RemoteSource, Source, fingerprint
 from colonnade.data.formats.base import ShardFile, check_text_column, checked
 from colonnade.data.windows import PIECE_ROWS
+from colonnade.errors import message_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,7 +149,7 @@ class ParquetFile(ShardFile):
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise DamagedUnit(" ".join(str(error).split())) from error
+            raise DamagedUnit(message_line(error)) from error
         if rows != expected:
             raise DamagedUnit(f"{rows} rows where the footer promises {expected}")
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from colonnade.data.corpus import DamagedUnit, Layout, Shard, file_name
 from colonnade.data.filesystems import Source, fingerprint
 from colonnade.data.formats.base import ShardFile, ranges
-from colonnade.errors import UsageError
+from colonnade.errors import UsageError, message_line
 
 UNIT_TOKENS = 1 << 20
 _HEADER_BYTES = 256 * 4
@@ -64,7 +64,7 @@ def _numpy_header(path: str, start: bytes) -> tuple[str, int, int]:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     except (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = message_line(error)[:120]
         raise UsageError(f"data shard {path} cannot be read ({reason}); replace or remove it") from error
     if dtype.str not in ("<u2", "<u4", "<i4") or len(shape) != 1:
         raise UsageError(
