@@ -23,7 +23,7 @@ from pathlib import Path
 
 from colonnade.errors import UsageError
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     stretch = parse_audit(arguments)
     # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import init_parallel
-    from colonnade.parallel.vote import on_first_rank
+    from colonnade.runtime.vote import on_first_rank
     from run.audit import audit, check_start, last_step, read_recorded
     from run.start import replay_run
     from run.state import close_data

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from colonnade.errors import RunError
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 ROOT = Path(__file__).resolve().parent
 # (ranks, tensor-parallel size)

@@ -20,8 +20,8 @@ from colonnade.command_settings import ParitySettings
 from colonnade.errors import RunError, UsageError
 from colonnade.files import require_place
 from colonnade.flags import parse_parity
-from colonnade.parallel.launch import launch
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.launch import launch
 
 if TYPE_CHECKING:
     from run.parity import Numerics, NumericsParity
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parity, given = parse_parity(arguments)
     # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import first_rank_alone, init_parallel, world_size_from_environment
-    from colonnade.parallel.vote import on_first_rank
+    from colonnade.runtime.vote import on_first_rank
     from run.parity import EXACT, Numerics, compare_sides
     from run.parity_report import conclude, describe, table
     from run.parity_subject import settle

@@ -20,7 +20,7 @@ from colonnade.command_settings import EvaluationSettings
 from colonnade.errors import UsageError
 from colonnade.files import require_place, write_text
 from colonnade.flags import parse_evaluation
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 if TYPE_CHECKING:
     from colonnade.data.mixture import CorpusPattern
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = parse_evaluation(arguments)
     # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import init_parallel, world_size_from_environment
-    from colonnade.parallel.vote import on_first_rank, vote
+    from colonnade.runtime.vote import on_first_rank, vote
     from run.evaluation import corpora_of, open_corpora, plan_of
     from run.trained_model import open_trained
 

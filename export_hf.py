@@ -17,8 +17,8 @@ from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import UsageError
 from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
-from colonnade.parallel.launch import launch
 from colonnade.run_settings import PRECISION_ALIASES
+from colonnade.runtime.launch import launch
 
 DTYPES = tuple(PRECISION_ALIASES)
 _DTYPE_OF = {short: name for name, short in PRECISION_ALIASES.items()}
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, options = _parse(arguments)
     # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.mesh import init_parallel
-    from colonnade.parallel.vote import on_first_rank
+    from colonnade.runtime.vote import on_first_rank
     from run.export import export_checkpoint, export_single_file
     from run.trained_model import open_trained
 

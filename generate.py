@@ -20,8 +20,8 @@ from colonnade.command_settings import TrainedModelSettings
 from colonnade.errors import RunError, UsageError
 from colonnade.files import require_free
 from colonnade.flags import TrainedModelParser
-from colonnade.parallel.launch import launch
 from colonnade.run_settings import MIN_TEMPERATURE
+from colonnade.runtime.launch import launch
 
 if TYPE_CHECKING:
     from model import TensorParallelModel
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Importing torch takes seconds, so it waits until the flags have been validated.
     from colonnade.parallel.determinism import fix_arithmetic
     from colonnade.parallel.mesh import init_parallel
-    from colonnade.parallel.vote import on_first_rank
+    from colonnade.runtime.vote import on_first_rank
     from run.inputs import resolve_precision
     from run.model import DTYPES
     from run.text_generation import PromptEncoder, Sampling, check_length
@@ -74,7 +74,7 @@ def _stream(
     encoder: PromptEncoder,
 ) -> None:
     """Print the continuation of one prompt as it is sampled."""
-    from colonnade.parallel.vote import on_first_rank
+    from colonnade.runtime.vote import on_first_rank
     from run.text_generation import generate_tokens
 
     terminal = _Terminal(text) if model.layout.is_main else None
@@ -129,7 +129,7 @@ def _in_batches(
     encoder: PromptEncoder,
 ) -> None:
     """Continue a list of prompts, and print each with its continuation."""
-    from colonnade.parallel.vote import on_first_rank
+    from colonnade.runtime.vote import on_first_rank
     from run.text_generation import generate_tokens, tokens_of_rows
 
     done: list[Continuation] = []

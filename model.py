@@ -12,7 +12,7 @@ segments (`colonnade/parallel/collectives.py` defines them):
     x -> norm -> f -> head and cross-entropy slices, one chunk of tokens at a time
 
 A segment is the computation between two collectives: plain tensors in, plain tensors out. It is compiled as a whole or
-without its first projection (`colonnade/parallel/segments.py`), so no compiled graph contains a collective. Parameters
+without its first projection (`colonnade/decoder/segments.py`), so no compiled graph contains a collective. Parameters
 are `DTensor`s; the forward pass uses their local parts.
 """
 
@@ -32,25 +32,25 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from colonnade.decoder.attention import document_kernel, document_layout, takes_groups
+from colonnade.decoder.column_parallel import can_hide_sums
+from colonnade.decoder.float8 import float8_linear
+from colonnade.decoder.initialization import fill_normal_
+from colonnade.decoder.key_value_cache import KeyValueCache
+from colonnade.decoder.layers import Block, ForwardContext, Projection, ResidualStream, add_and_norm
+from colonnade.decoder.residual import ReplicatedResidual, ShardedResidual
+from colonnade.decoder.rotary import rotary_tables
+from colonnade.decoder.segments import Segments
+from colonnade.decoder.step_weights import StepWeights
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import document_kernel, document_layout, takes_groups
 from colonnade.parallel.collectives import TensorGroup
-from colonnade.parallel.column_parallel import can_hide_sums
 from colonnade.parallel.data_parallel import DataParallelShards, shard_over_data_parallel
-from colonnade.parallel.float8 import float8_linear
 from colonnade.parallel.head_loss import LossOptions, head_loss
-from colonnade.parallel.initialization import fill_normal_
-from colonnade.parallel.key_value_cache import KeyValueCache
-from colonnade.parallel.layers import Block, ForwardContext, Projection, ResidualStream, add_and_norm
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.pending import Pending
-from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
-from colonnade.parallel.rotary import rotary_tables
-from colonnade.parallel.segments import Segments
 from colonnade.parallel.sharding import Cut, check_slices, cut_of, is_vocabulary, piece_count
 from colonnade.parallel.shared_memory import SharedMemory
 from colonnade.parallel.slices import local_part, pieces
-from colonnade.parallel.step_weights import StepWeights
 from colonnade.parallel.vocabulary import embed_tokens
 from colonnade.run_settings import CHECKPOINTING
 
@@ -99,11 +99,11 @@ class TensorParallelModel(nn.Module):
         sequence_parallel: shard the tokens of the residual stream over the ranks.
         overlap_collectives: compute one half of a micro-batch while a collective of the other half is in flight.
         cuda_graphs: replay the compiled segments as CUDA graphs.
-        float8: compute the projections' matrix products in float8 (`colonnade/parallel/float8.py`).
+        float8: compute the projections' matrix products in float8 (`colonnade/decoder/float8.py`).
         z_loss: coefficient of the z-loss, the squared logarithm of the softmax's denominator; 0 disables it.
         shares_memory: on the CPU, ranks of one machine exchange tensors through shared memory (`SharedMemory`).
         overlap_weight_gradients: in the backward pass, compute weight gradients while the all-reduce of the input
-            gradient (f) is in flight (`colonnade/parallel/column_parallel.py`). Has no effect with one rank,
+            gradient (f) is in flight (`colonnade/decoder/column_parallel.py`). Has no effect with one rank,
             `cuda_graphs` or `float8`, or when compiled with a fixed order of sums.
 
     Raises:

@@ -24,8 +24,8 @@ from colonnade.errors import UsageError
 from colonnade.files import replace_file
 from colonnade.flags import PLANNED, parse_plan
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.launch import launch
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.launch import launch
 from run.plan_report import counts, print_parameters, print_plan
 
 if TYPE_CHECKING:

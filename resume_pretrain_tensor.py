@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from colonnade.flags import parse_resume
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from colonnade.flags import parse_training
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,9 +17,9 @@ from colonnade.errors import ColonnadeError, LocalRunError, PeerError, RunError
 from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.step import StepOutcome, optimizer_step, targets_of_step
 from colonnade.parallel.mesh import set_collective_timeout
-from colonnade.parallel.stopping import SAVE_FAILED, StopVote
-from colonnade.parallel.vote import on_first_rank, one_line, vote
-from colonnade.parallel.watchdog import Watchdog, is_connection_lost
+from colonnade.runtime.stopping import SAVE_FAILED, StopVote
+from colonnade.runtime.vote import on_first_rank, one_line, vote
+from colonnade.runtime.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
 from colonnade.telemetry.metrics import MetricsLog, read_metrics

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.flag_checks import require_at_least_one
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 RANKS = 2
 WAYS = ("async", "sync", "dcp", "torch")

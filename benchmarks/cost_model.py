@@ -26,7 +26,7 @@ from colonnade.errors import UsageError
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 PARALLEL_CONFIGS: dict[str, dict[str, Any]] = {
     "none/tp1": {"activation_checkpointing": "none"},

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from colonnade.errors import UsageError  # noqa: E402  (needs the path)
 from colonnade.files import require_place  # noqa: E402
 from colonnade.flags import OneLineParser  # noqa: E402
-from colonnade.parallel.launch import launch  # noqa: E402
+from colonnade.runtime.launch import launch  # noqa: E402
 
 BLOCK_SIZE, VOCABULARY = 4096, 32_768
 ROWS_A_GROUP, SHARDS, TRAINING_MB = 1000, 4, 20

@@ -4,7 +4,7 @@
 
 1. Make the queries, keys and values of a micro-batch, and documents that begin at random places, with a given mean
    length in tokens.
-2. Run the forward and backward pass of causal attention, and of each kernel of `colonnade/parallel/attention.py` that
+2. Run the forward and backward pass of causal attention, and of each kernel of `colonnade/decoder/attention.py` that
    the CPU uses: `documents` one by one (eager) and the `masked` call (compiled graphs). They take turns.
 3. A ratio is the median of the rounds' ratios; above 1 the kernel is faster than causal attention.
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import require_at_least_one
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 ROWS, HEADS, HEAD_DIM = 4, 4, 64
 BLOCKS, MEANS = (256, 1024, 2048), (32, 128, 512)
@@ -49,7 +49,7 @@ def speed(block: int, mean: int, rounds: int) -> dict[str, float]:
     """Seconds of causal attention divided by those of each kernel, in float32."""
     import torch
 
-    from colonnade.parallel.attention import attend, document_layout
+    from colonnade.decoder.attention import attend, document_layout
 
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, block, HEADS, HEAD_DIM)

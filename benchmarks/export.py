@@ -26,7 +26,7 @@ from colonnade.data.sample_corpus import build_sample_corpus
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"

@@ -27,8 +27,8 @@ from benchmarks.flag_checks import require_at_least_one
 from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
 from colonnade.parallel.mesh import init_parallel
+from colonnade.runtime.launch import launch
 from model import ModelConfig, TensorParallelModel
 from run.text_generation import Sampling, generate_tokens
 

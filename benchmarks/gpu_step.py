@@ -38,7 +38,7 @@ from benchmarks.flag_checks import counts, make_folder, require_at_least_one
 from colonnade.errors import RunError, UsageError
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 if TYPE_CHECKING:
     from benchmarks.training_step.gpu import Plan

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.flag_checks import names, require_at_least_one
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 RANKS = 2
 DELAYS = (0.25, 0.5, 1.0)

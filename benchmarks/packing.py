@@ -25,7 +25,7 @@ from colonnade.data.best_fit import best_fit_bins
 from colonnade.data.sample_corpus import build_sample_corpus
 from colonnade.errors import UsageError
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 BOUNDARY_TOKENS = 2  # one before and one after each document
 SAMPLE = Path("data/sample")  # built if it is missing

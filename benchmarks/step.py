@@ -42,11 +42,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flag_checks import make_folder, names, require_at_least_one
+from colonnade.decoder.compilation import require_compiler
 from colonnade.errors import UsageError
 from colonnade.files import require_place
 from colonnade.flags import OneLineParser
-from colonnade.parallel.compilation import require_compiler
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 
 if TYPE_CHECKING:
     from benchmarks.training_step.ranks import Measured

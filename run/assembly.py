@@ -24,9 +24,9 @@ from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
 from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
-from colonnade.parallel.stopping import launchers
-from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.stopping import launchers
+from colonnade.runtime.vote import on_first_rank, vote
 from colonnade.telemetry.code_version import code_version
 from colonnade.tuning.autotuner import TunedMicroBatch
 from data_processing import Backend, TokenChunk, TokenStream

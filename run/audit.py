@@ -9,7 +9,7 @@ from typing import Any
 
 from colonnade.checkpoint.manifest import read_manifest
 from colonnade.errors import RunError, UsageError
-from colonnade.parallel.vote import on_first_rank
+from colonnade.runtime.vote import on_first_rank
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, Fingerprint, combined, fingerprint_of, float32_bits
 from colonnade.telemetry.metrics import read_metrics
 from colonnade.telemetry.report import METRICS_NAME

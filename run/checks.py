@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from colonnade.data.position import DataPosition
 from colonnade.errors import RunError
 from colonnade.optim.step import StepOutcome
-from colonnade.parallel.vote import vote
+from colonnade.runtime.vote import vote
 from colonnade.telemetry.continuity import FIRST_STEPS, loss_continuity
 from colonnade.telemetry.fingerprint import require_equal_parameters
 from run.state import Run, merged_position

@@ -20,8 +20,8 @@ from colonnade.errors import RunError, UsageError
 from colonnade.model_config import VOCAB_MULTIPLE
 from colonnade.parallel.head_loss import IGNORE_INDEX
 from colonnade.parallel.mesh import ParallelLayout
-from colonnade.parallel.vote import one_line
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.vote import one_line
 from data_processing import (
     DEFAULT_GLOBS,
     TokenChunk,

@@ -22,7 +22,7 @@ from colonnade.data.shards import Shard, open_shards
 from colonnade.data.tokenization import Encoder, boundary_tokens
 from colonnade.errors import RunError, UsageError
 from colonnade.parallel.head_loss import IGNORE_INDEX
-from colonnade.parallel.vote import on_first_rank
+from colonnade.runtime.vote import on_first_rank
 from colonnade.telemetry.metrics import perplexity_of
 from model import TensorParallelModel
 from run.trained_model import TrainedModel

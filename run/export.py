@@ -27,7 +27,7 @@ from colonnade.checkpoint.hugging_face_export import (
 from colonnade.checkpoint.single_file import WEIGHTS_KEY
 from colonnade.errors import RunError, UsageError
 from colonnade.files import write_text
-from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.runtime.vote import on_first_rank, one_line, vote
 from run.data import first_texts
 from run.model_card import model_card
 

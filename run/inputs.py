@@ -15,13 +15,13 @@ import torch
 from colonnade.checkpoint.discover import CheckpointInfo
 from colonnade.checkpoint.run_record import run_record
 from colonnade.config import complete_settings, load_preset
+from colonnade.decoder.compilation import require_compiler
+from colonnade.decoder.float8 import check_float8_sizes, require_float8
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import check_shards, shard_count
 from colonnade.other_names import closest
-from colonnade.parallel.compilation import require_compiler
 from colonnade.parallel.determinism import arithmetic_of, differences, fix_arithmetic
-from colonnade.parallel.float8 import check_float8_sizes, require_float8
 from colonnade.parallel.mesh import ParallelLayout, local_world_size_from_environment
 from colonnade.parallel.sharding import check_slices, default_slices
 from colonnade.run_settings import RunSettings

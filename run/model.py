@@ -16,8 +16,8 @@ from colonnade.checkpoint.single_file import load_single_file
 from colonnade.errors import RunError, UsageError
 from colonnade.optim.optimizer import allocate_state, create_optimizer, fused_keeps_bits
 from colonnade.parallel.mesh import ParallelLayout
-from colonnade.parallel.vote import one_line, vote
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.vote import one_line, vote
 from colonnade.telemetry.fingerprint import FINGERPRINT_KEYS, fingerprint_of
 from model import ModelConfig, TensorParallelModel
 from run.state import restore_rng

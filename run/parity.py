@@ -28,8 +28,8 @@ from colonnade.optim.optimizer import set_learning_rate
 from colonnade.optim.schedule import schedule_of
 from colonnade.optim.step import StepOutcome, optimizer_step
 from colonnade.parallel.mesh import ParallelLayout
-from colonnade.parallel.vote import vote
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.vote import vote
 from colonnade.telemetry.differences import Difference, Norms, differences, relative, worst_of
 from colonnade.tuning.memory import is_out_of_memory
 from run.model import build_model, build_optimizer

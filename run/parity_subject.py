@@ -18,8 +18,8 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_switches
 from colonnade.parallel.determinism import check_micro_batches
 from colonnade.parallel.mesh import ParallelLayout
-from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.vote import on_first_rank, vote
 from colonnade.tuning.batch_record import micro_batch_candidates
 from colonnade.tuning.cost_model import ParallelConfig, state_memory
 from colonnade.tuning.memory import GIB

@@ -5,7 +5,7 @@
 restores an earlier state of a deterministic run. Each returns a `run.state.Run`.
 
 Invalid input is detected before the first step and, where possible, before anything is built (`inputs`, `folder`,
-`batch_sizes`). Each check runs on one rank or on all, and its outcome is shared (`colonnade.parallel.vote`), so that
+`batch_sizes`). Each check runs on one rank or on all, and its outcome is shared (`colonnade.runtime.vote`), so that
 all ranks exit together.
 """
 
@@ -29,9 +29,9 @@ from colonnade.errors import ColonnadeError, UsageError
 from colonnade.optim.shard_limits import fewest_replicas
 from colonnade.parallel.determinism import halving_sizes
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
-from colonnade.parallel.stopping import launchers
-from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.stopping import launchers
+from colonnade.runtime.vote import on_first_rank, vote
 from colonnade.telemetry.tracking import require_sinks
 from run.assembly import assemble
 from run.batch_sizes import batch_of_resumed, fixed_micro_batch

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colonnade.errors import UsageError
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 

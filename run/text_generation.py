@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from colonnade.decoder.key_value_cache import KeyValueCache
 from colonnade.errors import UsageError
-from colonnade.parallel.key_value_cache import KeyValueCache
 from data_processing import boundary_tokens
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from colonnade.config import check_contradictions, complete_settings
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.sharding import default_slices
-from colonnade.parallel.vote import on_first_rank, vote
 from colonnade.run_settings import RunSettings
+from colonnade.runtime.vote import on_first_rank, vote
 from data_processing import boundary_tokens, vocabulary_size
 from model import ModelConfig, TensorParallelModel
 from run.data import require_vocabulary, run_tokenizer

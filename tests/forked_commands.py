@@ -58,7 +58,7 @@ def _enter(
     sys.argv = [f"{script}.py", *flags]
     # A garbage collection would touch, and thereby copy, every page shared with the parent process.
     gc.freeze()
-    launch = importlib.import_module("colonnade.parallel.launch")
+    launch = importlib.import_module("colonnade.runtime.launch")
     setattr(launch, "_SILENT_SECONDS", 0.0)  # noqa: B010 - there is no torchrun to end the other ranks
     if prepare is not None:
         prepare()

@@ -39,7 +39,7 @@ from colonnade.checkpoint.manifest import read_manifest
 from colonnade.checkpoint.save import save_checkpoint
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.errors import RunError, UsageError
-from colonnade.parallel.vote import on_first_rank, vote
+from colonnade.runtime.vote import on_first_rank, vote
 
 # ------------------------------------------------------------------------------------------------ checks on two ranks
 

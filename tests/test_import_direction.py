@@ -25,6 +25,8 @@ PARTS = (
     "flags",
     "model_config",
     "parallel",
+    "decoder",
+    "runtime",
     "data",
     "optim",
     "checkpoint",

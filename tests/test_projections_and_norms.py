@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.parallel.column_parallel import column_parallel_linear
-from colonnade.parallel.elementwise import IN_CACHE, rms_norm, swiglu
+from colonnade.decoder.column_parallel import column_parallel_linear
+from colonnade.decoder.elementwise import IN_CACHE, rms_norm, swiglu
 
 # Of the largest entry: a few units of the last place.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from colonnade.decoder.key_value_cache import KeyValueCache
 from colonnade.errors import UsageError
-from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.mesh import init_parallel
 from distributed.workers import generated
 from foreign_models import save_foreign_model

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from benchmarks.training_step.work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Work
+from colonnade.decoder.attention import takes_groups
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import takes_groups
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.training_step.ours import ours
 from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
 from benchmarks.training_step.work import Work, most_above
-from colonnade.parallel.launch import quiet_libraries
 from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
+from colonnade.runtime.launch import quiet_libraries
 
 MATMUL = "matmul"
 # Rows, inner size, columns: a rank's gate and up product, its head, and a square product that any library does well.

@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
 from colonnade.parallel.sharding import is_vocabulary
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)

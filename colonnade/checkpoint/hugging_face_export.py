@@ -25,7 +25,7 @@ from colonnade.checkpoint.single_file import WEIGHTS_KEY
 from colonnade.errors import RunError, UsageError
 from colonnade.files import write_text
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.vote import on_first_rank, one_line
+from colonnade.runtime.vote import on_first_rank, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -26,7 +26,7 @@ from colonnade.checkpoint.state import (
     optimized_parameters,
 )
 from colonnade.errors import RunError, UsageError
-from colonnade.parallel.vote import vote
+from colonnade.runtime.vote import vote
 
 _Stored = Mapping[str, TensorStorageMetadata]
 _States = dict[str, dict[str, Tensor]]  # parameter name -> state name -> tensor

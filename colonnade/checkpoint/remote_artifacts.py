@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.manifest import checkpoint_name, read_manifest
 from colonnade.errors import UsageError
-from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.runtime.vote import on_first_rank, one_line, vote
 
 if TYPE_CHECKING:
     import wandb

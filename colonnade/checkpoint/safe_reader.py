@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import metadata as records
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from colonnade.errors import UsageError
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 
 _RECORDS = (
     records.Metadata,

@@ -45,7 +45,7 @@ from colonnade.checkpoint.manifest import (
 from colonnade.checkpoint.prune import move_aside
 from colonnade.checkpoint.state import model_tensors, optimizer_tensors
 from colonnade.errors import RunError
-from colonnade.parallel.vote import on_first_rank, one_line, vote
+from colonnade.runtime.vote import on_first_rank, one_line, vote
 
 logger = logging.getLogger(__name__)
 

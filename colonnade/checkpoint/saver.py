@@ -24,7 +24,7 @@ from colonnade.checkpoint.save import Content, checkpoint_content, write_checkpo
 from colonnade.checkpoint.state import model_tensors, optimizer_tensors
 from colonnade.errors import RunError
 from colonnade.parallel.mesh import STARTUP_SECONDS, time_limit
-from colonnade.parallel.vote import one_line, vote
+from colonnade.runtime.vote import one_line, vote
 
 # Tensors of at least this size are copied into pinned memory. For smaller ones, such as step counts, pinning costs more
 # than it saves.

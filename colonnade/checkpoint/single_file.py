@@ -17,7 +17,7 @@ from colonnade.checkpoint.hugging_face import DERIVED_BUFFERS, copy_part
 from colonnade.checkpoint.state import named_parameters, parameter_aliases
 from colonnade.errors import UsageError
 from colonnade.parallel.sharding import is_vocabulary
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 
 WEIGHTS_KEY = "model_state_dict"
 _REMEDY = "give the --preset or --model-config these weights belong to"

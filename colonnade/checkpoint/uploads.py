@@ -19,7 +19,7 @@ from threading import Lock, Thread
 from colonnade.checkpoint.prune import move_aside
 from colonnade.checkpoint.retention import Retention
 from colonnade.files import replace_file
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from colonnade.checkpoint.manifest import Manifest, require_recorded_hash
 from colonnade.checkpoint.remote_artifacts import FOLDER_NAME, discard_download, fetch_checkpoint, is_artifact
 from colonnade.checkpoint.safe_reader import SafeFileSystemReader
 from colonnade.errors import UsageError
-from colonnade.parallel.vote import on_first_rank, vote
+from colonnade.runtime.vote import on_first_rank, vote
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Everything that depends on ranks: the mesh, the collectives, and how parameters and layers are sharded."""
+"""Tensors over ranks: the mesh, the collectives and their order of sums, sharded parameters, vocabulary and loss."""

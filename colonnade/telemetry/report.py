@@ -17,7 +17,7 @@ from typing import Any
 from colonnade.errors import RunError, UsageError
 from colonnade.files import replace_file
 from colonnade.flags import OneLineParser
-from colonnade.parallel.launch import launch
+from colonnade.runtime.launch import launch
 from colonnade.telemetry.charts import CURVE_COLORS, Curve, chart
 from colonnade.telemetry.metrics import perplexity_of, read_metrics, restarts, series
 from colonnade.telemetry.plots import SMOOTH_FROM_POINTS, smooth

@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any, Protocol, TypeAlias
 
 from colonnade.errors import RunError
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 from colonnade.telemetry.metrics import MetricsLog
 from colonnade.telemetry.progress import ProgressReport
 

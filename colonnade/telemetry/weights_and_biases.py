@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colonnade.files import replace_file
-from colonnade.parallel.vote import one_line
+from colonnade.runtime.vote import one_line
 from colonnade.telemetry.sinks import Row
 from colonnade.telemetry.tensorboard import scalars
 

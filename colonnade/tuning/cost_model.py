@@ -2,7 +2,7 @@
 
 The memory is that of the tensors at the peak of a step. It excludes what allocators, communication libraries and
 kernels take in addition. Activations are those that the eager functions keep for the backward pass (in
-`colonnade/parallel/layers.py`, `elementwise.py` and `head_loss.py`); compiled segments may keep others.
+`colonnade/decoder/layers.py`, `elementwise.py` and `head_loss.py`); compiled segments may keep others.
 `tests/test_cost_model.py` and `benchmarks/cost_model.py` compare the result with the bytes that torch allocates.
 
 Letters: M tokens of a micro-batch (B x T), R those of them whose residual stream a rank holds; H hidden; n, k query

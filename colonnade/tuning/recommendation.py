@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from colonnade.command_settings import PlanSettings
+from colonnade.decoder.column_parallel import can_hide_sums
+from colonnade.decoder.float8 import require_bf16_beside_float8
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import Ranks
-from colonnade.parallel.column_parallel import can_hide_sums
-from colonnade.parallel.float8 import require_bf16_beside_float8
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
 from colonnade.tuning.communication import step_traffic
 from colonnade.tuning.cost_model import Memory, ParallelConfig, step_memory

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from colonnade.command_settings import PlanSettings
+from colonnade.decoder.float8 import check_float8_sizes
 from colonnade.errors import UsageError
 from colonnade.model_config import ModelConfig
 from colonnade.optim.shard_limits import Ranks, check_shards
 from colonnade.parallel.determinism import halving_sizes
-from colonnade.parallel.float8 import check_float8_sizes
 from colonnade.parallel.sharding import check_slices, default_slices, slice_counts
 from colonnade.run_settings import CHECKPOINTING, DATA_PARALLEL_SHARDS, RunSettings
 from colonnade.setting_values import divisors

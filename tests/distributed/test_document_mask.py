@@ -10,9 +10,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colonnade.data.blocks import counted_targets, pack_blocks, unpack_blocks
-from colonnade.parallel import attention
-from colonnade.parallel.attention import attend, document_kernel, document_layout, takes_groups
-from colonnade.parallel.compilation import cpu_compiler
+from colonnade.decoder import attention
+from colonnade.decoder.attention import attend, document_kernel, document_layout, takes_groups
+from colonnade.decoder.compilation import cpu_compiler
 from colonnade.parallel.mesh import init_parallel
 from dense_reference import assert_gradients_equal, dense_logits, dense_loss, relative_error
 from distributed.test_bits import STEPS, differing

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from colonnade.decoder.attention import SliceWeights
 from colonnade.optim import overlapped_sum
 from colonnade.optim.step import optimizer_step
-from colonnade.parallel.attention import SliceWeights
 from colonnade.parallel.pending import Pending
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG

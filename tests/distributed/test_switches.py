@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from colonnade.decoder.float8 import check_float8_sizes
 from colonnade.errors import UsageError
-from colonnade.parallel.float8 import check_float8_sizes
 from dense_reference import relative_error
 from distributed.pool import RankPool
 from distributed.test_parity import CONFIG, dense_step

@@ -17,11 +17,11 @@ from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.data.blocks import unpack_blocks
 from colonnade.data.position import DataPosition, StreamHead
 from colonnade.data.stream import TokenChunk
+from colonnade.decoder.layers import Attention
 from colonnade.optim.gradients import agreed_norm, local_gradients
 from colonnade.optim.optimizer import allocate_state, create_adamw, create_muon, fused_keeps_bits
 from colonnade.optim.step import optimizer_step, targets_of_step
 from colonnade.parallel.collectives import reduce_partials
-from colonnade.parallel.layers import Attention
 from colonnade.parallel.mesh import ParallelLayout, init_parallel
 from colonnade.parallel.slices import local_part
 from colonnade.parallel.vocabulary import embed_tokens

@@ -71,7 +71,7 @@ def reads_for_ever_at_the_end() -> None:
 
 
 def short_grace() -> None:
-    from colonnade.parallel import watchdog
+    from colonnade.runtime import watchdog
 
     watchdog.STOP_GRACE_SECONDS = 1.0
 
@@ -82,7 +82,7 @@ def step_3_for_ever() -> None:
 
 def rank_1_has_no_time() -> None:
     """On rank 1, the launch appears to be an hour earlier."""
-    from colonnade.parallel import stopping
+    from colonnade.runtime import stopping
 
     launched_at = stopping.launched_at
     stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
@@ -105,7 +105,7 @@ def first_attempt_dies_in_step_15() -> None:
 
 def first_attempt_aborts_at_its_exit() -> None:
     """Under torchrun, rank 1 of the first attempt finishes the run, but aborts instead of exiting with 0."""
-    from colonnade.parallel import launch
+    from colonnade.runtime import launch
 
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and is_rank(1):
         leave_group = launch._leave_group
@@ -303,7 +303,7 @@ def no_room_for_fingerprints() -> None:
 def device_takes_long() -> None:
     """Half a second passes from step 2 on until the host learns of a step's outcome; each vote's reserve is printed."""
     import training_utils
-    from colonnade.parallel.stopping import StopVote
+    from colonnade.runtime.stopping import StopVote
 
     note, reason = training_utils.StepGuard.note, StopVote.reason
 

@@ -49,7 +49,7 @@ def restarting(script: str, fault: str, flags: list[str], folder: Path) -> str:
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
             import {script}
-            from colonnade.parallel.launch import launch
+            from colonnade.runtime.launch import launch
             from faults import inject
             inject.{fault}()
             launch({script}.main)

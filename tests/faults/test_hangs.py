@@ -9,7 +9,7 @@ import pytest
 
 from colonnade.command_settings import ResumeSettings
 from colonnade.parallel.mesh import record_collectives
-from colonnade.parallel.watchdog import Watchdog
+from colonnade.runtime.watchdog import Watchdog
 from faults import inject
 from forked_commands import begin, start
 from run.folder import folder_of_resumed

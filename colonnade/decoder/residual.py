@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colonnade.decoder.step_weights import StepWeights
 from colonnade.parallel.collectives import (
     InFlight,
     TensorGroup,
@@ -35,7 +36,6 @@ from colonnade.parallel.collectives import (
 )
 from colonnade.parallel.pending import Pending
 from colonnade.parallel.slices import local_part
-from colonnade.parallel.step_weights import StepWeights
 
 T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from colonnade.decoder.attention import DocumentMask, SliceWeights
+from colonnade.decoder.key_value_cache import KeyValueCache
+from colonnade.decoder.residual import ReplicatedResidual, ShardedResidual
+from colonnade.decoder.segments import Segments
+from colonnade.decoder.step_weights import StepWeights, join
 from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import DocumentMask, SliceWeights
 from colonnade.parallel.collectives import TensorGroup, fan_out, fan_out_locally, summed_in_float32, take_part
-from colonnade.parallel.key_value_cache import KeyValueCache
 from colonnade.parallel.pending import Pending
-from colonnade.parallel.residual import ReplicatedResidual, ShardedResidual
-from colonnade.parallel.segments import Segments
 from colonnade.parallel.slices import local_part, pieces
-from colonnade.parallel.step_weights import StepWeights, join
 
 
 @dataclass(frozen=True)

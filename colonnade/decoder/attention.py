@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
 
-from colonnade.parallel.elementwise import rms_norm
-from colonnade.parallel.float8 import Linear
-from colonnade.parallel.rotary import rotate
+from colonnade.decoder.elementwise import rms_norm
+from colonnade.decoder.float8 import Linear
+from colonnade.decoder.rotary import rotate
 
 FLEX_BLOCK = 128
 """Rows and columns of a block of `flex_attention`'s sparse mask (its default)."""

@@ -9,8 +9,8 @@ import time
 import psutil
 import torch.distributed as dist
 
-from colonnade.parallel.vote import highest
-from colonnade.parallel.watchdog import STOP_SIGNALS, Watchdog
+from colonnade.runtime.vote import highest
+from colonnade.runtime.watchdog import STOP_SIGNALS, Watchdog
 
 # If ranks have different reasons, the last of these is reported. Index 0 means none.
 WALL_TIME, SAVE_FAILED = "wall time", "a save failed"

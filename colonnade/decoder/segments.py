@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colonnade.model_config import ModelConfig
-from colonnade.parallel.attention import (
+from colonnade.decoder.attention import (
     DocumentMask,
     SliceWeights,
     allow_recompilation,
@@ -23,9 +22,10 @@ from colonnade.parallel.attention import (
     cached_attention_slice,
     linear,
 )
-from colonnade.parallel.column_parallel import column_parallel_linear
-from colonnade.parallel.elementwise import rms_norm, swiglu
-from colonnade.parallel.float8 import Linear
+from colonnade.decoder.column_parallel import column_parallel_linear
+from colonnade.decoder.elementwise import rms_norm, swiglu
+from colonnade.decoder.float8 import Linear
+from colonnade.model_config import ModelConfig
 from colonnade.parallel.head_loss import softmax_of_slice_
 
 
