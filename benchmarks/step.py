@@ -17,12 +17,13 @@ with float32 parameters. Ratios are of speeds:
     ours_over_transformers    ours in one process over `LlamaForCausalLM` in one process
     fraction_of_matmul_rate   the FLOP rate of our step's matrix products and attention (`step_flops`) over that of bare
                               products on the same ranks, in the shape that is fastest on this machine
-    NAME_over_ours            a variant of ours (--variant) over ours: compiled:compiled=true, which on the CPU needs a
-                              compiler and a minute; sockets:shares_memory=false; or other arguments of the model
+    NAME_over_ours            a variant of ours (--variant) over ours: compiled:compiled=true;
+                              sockets:shares_memory=false; or other arguments of the model
     deterministic_over_default   the deterministic mode (V = 4 slices at tp 2) over the default one: smaller sizes, CPU
 
 Keys end in precision and vocabulary, as in `ours_over_torch_tp/fp32/32k`. With one GPU there is one rank, and only the
-ratios that need a single rank. The contenders form two groups, which are not in memory at the same time (it would not
+ratios that need a single rank. All run eagerly; with --compile all are compiled, which on the CPU needs a C++ compiler
+and minutes. The contenders form two groups, which are not in memory at the same time (it would not
 suffice for a vocabulary of 152k); ours is in both.
 """
 
@@ -84,7 +85,12 @@ def main() -> None:
         print(f"note: the median of {given.rounds} rounds says little; give --rounds {FEWEST_ROUNDS}", file=sys.stderr)
     cases, modes_too = asked_for(given)
     precisions = asked or default_precisions(cases.device_type)
-    report: dict[str, Any] = {"ratios": {}, "cases": {}, "machine": machine(cases.device_type, cases.ranks)}
+    report: dict[str, Any] = {
+        "ratios": {},
+        "cases": {},
+        "machine": machine(cases.device_type, cases.ranks),
+        "compiled": cases.compiled,
+    }
     if cases.wanted:
         for precision in precisions:
             for vocabulary in vocabularies:
@@ -105,11 +111,13 @@ class Cases:
 
     Attributes:
         wanted: (ratio, numerator, denominator) of each ratio.
+        compiled: whether every contender is compiled.
         variants: options of our model, by name of the contender.
         profile_folder: where to write the tables of kernels; None for no profile.
     """
 
     wanted: list[tuple[str, str, str]]
+    compiled: bool
     variants: dict[str, dict[str, Any]]
     rounds: int
     device_type: str
@@ -136,7 +144,7 @@ def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
     device_type, ranks = device_and_ranks(given.device)
     variants = parsed_variants(given.variant, ("ours", *RATIOS), device_type=device_type)
     chosen = names("--only", given.only, usual) if given.only else [] if variants else list(usual)
-    if device_type == "cpu" and any(options.get("compiled") for options in variants.values()):
+    if device_type == "cpu" and (given.compile or any(options.get("compiled") for options in variants.values())):
         require_compiler()
     if variants and ranks < RANKS:
         raise UsageError(f"--variant needs {RANKS} ranks; on one GPU it is benchmarks/gpu_step.py that takes variants")
@@ -147,7 +155,7 @@ def asked_for(given: argparse.Namespace) -> tuple[Cases, bool]:
         raise UsageError(f"--only {given.only} needs two ranks; on one GPU there are {', '.join(ONE_RANK_RATIOS)}")
     folder = None if given.profile is None else Path(given.profile)
     make_folder("--profile", folder)
-    return Cases(wanted, variants, given.rounds, device_type, ranks, folder), MODES in chosen
+    return Cases(wanted, given.compile, variants, given.rounds, device_type, ranks, folder), MODES in chosen
 
 
 def parsed() -> argparse.Namespace:
@@ -166,6 +174,9 @@ def parsed() -> argparse.Namespace:
         default=[],
         metavar="NAME:KEY=VALUE,...",
         help="compare with ours with these keyword arguments of TensorParallelModel; may be given again",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile every contender (not the two modes), each in its usual way"
     )
     parser.add_argument("--profile", metavar="FOLDER", help="write each contender's most expensive kernels there")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
@@ -246,7 +257,7 @@ def measured_case(precision: str, vocabulary: str, cases: Cases) -> dict[str, An
     step = work(VOCABULARIES[vocabulary], precision)
     profiles = None if cases.profile_folder is None else str(cases.profile_folder / f"{precision}_{vocabulary}_")
     print(f"{precision}, vocabulary {vocabulary}", file=sys.stderr)
-    arguments = (step, cases.groups, cases.rounds, cases.device_type, cases.variants, profiles)
+    arguments = (step, cases.groups, cases.rounds, cases.device_type, cases.compiled, cases.variants, profiles)
     case = summary(step, on_ranks(cases.ranks, measure_case, *arguments), cases)
     case["ratios"] = {f"{name}/{precision}/{vocabulary}": value for name, value in case["ratios"].items()}
     print_case(f"{precision}/{vocabulary}", case)

@@ -20,7 +20,7 @@ from model import ModelConfig, TensorParallelModel
 
 
 def ours(work: Work, layout: ParallelLayout, *, alone: bool = False, **options: Any) -> Contender:
-    """The step of a run with default settings, but eager and without recomputation. `options` go to the model."""
+    """The step of a run with default settings, but eager and without recomputation unless `options` say otherwise."""
     model = TensorParallelModel(work.config, layout, compute_dtype=work.dtype, **options)
     return our_contender(model, our_optimizer(model), work, alone=alone)
 

@@ -2,7 +2,7 @@
 
 A contender's step is complete: forward and backward of one micro-batch, the gradient norm, clipping to 1.0 and fused
 AdamW. Parameters, gradients and moments are float32; bf16 is through torch.autocast, as is usual with each of them. All
-run eagerly.
+run eagerly, or compiled in the way that is usual with each.
 """
 
 from __future__ import annotations
@@ -174,9 +174,18 @@ class PlainDecoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------ contenders
 
 
-def torch_plan(work: Work, mesh: DeviceMesh, device: torch.device) -> Contender:
-    """torch's native tensor parallelism: `PlainDecoder` under `parallelize_module`, with `loss_parallel`."""
+def torch_plan(work: Work, mesh: DeviceMesh, device: torch.device, *, compiled: bool = False) -> Contender:
+    """torch's native tensor parallelism: `PlainDecoder` under `parallelize_module`, with `loss_parallel`.
+
+    Args:
+        compiled: compile each layer, collectives included, as torchtitan does.
+    """
     model = parallelized(PlainDecoder(work.config).to(device), mesh)
+    if compiled:
+        # A layer whose input is still in flight can be compiled, but then its backward pass fails (torch 2.13).
+        model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.clone())
+        for layer in model.layers:
+            layer.compile(fullgraph=True)
     return contender(model, adamw(model), plan_loss(model, work, device))
 
 
@@ -253,15 +262,20 @@ class _ForwardSum(torch.autograd.Function):
         return gradient
 
 
-def predecessor(work: Work, ranks: int, device: torch.device) -> Contender:
+def predecessor(work: Work, ranks: int, device: torch.device, *, compiled: bool = False) -> Contender:
     """The scheme of this project's predecessor, re-created to show the cost or gain of replacing it.
 
     Attention heads and feed-forward channels are sharded; embedding and head are replicated, so each rank computes all
     logits. The outputs of the row-parallel products are summed by an all-reduce outside autograd, and gradients never
     are: each rank trains on the gradients of its own paths only, and clips by the norm of what it holds. So the
     gradients are wrong by design, which is why the scheme was replaced; this measures only its speed.
+
+    Args:
+        compiled: compile each layer.
     """
     model = predecessor_model(work.config, ranks).to(device)
+    for layer in model.layers if compiled else ():
+        layer.compile()
     return contender(model, adamw(model), dense_loss(model, work, device))
 
 
@@ -285,9 +299,15 @@ def dense_loss(model: nn.Module, work: Work, device: torch.device) -> Callable[[
     return loss
 
 
-def llama(work: Work, device: torch.device) -> Contender:
-    """`transformers`' LlamaForCausalLM with scaled dot-product attention in one process; it computes its own loss."""
+def llama(work: Work, device: torch.device, *, compiled: bool = False) -> Contender:
+    """`transformers`' LlamaForCausalLM with scaled dot-product attention in one process; it computes its own loss.
+
+    Args:
+        compiled: compile the model as a whole.
+    """
     model = llama_model(work.config).to(device)
+    if compiled:
+        model.compile(dynamic=False)
     return contender(model, adamw(model), llama_loss(model, work, device), alone=True)
 
 

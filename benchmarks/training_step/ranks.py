@@ -96,6 +96,7 @@ def measure_case(
     groups: Iterable[tuple[str, ...]],
     rounds: int,
     device_type: str,
+    compiled: bool,
     variants: Mapping[str, dict[str, Any]],
     profiles: str | None = None,
 ) -> list[dict[str, Measured]]:
@@ -105,6 +106,7 @@ def measure_case(
     second one is measured for its memory.
 
     Args:
+        compiled: compile every contender; a variant may say otherwise of itself.
         variants: options of our model, by name of the contender.
         profiles: path prefix of the files that get the tables of the first rank's kernels; None for no profile.
     """
@@ -115,16 +117,16 @@ def measure_case(
         torch.cuda.set_device(device)
     layout = init_parallel(ranks, device)
     makers: dict[str, Callable[[], Contender]] = {
-        "ours": lambda: ours(work, layout),
-        "torch_tp": lambda: torch_plan(work, layout.tp_mesh, device),
-        "predecessor": lambda: predecessor(work, ranks, device),
+        "ours": lambda: ours(work, layout, compiled=compiled),
+        "torch_tp": lambda: torch_plan(work, layout.tp_mesh, device, compiled=compiled),
+        "predecessor": lambda: predecessor(work, ranks, device, compiled=compiled),
     }
     for name, options in variants.items():
-        makers[name] = partial(ours, work, layout, **options)
+        makers[name] = partial(ours, work, layout, **{"compiled": compiled, **options})
     alone = first_rank_alone(device)
     if rank == 0:
-        makers["ours_tp1"] = lambda: ours(work, alone, alone=True)
-        makers["transformers"] = lambda: llama(work, device)
+        makers["ours_tp1"] = lambda: ours(work, alone, alone=True, compiled=compiled)
+        makers["transformers"] = lambda: llama(work, device, compiled=compiled)
     found = []
     for group in groups:
         torch.manual_seed(0)
