@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from colonnade.run_settings import MAX_STEPS, MAX_TOKENS_PER_STEP, PRECISION_ALIASES, setting, step_setting
 
 _CHECKPOINT = (
-    "a run's folder (its newest checkpoint), one checkpoint, a .pth file, or wandb:entity/project/name:version; "
-    "required"
+    "a run's folder (its newest checkpoint), one checkpoint, a .pth file, {}or wandb:entity/project/name:version"
 )
 
 
@@ -50,7 +49,7 @@ class ParitySettings:
 class TrainedModelSettings:
     """Which trained model to read, with its sizes and tokenizer: shared by every command that reads one."""
 
-    checkpoint_path: str = setting("", "model", _CHECKPOINT)
+    checkpoint_path: str = setting("", "model", f"{_CHECKPOINT.format('a Hugging Face folder, ')}; required")
     preset: str | None = setting(None, "model", "model sizes for a .pth file: the name of a preset", unit="NAME")
     model_config: str | None = setting(
         None, "model", "model sizes for a .pth file: a Hugging Face config.json", unit="PATH"
@@ -133,7 +132,7 @@ class EvaluationSettings(TrainedModelSettings):
 class ResumeSettings:
     """Settings of `resume_pretrain_tensor.py`, in addition to the run's own."""
 
-    checkpoint_path: str = setting("", "resuming", _CHECKPOINT)
+    checkpoint_path: str = setting("", "resuming", f"{_CHECKPOINT.format('')}; required")
     rewarmup_steps: int = step_setting(
         100, "resuming", "steps of linear warm-up after the optimizer is reset; 0 for none", minimum=0
     )

@@ -22,9 +22,10 @@ def model_card(trained: TrainedModel, parameters: int, dtype: str, name: str) ->
 
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["colonnade"])
     config = trained.config
+    origin = "pretrained" if trained.record else "exported"
     sections = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}",
-        f"A decoder-only language model of {parameters:,} parameters ({config.model_type}), pretrained with Colonnade.",
+        f"A decoder-only language model of {parameters:,} parameters ({config.model_type}), {origin} with Colonnade.",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n```',

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from colonnade.checkpoint.hugging_face import CONFIG_NAME, load_hugging_face
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.single_file import load_single_file
@@ -34,10 +35,11 @@ class TrainedModel:
     """A checkpoint that was found and verified; its weights are not read yet.
 
     Attributes:
-        path: the checkpoint's folder, or the `.pth` file.
-        step: optimizer steps taken; None if a `.pth` file does not say.
-        record: what its manifest says about the run (`run_record`); empty for a `.pth` file.
-        settings: the run's settings; for a `.pth` file, the given settings and defaults.
+        path: the checkpoint's folder, the Hugging Face folder, or the `.pth` file.
+        step: optimizer steps taken; None for a Hugging Face folder, or if a `.pth` file does not say.
+        record: what its manifest says about the run (`run_record`); empty for anything but a checkpoint.
+        settings: the run's settings; for anything but a checkpoint, the given settings and defaults, with the Hugging
+            Face folder as `init_from`.
     """
 
     path: Path
@@ -72,7 +74,8 @@ class TrainedModel:
                 compute_dtype=compute_dtype,
             )
             if not self.record:
-                load_single_file(self.path, model=model, vocabulary_size=self.config.vocab_size)
+                read = load_single_file if self.settings.init_from is None else load_hugging_face
+                read(self.path, model=model, vocabulary_size=self.config.vocab_size)
         if self.record:
             load_model_and_optimizer(self.path, model=model, optimizer=None)
         return model
@@ -90,34 +93,50 @@ class TrainedModel:
 
 
 def open_trained(named: TrainedModelSettings) -> TrainedModel:
-    """Open the named checkpoint: a run's folder (its newest one), one checkpoint, or a `.pth` file. Collective.
+    """Open the named model: a run's folder (its newest checkpoint), one checkpoint, a Hugging Face folder, or a `.pth`
+    file. Collective.
 
-    A `.pth` file needs a tokenizer, and either preset or model_config; a checkpoint contains its own sizes.
+    A `.pth` file needs a tokenizer, and either preset or model_config; everything else contains its own sizes.
 
     Raises:
         UsageError: there is none, it is damaged, or a setting or its tokenizer is missing or does not fit.
     """
-    found, _ = verified(Path(named.checkpoint_path))
-    sizes = named.preset or named.model_config
-    flag = "--preset" if named.preset else "--model-config"
+    path, step = Path(named.checkpoint_path), None
+    record: dict[str, Any] = {}
+    is_hugging_face = on_first_rank(lambda: (path / CONFIG_NAME).is_file())
+    if not is_hugging_face:
+        found, _ = verified(path)
+        path, step = found.path, found.step
     with vote():
-        record = run_record(found)
-        given = {name: getattr(named, name) for name in ("preset", "model_config", "tokenizer_path")}
-        given = {name: value for name, value in given.items() if value is not None}
-        if record:
-            if sizes:
-                raise UsageError(f"{found.path} has sizes of its own: leave out {flag} {sizes}")
-            settings = check_contradictions(RunSettings(**record["settings"]).replace(**given))
-        else:
-            if named.tokenizer_path is None or not sizes:
-                raise UsageError(
-                    f"--checkpoint-path {found.path}: a single file names neither sizes nor a tokenizer; give "
-                    "--tokenizer-path, and --preset or --model-config"
-                )
-            settings = complete_settings(given)
-        settings = settings.replace(trust_remote_code=named.trust_remote_code)
-    config = on_first_rank(lambda: model_of_record(found.path, record) if record else resolve_model(settings))
+        if not is_hugging_face:
+            record = run_record(found)
+        settings = _settings(named, path, record, is_hugging_face=is_hugging_face)
+    config = on_first_rank(lambda: model_of_record(path, record) if record else resolve_model(settings))
     with vote():
         tokenizer = run_tokenizer(settings)
         require_vocabulary(settings, vocabulary_size(tokenizer), config)
-    return TrainedModel(found.path, found.step, record, settings, config, tokenizer)
+    return TrainedModel(path, step, record, settings, config, tokenizer)
+
+
+def _settings(
+    named: TrainedModelSettings, path: Path, record: Mapping[str, Any], *, is_hugging_face: bool
+) -> RunSettings:
+    """The settings of the model at `path`, completed with those of the command line. Raises UsageError."""
+    given: dict[str, Any] = {name: getattr(named, name) for name in ("preset", "model_config", "tokenizer_path")}
+    given = {name: value for name, value in given.items() if value is not None}
+    sizes = named.preset or named.model_config
+    if sizes and (record or is_hugging_face):
+        flag = "--preset" if named.preset else "--model-config"
+        raise UsageError(f"{path} has sizes of its own: leave out {flag} {sizes}")
+    if record:
+        settings = check_contradictions(RunSettings(**record["settings"]).replace(**given))
+    elif is_hugging_face:
+        settings = complete_settings({"tokenizer_path": str(path), **given, "init_from": str(path)})
+    elif named.tokenizer_path is None or not sizes:
+        raise UsageError(
+            f"--checkpoint-path {path}: a single file names neither sizes nor a tokenizer; give --tokenizer-path, and "
+            "--preset or --model-config"
+        )
+    else:
+        settings = complete_settings(given)
+    return settings.replace(trust_remote_code=named.trust_remote_code)

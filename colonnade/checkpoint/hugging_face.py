@@ -17,7 +17,7 @@ from colonnade.errors import UsageError
 from colonnade.parallel.sharding import is_vocabulary
 from colonnade.runtime.vote import one_line
 
-WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 """Buffers that older Hugging Face versions write; they are derived from the configuration."""
 
@@ -68,7 +68,7 @@ def _places(folder: Path) -> tuple[dict[str, Path], dict[Path, Any]]:
     if not index.exists():
         others = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.safetensors")])
         found = f"; it holds {', '.join(others[:3])}, which is not read" if others else ""
-        raise UsageError(f"--init-from {folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}{found}")
+        raise UsageError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}{found}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         places = {str(name): folder / file for name, file in weight_map.items()}

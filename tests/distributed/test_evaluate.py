@@ -145,7 +145,7 @@ def test_lines_of_a_file_are_one_document(folder, twin, tmp_path):
     assert (rows["tokens"], rows["loss"]) == (count, pytest.approx(nats / count, rel=1e-6))
 
 
-def test_a_uniform_model_has_the_bits_of_its_vocabulary(folder, tmp_path):
+def test_a_uniform_model_has_the_bits_of_its_vocabulary(folder, single_rank, tmp_path):
     """Weights of a `.pth` file whose head is 0: log2 of the vocabulary a token, exactly."""
     model = open_trained(TrainedModelSettings(str(folder / "plain"))).load(init_parallel(1, torch.device("cpu")))
     weights = dict(model.full_parameters())
@@ -163,6 +163,28 @@ def test_a_uniform_model_has_the_bits_of_its_vocabulary(folder, tmp_path):
     bits = math.log2(model.config.vocab_size) * score["tokens"] / score["bytes"]
     assert score["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     assert score["documents"] == 4
+
+
+def test_a_hugging_face_folder_scores_as_transformers_does(folder, twin, tmp_path, capsys):
+    theirs = twin("plain")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    report = tmp_path / "scores.json"
+    given = ["--checkpoint-path", str(tmp_path / "theirs")]
+    text = ["--data-glob", str(folder / "held_out.parquet"), "--block-size", "16", "--stride", "16"]
+    evaluate.main([*given, *text, "--document-prefix", "token", "--json", str(report)])
+    (score,) = json.loads(report.read_text())["data"]
+    begin, end = boundary_tokens(tokenizer)
+    first = end if begin is None else begin
+    documents = [[first, *ids] for ids in Encoder(tokenizer)([row for row in ROWS if row])]
+    nats, count = strided(theirs, documents, 16, 16)
+    assert (score["tokens"], score["loss"]) == (count, pytest.approx(nats / count, rel=1e-6))
+    with pytest.raises(UsageError, match="has sizes of its own: leave out --preset tiny"):
+        evaluate.main([*given, *text, "--preset", "tiny"])
+    (tmp_path / "theirs" / "model.safetensors.index.json").unlink()
+    with pytest.raises(UsageError, match=r"holds neither model\.safetensors nor"):
+        evaluate.main([*given, *text])
 
 
 def pieces_of(texts, tokenizer, prefix):
