@@ -56,5 +56,4 @@ bits: install ## train a short reference run at tp 1, 2, 4 and dp 2 and print it
 
 bench: install ## run every benchmark that needs no GPU
 	@set -e; for benchmark in $(filter-out benchmarks/gpu_step.py,$(wildcard benchmarks/*.py)); do \
-	  test -e "$$benchmark" || { echo "no benchmarks in benchmarks/"; exit 0; }; \
 	  echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done

@@ -23,6 +23,7 @@ from colonnade.runtime.watchdog import Watchdog, is_connection_lost
 from colonnade.setting_values import wall_time_seconds
 from colonnade.telemetry.fingerprint import Fingerprint, fingerprint_of, require_equal_parameters
 from colonnade.telemetry.metrics import MetricsLog, read_metrics
+from colonnade.telemetry.profiling import StepProfiler
 from colonnade.telemetry.progress import ProgressReport
 from colonnade.telemetry.report import METRICS_NAME
 from colonnade.telemetry.sinks import Tracker
@@ -39,7 +40,7 @@ from run.state import HANGS_NAME, Run, save
 SETTLE_SECONDS = 60.0
 # How long a failed run waits for its sinks to close.
 FAILED_CLOSE_SECONDS = 5.0
-FINGERPRINTS_NAME = "fingerprints.jsonl"
+FINGERPRINTS_NAME, PROFILE_NAME = "fingerprints.jsonl", "profile"
 SLOW_STORAGE = 100e6  # bytes per second that one rank writes to a slow shared file system
 
 
@@ -58,7 +59,8 @@ def train(run: Run) -> None:
         with loop.watch, loop.progress:
             loop.make_up()
             while run.step < run.settings.total_steps and loop.stop_reason is None:
-                step = loop.take_step()
+                with loop.profiler.recorded(run.step + 1):
+                    step = loop.take_step()
                 loop.commit(step)
                 loop.vote()
                 loop.decide_on_saving()
@@ -113,6 +115,7 @@ class _Loop:
         self._saved_step = run.step if run.resumed_from is not None else -1
         for note in run.notes:
             self.progress.message(note)
+        self.profiler = _profiler(run, self.progress)
         with vote():
             has_fingerprints = settings.fingerprint_interval or settings.deterministic
             self._fingerprints = _open_log(run, FINGERPRINTS_NAME) if has_fingerprints else None
@@ -303,6 +306,7 @@ class _Loop:
         run = self.run
         assert run.saver is not None
         self.watch.enter("ending the run", self.settings.startup_timeout)
+        self.profiler.close(run.step)
         run.saver.wait()
         if self._fingerprints is not None:
             self._fingerprints.close()
@@ -349,6 +353,18 @@ class _Loop:
 def _expected_save_seconds(run: Run) -> float:
     """How long the first save may take: weights and two moments in float32, split over ranks, on slow storage."""
     return 12 * run.model.num_parameters() / dist.get_world_size() / SLOW_STORAGE
+
+
+def _profiler(run: Run, progress: ProgressReport) -> StepProfiler:
+    return StepProfiler(
+        run.settings.profile_start,
+        run.settings.profile_steps,
+        step=run.step,
+        folder=run.directory / PROFILE_NAME,
+        rank=dist.get_rank(),
+        on_cuda=run.layout.device.type == "cuda",
+        tell=progress.message,
+    )
 
 
 def _open_tracker(run: Run, progress: ProgressReport) -> Tracker:

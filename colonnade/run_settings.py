@@ -450,6 +450,14 @@ class RunSettings:
         False, "tracking", "delete local checkpoints once their upload is confirmed, except the newest"
     )
 
+    profile_start: int = step_setting(
+        0,
+        "tracking",
+        "first step to record with torch.profiler, into profile/ in the run's folder; 0 for none",
+        minimum=0,
+    )
+    profile_steps: int = step_setting(3, "tracking", "number of steps to record from --profile-start on", minimum=1)
+
     # Stopping and hangs
     wall_time: str | None = setting(
         None,

@@ -210,6 +210,11 @@ def _warnings(settings: RunSettings, layout: ParallelLayout, micro_batch: int) -
             f"--warmup-steps {settings.warmup_steps} take up all {settings.total_steps} steps: the learning rate never "
             "comes down"
         )
+    if settings.profile_start > settings.total_steps:
+        found.append(
+            f"--profile-start {settings.profile_start} is after the last of {settings.total_steps} steps: nothing is "
+            "profiled"
+        )
     if settings.spike_action == "skip" and settings.spike_sigma == 0:
         found.append("--spike-action skip: no step is skipped for a spike while --spike-sigma is 0")
     return found

@@ -93,6 +93,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "spike_sigma": ("4.5", 4.5),
     "spike_window": ("50", 50),
     "spike_action": ("skip", "skip"),
+    "profile_start": ("10", 10),
+    "profile_steps": ("2", 2),
 }
 SWITCHES = sorted(name for name, spec in SPECS.items() if spec.type == "bool")
 
@@ -655,7 +657,7 @@ def test_identity_holds_what_shapes_the_loss_curve() -> None:
         *("compile", "disable_compile", "checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_interval"),
         *("fingerprint_interval", "keep_every", "checkpoint_mode", "checkpoint_hash"),
         *("progress_bar", "jsonl", "csv", "tensorboard", "wandb_project", "wandb_entity", "wandb_run_name"),
-        *("wandb_checkpoints", "drop_uploaded_checkpoints"),
+        *("wandb_checkpoints", "drop_uploaded_checkpoints", "profile_start", "profile_steps"),
         *("wall_time", "startup_timeout", "step_timeout"),
         *("sample_interval", "sample_prompts", "sample_tokens", "sample_temperature"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,7 @@ from colonnade.errors import RunError, UsageError
 from colonnade.telemetry import progress
 from colonnade.telemetry.metrics import MetricsLog, read_metrics, unigram_entropy
 from colonnade.telemetry.plots import plot_loss, smooth
+from colonnade.telemetry.profiling import StepProfiler
 from colonnade.telemetry.progress import ProgressReport, format_row
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -286,3 +289,50 @@ def test_other_ranks_say_nothing() -> None:
         report.write(ROW)
         report.message("hello")
     assert lines.getvalue() == bar.getvalue() == ""
+
+
+def profiled(folder: Path, told: list[str], *, first: int, count: int, steps: range) -> None:
+    """A start that takes these steps, one matrix product each, with a profiler."""
+    begun = StepProfiler(first, count, step=steps[0] - 1, folder=folder, rank=0, on_cuda=False, tell=told.append)
+    for step in steps:
+        with begun.recorded(step):
+            torch.ones(2, 2) @ torch.ones(2, 2)
+    begun.close(steps[-1])
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "steps", "recorded"),
+    [
+        (3, 2, range(1, 7), [3, 4]),
+        (1, 2, range(1, 5), [1, 2]),
+        (3, 1, range(3, 7), [3]),
+        (3, 9, range(1, 5), [3, 4]),
+        (3, 2, range(4, 7), []),
+        (4, 1, range(1, 4), []),
+        (0, 3, range(1, 4), []),
+    ],
+)
+def test_a_profile_holds_the_steps_asked_for(
+    first: int, count: int, steps: range, recorded: list[int], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    profiled(tmp_path / "profile", told, first=first, count=count, steps=steps)
+    if not recorded:
+        assert not told
+        assert not (tmp_path / "profile").exists()
+        return
+    path = tmp_path / "profile" / f"steps_{recorded[0]}-{recorded[-1]}_rank_0.json.gz"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert [event["name"] for event in events if event["name"].startswith("step ")] == [f"step {n}" for n in recorded]
+    assert sum(event["name"] == "aten::mm" for event in events) == len(recorded)
+    assert "aten::mm" in path.with_name(path.name.replace(".json.gz", ".txt")).read_text()
+    assert told == [f"profile of steps {recorded[0]} to {recorded[-1]}: {tmp_path / 'profile'}"]
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    told: list[str] = []
+    profiled(tmp_path / "profile", told, first=1, count=1, steps=range(1, 3))
+    assert len(told) == 1
+    assert told[0].startswith("warning: the profile of rank 0 cannot be written")
+    assert (tmp_path / "profile").read_text() == "in the way"

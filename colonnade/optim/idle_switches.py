@@ -12,6 +12,7 @@ _NEEDED = {
     "validation_glob": ("validation_interval", "validation_chunks"),
     "spike_sigma": ("spike_window",),
     "checkpoint_interval": ("keep_every",),
+    "profile_start": ("profile_steps",),
 }
 
 

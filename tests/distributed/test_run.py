@@ -1,5 +1,6 @@
 """One run as its user sees it: metrics, validation, precision, checkpoints, and how commands end."""
 
+import gzip
 import json
 import math
 
@@ -44,6 +45,7 @@ def finished(flags, tmp_path_factory):
             *(*flags, "--checkpoint-dir", str(directory), "--total-steps", "12", "--tensor-parallel-size", "1"),
             *("--validation-glob", flag(flags, "--data-glob"), "--validation-interval", "6"),
             *("--validation-chunks", "10", "--checkpoint-interval", "4", "--keep-checkpoints", "2"),
+            *("--profile-start", "11", "--profile-steps", "5"),
         ],
         ranks=2,
     )
@@ -103,6 +105,19 @@ def test_the_run_leaves_what_it_says(finished):
     manifest = json.loads((directory / "streaming_checkpoint_step_12" / "MANIFEST.json").read_text())
     assert manifest["run"]["tokenizer_backend"].split()[0] in ("hf", "fastokens")
     assert f"tokenizer backend: {manifest['run']['tokenizer_backend']}" in output
+
+
+def test_profiled_steps_are_recorded_by_every_rank(finished):
+    """Two of the five steps asked for: the run ends with step 12."""
+    directory, output = finished
+    assert f"profile of steps 11 to 12: {directory / 'profile'}" in output
+    for rank in range(2):
+        with gzip.open(directory / "profile" / f"steps_11-12_rank_{rank}.json.gz") as file:
+            events = json.load(file)["traceEvents"]
+        labels = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        assert [label for label in labels if label.startswith("step ")] == ["step 11", "step 12"]
+        assert sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 2
+        assert "aten::mm" in (directory / "profile" / f"steps_11-12_rank_{rank}.txt").read_text()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
