@@ -55,5 +55,5 @@ bits: install ## train a short reference run at tp 1, 2, 4 and dp 2 and print it
 	$(BIN)/python check_bits.py --data $(SAMPLE) --output runs/bits
 
 bench: install ## run every benchmark that needs no GPU
-	@set -e; for benchmark in $(filter-out benchmarks/gpu_step.py,$(wildcard benchmarks/*.py)); do \
+	@set -e; for benchmark in $(filter-out benchmarks/gpu_step.py benchmarks/flag_checks.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$benchmark"; $(BIN)/python "$$benchmark"; done
