@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from colonnade.optim.overlapped_sum import is_summed_with_others, local_gradient, sum_together
 from colonnade.parallel.batch_tree import halves, leaf_order, nodes_completed
-from colonnade.parallel.collectives import TensorGroup, laid_out, tree_all_reduce
+from colonnade.parallel.collectives import TensorGroup, laid_out, start_tree_all_reduce, tree_all_reduce
 from colonnade.parallel.data_parallel import DataParallelShards
+from colonnade.parallel.pending import Pending
 
 T = TypeVar("T")
 
@@ -97,24 +98,45 @@ def accumulate_over_shards(
 def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, *, fixed_order: bool = False) -> None:
     """Sum gradients, and other tensors such as the loss, over the data-parallel ranks in place.
 
-    Each rank has already normalised by the global batch. Small tensors share one collective, except in the fixed order.
+    Each rank has already normalised by the global batch. Small tensors share one collective.
     """
     size = dist.get_world_size(group)
     if size == 1:
         return
-    if fixed_order and size > 2:  # two addends have only one order
-        ranks = leaf_order(range(size))
-        for tensor in tensors:
-            tensor.copy_(tree_all_reduce(tensor, group, ranks))
-        return
     tensors = list(tensors)
     large = [tensor for tensor in tensors if not is_summed_with_others(tensor)]
     small = [tensor for tensor in tensors if is_summed_with_others(tensor)]
+    if fixed_order and size > 2:  # two addends have only one order
+        _sum_in_tree(large, small, group)
+        return
     pending = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in large]
     if small:
         sum_together(small, group)
     for work in pending:
         work.wait()
+
+
+def _sum_in_tree(large: Sequence[Tensor], small: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over the ranks of `group` in place, in the tree of the global batch."""
+    ranks = leaf_order(range(dist.get_world_size(group)))
+    under_way: list[tuple[Tensor, Pending[Tensor]]] = []
+
+    def finish_first() -> None:
+        tensor, total = under_way.pop(0)
+        tensor.copy_(total.wait())
+
+    for tensor in large:
+        under_way.append((tensor, start_tree_all_reduce(tensor, group, ranks)))
+        if len(under_way) > 1:  # each takes a copy of its tensor: never more than two
+            finish_first()
+    while under_way:
+        finish_first()
+    # By dtype: in a wider one, sums of two would not be rounded as they are on fewer ranks.
+    for dtype in dict.fromkeys(tensor.dtype for tensor in small):
+        together = [tensor for tensor in small if tensor.dtype == dtype]
+        sums = tree_all_reduce(torch.cat([tensor.reshape(-1) for tensor in together]), group, ranks)
+        for tensor, part in zip(together, sums.split([tensor.numel() for tensor in together]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 # ------------------------------------------------------------------------------------------------ norm and clipping

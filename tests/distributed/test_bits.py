@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from colonnade.errors import RunError, UsageError
-from colonnade.optim.gradients import halves, leaf_order
+from colonnade.optim.gradients import halves, leaf_order, sum_over_data_parallel
 from colonnade.optim.optimizer import create_adamw, fused_keeps_bits
 from colonnade.optim.step import micro_batches_of
 from colonnade.parallel.determinism import check_micro_batches
@@ -103,6 +104,32 @@ def test_ranks_that_add_nothing_keep_the_sign_of_zero(rank_pool: RankPool, tp: i
     for hidden, gradient in rank_pool.run(tp, signed_zeros, CONFIG, tp):
         assert same_bits(hidden, torch.full_like(hidden, -0.0))
         assert same_bits(gradient, torch.full_like(gradient, -0.0))
+
+
+def addends_of(rank: int) -> list[torch.Tensor]:
+    """What a rank adds: two gradients with a collective of their own, small ones of three dtypes, one transposed."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = [((2**18 + 3,), torch.float32), ((7,), torch.float32), ((512, 515), torch.float32)]
+    shapes += [((), torch.float64), ((5, 3), torch.bfloat16), ((11, 13), torch.float32)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape, dtype in shapes]
+    return [*drawn[:-1], drawn[-1].T]
+
+
+def summed_over_ranks() -> list[torch.Tensor]:
+    tensors = addends_of(dist.get_rank())
+    assert dist.group.WORLD is not None
+    sum_over_data_parallel(tensors, dist.group.WORLD, fixed_order=True)
+    return tensors
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_gradients_are_summed_over_ranks_in_the_tree(rank_pool: RankPool, ranks: int) -> None:
+    leaves = [addends_of(rank) for rank in leaf_order(range(ranks))]
+    while len(leaves) > 1:
+        pairs = zip(leaves[::2], leaves[1::2], strict=True)
+        leaves = [[one + other for one, other in zip(left, right, strict=True)] for left, right in pairs]
+    for found in rank_pool.run(ranks, summed_over_ranks):
+        assert [same_bits(actual, expected) for actual, expected in zip(found, leaves[0], strict=True)] == [True] * 6
 
 
 def tree_of(items: list[Any]) -> Any:
