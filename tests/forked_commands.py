@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -56,6 +57,9 @@ def _enter(
     os.environ.update(environment)
     sys.path.insert(0, str(ROOT))
     sys.argv = [f"{script}.py", *flags]
+    # As in a terminal: tests that were started by `nohup`, or in the background of a script, ignore these.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A garbage collection would touch, and thereby copy, every page shared with the parent process.
     gc.freeze()
     launch = importlib.import_module("colonnade.runtime.launch")

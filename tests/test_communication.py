@@ -199,6 +199,29 @@ def test_links_reach_a_part_of_their_rate() -> None:
     assert found.unhidden == pytest.approx(found.compute + 8.086)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "group", "port", "rate"),
+    [
+        (ParallelConfig(dp=16), "dp", 10, 80),  # eight ranks of the group in each node, a port for each
+        (ParallelConfig(tp=2, dp=8), "dp", 10, 40),
+        (ParallelConfig(tp=8, dp=2), "dp", 10, 10),
+        (ParallelConfig(tp=16), "tp", 10, 80),
+        (ParallelConfig(dp=16), "dp", 20, 100),  # no faster than within a node
+        (ParallelConfig(dp=8), "dp", 20, 100),
+        (ParallelConfig(tp=2, dp=8, data_parallel_shard="zero3", replicas=2), "replicas", 10, 10),
+        (ParallelConfig(tp=2, dp=16, data_parallel_shard="zero3", replicas=8), "replicas", 10, 20),
+    ],
+)
+def test_groups_across_nodes_use_the_ports_of_all_their_ranks(
+    parallel: ParallelConfig, group: str, port: int, rate: int
+) -> None:
+    machine = dataclasses.replace(MACHINE, network=link_of("--network", str(port), 0))
+    ranks = {"tp": parallel.tp, "dp": parallel.shards if parallel.replicas > 1 else parallel.dp}
+    traffic = Traffic(group, "", ALL_REDUCE, ranks.get(group, parallel.replicas), 0, 10**12)
+    found = step_time(CONFIG, parallel, machine, (traffic,), tokens=10**6, block=64, accumulation=1)
+    assert found.communication == pytest.approx(traffic.sent / (rate * 1e9))
+
+
 def test_groups_that_share_a_link_take_turns() -> None:
     """Alone each would be hidden; a step cannot be shorter than all that its link sends."""
     parallel = ParallelConfig(tp=2, dp=2, activation_checkpointing="none")

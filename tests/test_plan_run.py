@@ -73,7 +73,7 @@ def test_the_numbers_of_a_plan_go_together(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_file_holds_the_switches_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """A slow network and a fixed tp: replicas in the nodes, and the sums of layers behind computation."""
-    rates = ("--network", "5", "--interconnect", "50", "--tokens-per-step", str(2**19), "--tensor-parallel-size", "4")
+    rates = ("--network", "1.5", "--interconnect", "50", "--tokens-per-step", str(2**19), "--tensor-parallel-size", "4")
     fixed = ("--data-parallel-shard", "zero3", "--sequence-parallel")
     plan_run.main([*LARGE, "--gpus", "16", "--gpu", "H100", *rates, *fixed, "--activation-checkpointing", "none"])
     printed = capsys.readouterr().out

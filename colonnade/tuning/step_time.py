@@ -112,10 +112,17 @@ class Machine:
     network: Link
     bf16_peak: float | None = None
 
-    def link(self, traffic: Traffic, parallel: ParallelConfig) -> Link:
-        """The slowest link that a group's ring crosses. Rank order: tp innermost, then shards, then replicas."""
-        span = {"tp": parallel.tp, "dp": parallel.tp * traffic.ranks, "replicas": parallel.tp * parallel.dp}
-        return self.interconnect if span[traffic.group] <= self.gpus_per_node else self.network
+    def link(self, traffic: Traffic, parallel: ParallelConfig) -> tuple[Link, float]:
+        """The slowest link that a group's rings cross, and the bytes per second that a rank sends over all of them.
+
+        Rank order: tp innermost, then shards, then replicas. Across nodes, what a group sends is divided into one ring
+        for each of its ranks in a node, as in NCCL, and each ring leaves the node through another rank's port.
+        """
+        stride = {"tp": 1, "dp": parallel.tp, "replicas": parallel.tp * parallel.shards}[traffic.group]
+        if stride * traffic.ranks <= self.gpus_per_node:
+            return self.interconnect, self.interconnect.bandwidth
+        rings = max(1, self.gpus_per_node // stride)
+        return self.network, min(rings * self.network.bandwidth, self.interconnect.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,8 @@ def step_time(
     total = 0.0
     behind: dict[tuple[Link, str, Computation], float] = defaultdict(float)
     for one in traffic:
-        link = machine.link(one, parallel)
-        seconds = one.sent / (link.bandwidth * machine.link_utilisation) + one.calls * link.latency
+        link, bandwidth = machine.link(one, parallel)
+        seconds = one.sent / (bandwidth * machine.link_utilisation) + one.calls * link.latency
         total += seconds
         if one.behind is not None:
             behind[link, one.group, one.behind] += seconds

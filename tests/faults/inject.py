@@ -88,11 +88,6 @@ def rank_1_has_no_time() -> None:
     stopping.launched_at = lambda: launched_at() - (3600 if is_rank(1) else 0)
 
 
-def hangups_are_not_ignored() -> None:
-    """As in a terminal; the tests may have been started by `nohup`."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def hangups_are_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 

@@ -46,7 +46,7 @@ def test_a_signal_to_any_rank_stops_all_and_no_step_is_lost(
 ) -> None:
     directory = tmp_path / "run"
     these = [*flags, "--checkpoint-dir", str(directory)]
-    running = begin("training", these, ranks=2, prepare=inject.hangups_are_not_ignored)
+    running = begin("training", these, ranks=2)
     running.until(r"step +3/")
     running.signal(number, *ranks)
     assert_stopped(directory, running.finish(), number.name)
