@@ -49,7 +49,12 @@ class Outcome(NamedTuple):
 
 
 def _enter(
-    script: str, flags: Sequence[str], folder: str, environment: Mapping[str, str], prepare: Callable[[], None] | None
+    script: str,
+    flags: Sequence[str],
+    folder: str,
+    environment: Mapping[str, str],
+    prepare: Callable[[], None] | None,
+    draws: bool,
 ) -> None:
     """Run a command in a forked process. Never returns, because `launch` exits the process."""
     for name, descriptor in (("output", 1), ("errors", 2)):
@@ -64,6 +69,9 @@ def _enter(
     gc.freeze()
     launch = importlib.import_module("colonnade.runtime.launch")
     setattr(launch, "_SILENT_SECONDS", 0.0)  # noqa: B010 - there is no torchrun to end the other ranks
+    if not draws:
+        pictures = importlib.import_module("colonnade.telemetry.pictures")
+        pictures.Pictures.close = lambda self, failed: None
     if prepare is not None:
         prepare()
     launch.launch(importlib.import_module(script).main)
@@ -136,11 +144,13 @@ def begin(
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
     present: Sequence[int] | None = None,
+    draws: bool = False,
 ) -> Running:
     """Start a command on `ranks` processes, as torchrun would.
 
     Args:
         prepare: a module-level function called in each process before the command, for example to inject a fault.
+        draws: draw the run's pictures at its end, which takes as long as some of these runs.
         present: the ranks that are actually started; None for all.
     """
     common = dict(environment or {})
@@ -153,7 +163,7 @@ def begin(
         own = Path(folder.name, str(rank))
         own.mkdir()
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        arguments = (script, list(flags), str(own), {**common, **place}, prepare)
+        arguments = (script, list(flags), str(own), {**common, **place}, prepare, draws)
         process = CONTEXT.Process(target=_enter, args=arguments)
         process.start()
         processes[rank] = process
@@ -168,6 +178,8 @@ def start(
     environment: Mapping[str, str] | None = None,
     seconds: float = PATIENCE,
     prepare: Callable[[], None] | None = None,
+    draws: bool = False,
 ) -> list[Outcome]:
     """Run a command as `begin` does, wait for all of its ranks, and return the outcome of each."""
-    return begin(script, flags, ranks=ranks, environment=environment, prepare=prepare).finish(seconds)
+    running = begin(script, flags, ranks=ranks, environment=environment, prepare=prepare, draws=draws)
+    return running.finish(seconds)

@@ -69,9 +69,9 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = forke
     return output
 
 
-def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0) -> str:
+def run(script: str, flags: Sequence[str], ranks: int = 1, code: int = 0, *, draws: bool = False) -> str:
     """Run a command, forked rather than under torchrun; return what rank 0 printed, with its errors last."""
-    outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks)
+    outcomes = forked_commands.start(script.removesuffix(".py"), flags, ranks=ranks, draws=draws)
     assert outcomes[0].code == code, outcomes
     return outcomes[0].output + outcomes[0].errors
 

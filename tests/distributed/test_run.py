@@ -48,6 +48,7 @@ def finished(flags, tmp_path_factory):
             *("--profile-start", "11", "--profile-steps", "5"),
         ],
         ranks=2,
+        draws=True,
     )
     return directory, output
 

@@ -71,7 +71,7 @@ def test_a_restart_goes_on_in_every_sink(flags: list[str], tmp_path: Path) -> No
     these = [*flags, "--csv", "--tensorboard", "--wandb-project", "demo", "--no-progress-bar", "--total-steps", "6"]
     these += ["--checkpoint-interval", "3", "--keep-checkpoints", "0", "--checkpoint-dir", str(tmp_path)]
     for number in range(2):
-        (outcome,) = forked_commands.start("training", these, environment={"WANDB_MODE": "offline"})
+        (outcome,) = forked_commands.start("training", these, environment={"WANDB_MODE": "offline"}, draws=True)
         assert outcome.code == 0, outcome.errors
         for name in ("metrics.jsonl", "metrics.csv", "tensorboard", "wandb"):
             assert f"  metrics     {tmp_path / name}\n" in outcome.output
@@ -129,7 +129,7 @@ def test_no_sink_ends_a_run(flags: list[str], tmp_path: Path) -> None:
     these = [*flags, "--csv", "--tensorboard", "--wandb-project", "demo", "--wandb-checkpoints", "--total-steps", "5"]
     # Half of half the step's time is what the end waits for a sink that hangs.
     these += ["--checkpoint-dir", str(tmp_path), "--step-timeout", "8"]
-    outcomes = forked_commands.start("training", these, ranks=2, prepare=every_sink_fails)
+    outcomes = forked_commands.start("training", these, ranks=2, prepare=every_sink_fails, draws=True)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert (tmp_path / "streaming_checkpoint_step_5").is_dir()
     assert (tmp_path / "COMPLETE.json").exists()

@@ -172,9 +172,8 @@ def test_a_second_interrupt_leaves_at_once(flags: list[str], tmp_path: Path) -> 
 
 def test_a_run_ends_although_its_reader_is_inside_a_slow_read(flags: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    (outcome,) = start(
-        "training", [*flags, "--checkpoint-dir", str(directory)], prepare=inject.reads_for_ever_at_the_end
-    )
+    these = [*flags, "--checkpoint-dir", str(directory)]
+    (outcome,) = start("training", these, prepare=inject.reads_for_ever_at_the_end, draws=True)
     assert outcome.code == 0, outcome.errors
     assert end_of(directory, "COMPLETE.json")["step"] == STEPS
     assert (directory / "report.html").exists()
