@@ -319,14 +319,14 @@ class _Loop:
 
     def explained(self, error: RuntimeError | MemoryError) -> BaseException:
         """What to raise for an error of a phase: where it is a bug in a step, the error itself, with its traceback."""
-        if is_connection_lost(error):
-            return PeerError("another rank is gone")
         phase = self.watch.phase
-        if is_out_of_memory(error):
+        if is_out_of_memory(error):  # first, as NCCL may be what found no memory
             return LocalRunError(
                 f"out of memory in {phase.what}; the last checkpoint stands: go on from it with a smaller micro-batch "
                 "(--initial-batch-size, and more --gradient-accumulation-steps), or fewer and shorter samples"
             )
+        if is_connection_lost(error):
+            return PeerError("another rank is gone")
         if phase.is_step:
             return error
         return LocalRunError(f"{phase.what} failed ({one_line(error)}); the last checkpoint stands")
@@ -430,7 +430,7 @@ def _train_or_tell(run: Run, batch: StepBatch, learning_rate: float) -> StepOutc
     try:
         return train_step(run, batch, learning_rate)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if is_connection_lost(error) or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if run.settings.deterministic:
             raise LocalRunError(

@@ -23,7 +23,7 @@ from colonnade.optim.idle_switches import idle_settings, idle_switches
 from colonnade.optim.loss_window import LossWindow
 from colonnade.optim.schedule import Schedule, schedule_of
 from colonnade.parallel.determinism import check_micro_batches
-from colonnade.parallel.mesh import ParallelLayout
+from colonnade.parallel.mesh import ParallelLayout, connect_devices
 from colonnade.run_settings import RunSettings
 from colonnade.runtime.stopping import launchers
 from colonnade.runtime.vote import on_first_rank, vote
@@ -73,6 +73,7 @@ def assemble(
             require_steps_left(origin.path or Path(settings.checkpoint_dir), state.step, settings)
     # Before the tuner measures how much memory is available.
     saver = None if lock is None else _reserved_saver(settings, lock, origin, state)
+    connect_devices(state.model.layout)
     batch, depends_on = tune_batch(state.model, settings, layout, global_batch, micro_batch)
     size = batch.micro_batch_size
     if global_batch is None:

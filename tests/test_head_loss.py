@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training_step.work import most_above
-from colonnade.parallel.head_loss import IGNORE_INDEX, LossOptions, head_loss
+from colonnade.parallel import head_loss as head_loss_module
+from colonnade.parallel.head_loss import IGNORE_INDEX, LossOptions, head_loss, row_block_of
 
 HIDDEN, VOCABULARY = 48, 300
 # A multiple of 128 is stored: 4 slices of 128 rows, the third with 44 of the vocabulary, the last with none.
@@ -155,6 +158,38 @@ def test_extra_memory_is_an_eighth_of_the_logits(dtype: torch.dtype, tokens: int
     gradients = hidden.nbytes + weight.nbytes
     assert most >= gradients, "the gradients were allocated under the profiler"
     assert most - gradients <= tokens * vocabulary * 4 / 8
+
+
+class Products(TorchDispatchMode):
+    """Writes down where the rows of each factor and result of a matrix product begin, in elements."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+            for matrix in (*args, *(kwargs or {}).values()):
+                if isinstance(matrix, Tensor) and matrix.dtype == torch.bfloat16:
+                    self.rows += [int(matrix.storage_offset()), max(matrix.stride())]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_rows_of_products_begin_on_16_bytes(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    """As fast kernels need them, although the vocabulary is odd and row blocks depend on the number of tokens."""
+    row_block = partial(row_block_of, on_cpu=on_cpu)
+    monkeypatch.setattr(head_loss_module, "row_block_of", lambda *sizes, on_cpu: row_block(*sizes))
+    tokens, vocabulary = 4096, 5001
+    hidden = torch.randn(tokens, 32).bfloat16().requires_grad_()
+    weight = torch.randn(5120, 32, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    with Products() as products:
+        head_loss([hidden], [weight], [weight.detach().bfloat16()], labels, [0], LossOptions(vocabulary), None)
+    assert len(products.rows) > 6 * 3 * 2
+    assert {number % 8 for number in products.rows} == {0}
+    blocks = {row_block(chunk, 5120, 32) for chunk in range(8, 1000)}
+    assert {rows % 128 for rows in blocks} == {0}
+    assert len(blocks) == 1 if on_cpu else len(blocks) > 10
 
 
 def test_float16_does_not_overflow_where_many_entries_share_a_direction() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -115,6 +116,24 @@ def test_transformers_and_the_plain_decoder_are_ours(single_rank: None) -> None:
     assert float(dense_loss(plain, WORK, CPU)()) == pytest.approx(float(loss), rel=1e-5)
     assert worst_gradient(theirs, weights, prefix="") < 1e-5
     assert worst_gradient(plain, weights) < 1e-5
+
+
+def test_transformers_compiled_needs_no_mask() -> None:
+    """With one, torch could not take its fastest kernel, and the comparison would flatter ours."""
+    found: list[torch.fx.Node] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        found.extend(node for node in graph.graph.nodes if node.target is F.scaled_dot_product_attention)
+        return graph
+
+    model = llama_model(CONFIG)
+    model.compile(backend=backend, dynamic=False)
+    eager = llama_loss(model.eval(), WORK, CPU)
+    assert float(eager()) > 0
+    assert len(found) == CONFIG.num_hidden_layers
+    for node in found:
+        assert node.kwargs["attn_mask"] is None
+        assert node.kwargs["is_causal"] is True
 
 
 def test_operations_are_those_that_torch_counts() -> None:

@@ -312,11 +312,17 @@ def llama(work: Work, device: torch.device, *, compiled: bool = False) -> Conten
 
 
 def llama_model(config: ModelConfig) -> nn.Module:
-    """A new LlamaForCausalLM of these sizes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A new LlamaForCausalLM of these sizes.
 
+    Its attention is transformers' "sdpa" under a name that transformers makes no mask for: when it is compiled, "sdpa"
+    itself is always given one, with which torch cannot take the flash kernel, nor skip half of the pairs.
+    """
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     sizes: Any = {**config.to_dict(), "use_cache": False}
-    model: nn.Module = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="sdpa")
+    model: nn.Module = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="sdpa_causal")
     return model
 
 

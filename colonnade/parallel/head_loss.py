@@ -45,6 +45,9 @@ SOFTMAX_PART = 8
 # in the cache. Elsewhere a product needs more rows to fill the device: up to 1 / ROW_BLOCK_PART of the chunk's memory.
 ROW_BLOCK = 1024
 ROW_BLOCK_PART = 8
+# Columns of logits and starts of row blocks are multiples of it: where rows do not begin on 16 bytes, cuBLAS takes
+# kernels that are several times as slow.
+ALIGNED = 128
 
 SliceSoftmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,9 +70,16 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class _Slices:
-    """The local vocabulary slices: weights without padding, in the dtype of the products, and their first ids."""
+    """The local vocabulary slices.
+
+    Attributes:
+        weights: in the dtype of the products, with as little padding as `ALIGNED` rows allow.
+        entries: the number of rows of each that are not padding.
+        starts: their first ids.
+    """
 
     weights: Sequence[Tensor]
+    entries: Sequence[int]
     starts: Sequence[int]
     group: TensorGroup | None
 
@@ -104,11 +114,13 @@ def head_loss(
     """
     if labels.device.type == "cpu":
         _check_labels(labels, options.vocab_size)
-    real = [
-        product[: max(0, min(len(product), options.vocab_size - start))].detach()
-        for product, start in zip(products, starts, strict=True)
+    entries = [
+        max(0, min(len(product), options.vocab_size - start)) for product, start in zip(products, starts, strict=True)
     ]
-    slices = _Slices(real, tuple(starts), group)
+    weights_of_products = [
+        product[: count + -count % ALIGNED].detach() for product, count in zip(products, entries, strict=True)
+    ]
+    slices = _Slices(weights_of_products, entries, tuple(starts), group)
     return _HeadLoss.apply(slices, labels, options, softmax or softmax_of_slice_, *views, *weights)
 
 
@@ -135,19 +147,27 @@ def softmax_of_slice_(logits: Tensor, present: Tensor, position: Tensor) -> Tens
     flat = logits.view(-1)
     entry = position + torch.arange(len(position), device=position.device) * logits.shape[1]
     target = flat[entry].to(dtype).masked_fill(~present, 0.0)
-    maximum, total = _softmax_(logits, dtype)
-    flat.index_copy_(0, entry, flat[entry].masked_fill(present, 0.0))
+    if torch.compiler.is_compiling():
+        # In one pass with the softmax: to write to `entry` alone, the compiler copies all of the logits.
+        is_target = (torch.arange(logits.shape[1], device=logits.device) == position[:, None]) & present[:, None]
+        maximum, total = _compiled_softmax_(logits, dtype, is_target)
+    else:
+        maximum, total = _softmax_(logits, dtype)
+        flat.index_copy_(0, entry, flat[entry].masked_fill(present, 0.0))
     return torch.stack((maximum, total, target))
+
+
+def _compiled_softmax_(logits: Tensor, dtype: torch.dtype, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """`_softmax_` as one kernel, which also sets the entries `is_target` [m, v] to 0."""
+    maximum = logits.to(dtype).amax(1, keepdim=True)
+    exponentials = (logits.to(dtype) - maximum).exp()
+    total = exponentials.sum(1, keepdim=True)
+    logits.copy_((exponentials / total).masked_fill(is_target, 0.0))
+    return maximum.squeeze(1), total.squeeze(1)
 
 
 def _softmax_(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """In-place softmax of logits [m, v], computed in `dtype`; returns the rows' maxima and sums of exponentials [m]."""
-    if torch.compiler.is_compiling():
-        maximum = logits.to(dtype).amax(1, keepdim=True)
-        exponentials = (logits.to(dtype) - maximum).exp()
-        total = exponentials.sum(1, keepdim=True)
-        logits.copy_(exponentials / total)
-        return maximum.squeeze(1), total.squeeze(1)
     tokens, entries = logits.shape
     on_cpu = logits.device.type == "cpu"
     most = SOFTMAX_IN_CACHE * torch.get_num_threads() if on_cpu else SOFTMAX_ELSEWHERE
@@ -180,7 +200,8 @@ def chunk_tokens(tokens: int, dtype: torch.dtype) -> int:
 
 def row_block_of(chunk: int, entries: int, hidden: int, *, on_cpu: bool) -> int:
     """Rows of a slice's weight [entries, hidden] whose gradient is computed in half precision at a time."""
-    return min(entries, ROW_BLOCK if on_cpu else max(ROW_BLOCK, chunk * entries // (ROW_BLOCK_PART * hidden)))
+    rows = ROW_BLOCK if on_cpu else max(ROW_BLOCK, chunk * entries // (ROW_BLOCK_PART * hidden))
+    return min(entries, rows - rows % ALIGNED)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -256,13 +277,14 @@ def _chunk_losses(
 ) -> Tensor:
     """The unscaled losses [m] of a chunk of tokens. Fills in the tokens' scaled gradients, and adds the weights'."""
     probabilities = [buffer[: len(view)] for buffer, view in zip(buffers, views, strict=True)]
-    targets = [
-        position_of(labels, start, len(weight)) for weight, start in zip(slices.weights, slices.starts, strict=True)
-    ]
+    targets = [position_of(labels, *place) for place in zip(slices.starts, slices.entries, strict=True)]
     statistics = []
-    for view, weight, place, own in zip(views, slices.weights, targets, probabilities, strict=True):
+    for view, weight, entries, place, own in zip(
+        views, slices.weights, slices.entries, targets, probabilities, strict=True
+    ):
         if len(weight):
             torch.mm(view, weight.T, out=own)
+            own[:, entries:] = -torch.inf  # padding
             statistics.append(softmax(own, *place))
         else:  # a slice of only padding
             statistics.append(_nothing(view, len(labels)))

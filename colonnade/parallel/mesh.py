@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from colonnade.errors import LocalRunError, PeerError, UsageError
+from colonnade.errors import LocalRunError, PeerError, UsageError, message_line
 from colonnade.setting_values import divisors
 
 STARTUP_SECONDS = 1800.0
@@ -235,12 +235,38 @@ def record_collectives(folder: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
-    """Change how long the collectives of a step wait for a rank; 0 for no limit. Those in flight keep their limit."""
+def _groups_of(layout: ParallelLayout) -> list[dist.ProcessGroup | None]:
     groups = [dist.group.WORLD, *layout.mesh.get_all_groups()]
     if layout.shard_mesh is not None:
         groups += layout.shard_mesh.get_all_groups()
-    _set_timeout(groups, seconds, layout.device)
+    return groups
+
+
+def connect_devices(layout: ParallelLayout) -> None:
+    """Have every group of more than one rank make its connections between devices. Collective; a no-op on the CPU.
+
+    NCCL makes them in a group's first collective, and they take memory of the device: without this, after the tuner
+    has measured how much there is.
+
+    Raises:
+        LocalRunError: NCCL cannot connect the ranks.
+    """
+    if layout.device.type != "cuda":
+        return
+    try:
+        for group in _groups_of(layout):
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(torch.zeros(1, device=layout.device), group=group)
+        torch.cuda.synchronize(layout.device)
+    except RuntimeError as error:
+        raise LocalRunError(
+            f"NCCL cannot connect the ranks ({message_line(error)}); NCCL_DEBUG=INFO prints more"
+        ) from error
+
+
+def set_collective_timeout(layout: ParallelLayout, seconds: float) -> None:
+    """Change how long the collectives of a step wait for a rank; 0 for no limit. Those in flight keep their limit."""
+    _set_timeout(_groups_of(layout), seconds, layout.device)
 
 
 def _set_timeout(groups: Iterable[dist.ProcessGroup | None], seconds: float, device: torch.device) -> None:

@@ -43,9 +43,17 @@ NCCL_DUMP_SECONDS = 60.0
 _FAILED, _HUNG, _PLACE = "colonnade/peer_failed", "colonnade/peer_hung", "colonnade/place"
 
 
+# What NCCL's errors say when a peer is gone. Its other errors (of the system, the device, the arguments) look no
+# different to torch.
+_NCCL_LOST = ("remote", "aborted", "connection", "timeout", "timed out")
+
+
 def is_connection_lost(error: BaseException) -> bool:
     """Whether a collective's error means that a peer is gone, rather than that something is wrong on this rank."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    text = str(error).lower()
+    if isinstance(error, dist.DistBackendError):
+        return any(words in text for words in _NCCL_LOST)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from colonnade.model_config import ModelConfig
 from colonnade.optim.idle_switches import idle_settings, idle_switches
 from colonnade.optim.shard_limits import Ranks, check_shards, fewest_replicas, part_off_border
 from colonnade.parallel.batch_tree import leaf_order, nodes_completed
-from colonnade.parallel.mesh import init_parallel
+from colonnade.parallel.mesh import connect_devices, init_parallel
 from colonnade.run_settings import RunSettings
 from distributed.launching import make_inputs
 from distributed.pool import RankPool
@@ -31,6 +32,30 @@ from distributed.workers import deterministic_steps, drift_of
 MODES = ("zero2", "zero3")
 CPU = torch.device("cpu")
 LAYOUTS = [(4, 2, 1), (4, 1, 1), (4, 1, 2), (8, 2, 2)]  # ranks, tp, replicas
+
+
+def groups_connected(tp: int, replicas: int) -> list[int]:
+    """The sizes of the groups that a run on GPUs connects before it measures memory."""
+    layout = dataclasses.replace(init_parallel(tp, CPU).sharded(replicas), device=torch.device("cuda"))
+    sizes = []
+    zeros = torch.zeros
+
+    def reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        sizes.append(dist.get_world_size(group))
+
+    with (
+        mock.patch("torch.zeros", lambda *shape, device: zeros(*shape)),
+        mock.patch("torch.cuda.synchronize"),
+        mock.patch("torch.distributed.all_reduce", reduce),
+    ):
+        connect_devices(layout)
+    return sorted(sizes)
+
+
+def test_every_group_connects_its_gpus(rank_pool: RankPool) -> None:
+    assert rank_pool.run(8, groups_connected, 2, 2) == [[2, 2, 2, 2, 4, 8]] * 8  # tp, replicas, shards, dp, all
+    assert rank_pool.run(2, groups_connected, 2, 1) == [[2, 2]] * 2
+    assert rank_pool.run(1, groups_connected, 1, 1) == [[]]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from colonnade.command_settings import ResumeSettings
 from colonnade.parallel.mesh import record_collectives
-from colonnade.runtime.watchdog import Watchdog
+from colonnade.runtime.watchdog import Watchdog, is_connection_lost
 from faults import inject
 from forked_commands import begin, start
 from run.folder import folder_of_resumed
@@ -47,6 +48,26 @@ def test_a_rank_that_hangs_is_named_and_every_rank_writes_its_stacks(flags: list
     stacks = [(directory / "hangs" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
     assert "in train_step" in stacks[0]
     assert "in hanging" in stacks[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_lost"),
+    [
+        (
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+            True,
+        ),
+        ("NCCL communicator was aborted on rank 3.", True),
+        ("ncclSystemError: System call failed.\nLast error:\nsocketProgress: Connection closed by remote peer", True),
+        ("ncclSystemError: System call failed.\nLast error:\nError while creating shared memory segment", False),
+        ("ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'", False),
+        ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", False),
+    ],
+)
+def test_an_error_of_nccl_is_not_always_that_of_a_peer(said: str, is_lost: bool) -> None:
+    """A rank whose peer is gone exits silently, and nobody else would tell of the other errors."""
+    assert is_connection_lost(dist.DistBackendError(f"NCCL error in: ProcessGroupNCCL.cpp:94, {said}")) is is_lost
+    assert is_connection_lost(dist.DistNetworkError("failed to recv, got 0 bytes"))
 
 
 def test_nccl_records_into_the_folder_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
