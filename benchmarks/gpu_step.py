@@ -104,10 +104,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=151_936, metavar="N", help="where a preset has none (151936)")
     parser.add_argument("--block", type=int, default=4096, metavar="T", help="tokens a sequence (4096)")
     parser.add_argument(
-        "--micro-batches", default="1,2,4,8,16", metavar="N,N", help="tried in turn until one does not fit"
+        "--micro-batches", default="2,4,8,16", metavar="N,N", help="tried in turn until one does not fit"
     )
-    parser.add_argument("--windows", type=int, default=5, metavar="N", help="windows of steps, of which the median (5)")
-    parser.add_argument("--window-steps", type=int, default=4, metavar="N", help="steps of a window (4)")
+    parser.add_argument("--windows", type=int, default=3, metavar="N", help="windows of steps, of which the median (3)")
+    parser.add_argument("--window-steps", type=int, default=3, metavar="N", help="steps of a window (3)")
     parser.add_argument(
         "--variant",
         action="append",
@@ -210,8 +210,8 @@ def print_table(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> N
                 f"{tried['flops_per_second'] / 1e12:10.2f}{tried['fraction_of_matmul_rate']:16.3f}"
                 f"{tried['peak_bytes'] / 2**30:10.2f}"
             )
-        if one["does_not_fit"]:
-            print(f"{name:28s}{one['does_not_fit']:12d}  does not fit")
+        if one["failed"] is not None:
+            print(f"{name:28s}{one['failed']['micro_batch']:12d}  {one['failed']['reason']}")
     rates = [rate for one in found.values() for rate in one["matmul_flops_per_second"]]
     if rates:
         print(f"bare products: {statistics.median(rates) / 1e12:.3f} TFLOP/s, median of {len(rates)}")

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.training_step.ours import our_contender, our_optimizer
 from benchmarks.training_step.peers import Contender, adamw, contender, llama_loss, llama_model
 from benchmarks.training_step.ranks import bare_product, kernels, product_flops, step_memory
 from benchmarks.training_step.work import Work, step_flops
+from colonnade.errors import message_line
 from colonnade.model_config import ModelConfig
 from colonnade.parallel.mesh import init_parallel
 from colonnade.tuning.memory import is_out_of_memory
@@ -76,7 +78,7 @@ def measure_ours(plan: Plan, name: str, options: dict[str, Any], shards: int) ->
     model = our_shard(plan, arguments, shards)
     optimizer = our_optimizer(model)
     with sdpa_kernel(KERNELS[options["attention"]]) if "attention" in options else nullcontext():
-        return _measure(plan, name, shards, lambda work: our_contender(model, optimizer, work))
+        return _measure(plan, name, shards, model, lambda work: our_contender(model, optimizer, work))
 
 
 def our_shard(plan: Plan, options: dict[str, Any], shards: int) -> TensorParallelModel:
@@ -94,44 +96,54 @@ def measure_transformers(plan: Plan, name: str, compiled: bool) -> dict[str, Any
         model = llama_model(plan.config)
     optimizer = adamw(model)
     called = torch.compile(model, dynamic=False) if compiled else model
-    return _measure(plan, name, 1, lambda work: contender(model, optimizer, llama_loss(called, work, plan.device)))
+    return _measure(
+        plan, name, 1, model, lambda work: contender(model, optimizer, llama_loss(called, work, plan.device))
+    )
 
 
-def _measure(plan: Plan, name: str, shards: int, make: Callable[[Work], Contender]) -> dict[str, Any]:
-    """Speed and memory at each micro-batch size that fits, and the fastest of them."""
+def _measure(plan: Plan, name: str, shards: int, model: nn.Module, make: Callable[[Work], Contender]) -> dict[str, Any]:
+    """Speed and memory at each micro-batch size up to the first one that fails, and the fastest of them."""
     rates = [matmul_rate(plan.device)]
     tried: list[dict[str, Any]] = []
-    does_not_fit = 0
+    failed = None
     for micro_batch in plan.micro_batches:
         work = Work(plan.config, micro_batch, plan.block, DTYPE)
-        found = _if_it_fits(lambda work=work: _tried(make(work), work, plan, shards))  # type: ignore[misc]
+        try:
+            tried.append(_tried(make(work), work, plan, shards))
+        except RuntimeError as error:
+            if not tried:
+                raise
+            failed = {
+                "micro_batch": micro_batch,
+                "reason": "does not fit" if is_out_of_memory(error) else message_line(error)[:300],
+            }
+        model.zero_grad(set_to_none=True)
         _release()
-        if found is None:
-            does_not_fit = micro_batch
+        if failed is not None:
             break
-        tried.append(found)
-        print(f"  micro-batch {micro_batch}: {found['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
-    if not tried:
-        raise MemoryError(f"{name}: not even a micro-batch of {plan.micro_batches[0]} fits")
+        print(f"  {_described(tried[-1])}", file=sys.stderr, flush=True)
     rates.append(matmul_rate(plan.device))
     for one in tried:
         one["fraction_of_matmul_rate"] = one["flops_per_second"] / (sum(rates) / len(rates))
     best = max(tried, key=lambda one: one["tokens_per_second"])
     if plan.profile_folder is not None:
         work = Work(plan.config, best["micro_batch"], plan.block, DTYPE)
-        table = kernels(make(work).step, plan.device)
         path = Path(plan.profile_folder, f"{name.replace('/', '_')}.txt")
-        path.write_text(table + "\n", encoding="utf-8")
-    return {"best": best, "tried": tried, "does_not_fit": does_not_fit, "matmul_flops_per_second": rates}
+        try:
+            table = kernels(make(work).step, plan.device)
+        except RuntimeError as error:  # the measurements stand
+            table = f"not profiled: {message_line(error)}"
+        path.write_text(f"{table}\n", encoding="utf-8")
+    return {"best": best, "tried": tried, "failed": failed, "matmul_flops_per_second": rates}
 
 
-def _if_it_fits(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    try:
-        return measure()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
+def _described(found: dict[str, Any]) -> str:
+    """One line with all that was measured, which is left if a time limit ends the command."""
+    return (
+        f"micro-batch {found['micro_batch']}: {found['tokens_per_second']:.0f} tokens/s, "
+        f"{found['flops_per_second'] / 1e12:.2f} TFLOP/s, peak {found['peak_bytes'] / 2**30:.2f} GiB, "
+        f"first step {found['first_step_seconds']:.1f} s"
+    )
 
 
 def _release() -> None:

@@ -23,6 +23,7 @@ from colonnade.data.control_tokens import ControlTokens, Encode
 from colonnade.data.fast_tokenization import BackendUnavailableError, FastEncoder, shared_encoder
 from colonnade.data.flat_ids import FlatIds, flatten, to_flat, to_lists
 from colonnade.errors import UsageError
+from colonnade.parallel.cores import usable_cores
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -189,16 +190,7 @@ def workers_setting(workers: int | None = None) -> int:
     if given is not None:
         return given
     ranks = _from_environment("LOCAL_WORLD_SIZE", 1 << 20) or 1
-    return max(1, min(_usable_cores() // ranks, DEFAULT_MAX_WORKERS))
-
-
-def _usable_cores() -> int:
-    import psutil
-
-    process = psutil.Process()
-    if hasattr(process, "cpu_affinity"):  # not on macOS
-        return len(process.cpu_affinity())
-    return psutil.cpu_count() or 1
+    return max(1, min(usable_cores() // ranks, DEFAULT_MAX_WORKERS))
 
 
 def _from_environment(variable: str, limit: int) -> int | None:
