@@ -178,7 +178,7 @@ def serve(pattern: str, position: DataPosition | None, dp: int, steps: int, **ch
     return served, DataPosition.from_dict(json.loads(json.dumps(merged.to_dict())))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chain=st.lists(
         st.tuples(

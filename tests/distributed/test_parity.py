@@ -84,8 +84,6 @@ def test_step_equals_dense_where_the_vocabulary_does_not_divide(rank_pool, tp):
         {"activation_checkpointing": "selective"},
         {"replicate_embeddings": True},
         {"slices": 8},
-        {"compiled": True},
-        {"compiled": True, "activation_checkpointing": "full", "slices": 8},
         {"sequence_parallel": True},
         {"sequence_parallel": True, "slices": 8, "activation_checkpointing": "full"},
         {"sequence_parallel": True, "replicate_embeddings": True, "activation_checkpointing": "selective"},
@@ -99,6 +97,12 @@ def test_step_equals_dense_where_the_vocabulary_does_not_divide(rank_pool, tp):
 @pytest.mark.parametrize("tp", [2, 8])
 def test_step_equals_dense_with_options(rank_pool, tp, options):
     results = rank_pool.run(tp, loss_and_gradients, CONFIG, tp, seed=5, **options)
+    assert_step_equals_dense(CONFIG, results, torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "full", "slices": 8}])
+def test_compiled_step_equals_dense(rank_pool, options):
+    results = rank_pool.run(2, loss_and_gradients, CONFIG, 2, seed=5, compiled=True, **options)
     assert_step_equals_dense(CONFIG, results, torch.float32)
 
 
