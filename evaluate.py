@@ -1,11 +1,12 @@
-"""Loss, perplexity and bits per byte of a trained checkpoint on text, on any number of ranks.
+"""Loss, perplexity and bits per byte of a checkpoint, or of a Hugging Face folder, on text, on any number of ranks.
 
     python evaluate.py --checkpoint-path pretrained --data-glob 'held_out/*.parquet'
     torchrun --nproc_per_node=2 evaluate.py --checkpoint-path pretrained \
       --data-glob 'web=web/*.parquet,code=code/*.jsonl' --json scores.json
     python evaluate.py --checkpoint-path pretrained --tasks arc_easy,hellaswag
 
-Every token is scored once. lm-eval runs the tasks on the model as `export_hf.py` exports it (`docs/evaluation.md`).
+Every token is scored once. lm-eval runs the tasks on the Hugging Face folder, or on the checkpoint as `export_hf.py`
+exports it (`docs/evaluation.md`).
 """
 
 from __future__ import annotations
@@ -90,15 +91,16 @@ def prepare_tasks(settings: EvaluationSettings) -> Any:
 def score_tasks(
     settings: EvaluationSettings, trained: TrainedModel, layout: ParallelLayout, plan: Plan, manager: Any
 ) -> dict[str, Any]:
-    """Run the tasks on a temporary export of the model; print and return each task's metrics."""
+    """Run the tasks on the Hugging Face folder, or on a temporary export; print and return each task's metrics."""
     from run.export import export_checkpoint
     from run.tasks import run_tasks
 
-    with tempfile.TemporaryDirectory(prefix="colonnade-") as folder:
-        exported = Path(folder, "model")
-        print(export_checkpoint(trained, layout, exported), flush=True)
+    with tempfile.TemporaryDirectory(prefix="colonnade-") as temporary:
+        folder = trained.path if trained.is_hugging_face else Path(temporary, "model")
+        if not trained.is_hugging_face:
+            print(export_checkpoint(trained, layout, folder), flush=True)
         results = run_tasks(
-            exported,
+            folder,
             names_of(settings.tasks),
             manager,
             device=str(layout.device),

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained checkpoint, on any number of ranks.
+"""Continue prompts with a checkpoint, or with the model of a Hugging Face folder, on any number of ranks.
 
     python generate.py --checkpoint-path pretrained --prompt 'def ' --max-new-tokens 80
     torchrun --nproc_per_node=2 generate.py --checkpoint-path pretrained --prompts-file prompts.txt --temperature 0

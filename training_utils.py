@@ -67,6 +67,7 @@ def train(run: Run) -> None:
                 fingerprint = loop.log(step)
                 # Before anything that is not needed for going on, and may fail or take long.
                 loop.save(fingerprint)
+                loop.profile()
                 loop.validate()
                 loop.sample()
             loop.end()
@@ -229,6 +230,15 @@ class _Loop:
                 self._fingerprints = None
         return taken
 
+    def profile(self) -> None:
+        """Write the profile after its last step; where the run is about to stop, only at its end."""
+        if self.stop_reason is None and self.profiler.is_complete(self.run.step):
+            self.watch.enter(f"writing the profile after step {self.run.step}", self.settings.startup_timeout)
+            began = time.monotonic()
+            self.profiler.close(self.run.step)
+            self._leave_out(began)
+            self._meter.restart()
+
     def validate(self) -> None:
         run = self.run
         is_due = self._is_last or (self.stop_reason is None and _is_due(run.step, self.settings.validation_interval))
@@ -306,8 +316,8 @@ class _Loop:
         run = self.run
         assert run.saver is not None
         self.watch.enter("ending the run", self.settings.startup_timeout)
-        self.profiler.close(run.step)
         run.saver.wait()
+        self.profiler.close(run.step)
         if self._fingerprints is not None:
             self._fingerprints.close()
         # A run that has taken its last step is complete, even if it was asked to stop meanwhile.

@@ -60,7 +60,7 @@ SMOKE: dict[str, Any] = {
 def main() -> None:
     given = parsed()
     plan, variants = plan_of(given)
-    from benchmarks.training_step.gpu import measure_ours, measure_transformers
+    from benchmarks.training_step.gpu import DOES_NOT_FIT, measure_ours, measure_transformers
 
     turns: dict[str, tuple[Any, ...]] = {name: (measure_ours, options, 1) for name, options in variants.items()}
     if not given.skip_transformers:
@@ -73,6 +73,8 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for name, (measure, *arguments) in turns.items():
         take_turn(found, failed, plan, name, measure, arguments)
+        if name in found and (last := found[name]["failed"]) is not None and last["reason"] != DOES_NOT_FIT:
+            failed[name] = f"micro-batch {last['micro_batch']}: {last['reason']}"
         ratios = ratios_of(found, list(variants), given.preset, given.shards)
         if given.json:  # written after each contender, since the next one may crash the machine
             report = {"ratios": ratios, "contenders": found, "failed": failed, "plan": plan.described()}

@@ -55,7 +55,10 @@ class TrainedModelSettings:
         None, "model", "model sizes for a .pth file: a Hugging Face config.json", unit="PATH"
     )
     tokenizer_path: str | None = setting(
-        None, "model", "tokenizer, if it is no longer where the run recorded it; required for a .pth file"
+        None,
+        "model",
+        "tokenizer, if it is no longer where the run recorded it, or not in the Hugging Face folder; required for a "
+        ".pth file",
     )
     trust_remote_code: bool = setting(False, "model", "run Python code shipped with the tokenizer")
 
@@ -90,11 +93,16 @@ class EvaluationSettings(TrainedModelSettings):
         "trained",
         "text",
         "what a document's first token is predicted from: token (BOS, or EOS), none (it is not scored and its bytes "
-        "do not count), or trained (whichever the run was trained with)",
+        "do not count), or trained (whichever the run was trained with; of a Hugging Face folder, what its tokenizer "
+        "puts before a text)",
         choices=("trained", "token", "none"),
     )
     block_size: int | None = setting(
-        None, "text", "tokens per window, the model's input (default the run's --block-size)", minimum=1, unit="TOKENS"
+        None,
+        "text",
+        "tokens per window, the model's input (default the run's --block-size, else the model's context)",
+        minimum=1,
+        unit="TOKENS",
     )
     stride: int | None = setting(
         None,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from colonnade.data.tokenization import puts_before
 from colonnade.errors import UsageError
 from colonnade.runtime.vote import one_line
 
@@ -115,13 +116,6 @@ def run_tasks(
     assert found is not None
     results: dict[str, Mapping[str, Any]] = found["results"]
     return {task: plain(values) for task, values in results.items()}
-
-
-def puts_before(tokenizer: Any, prefix: int) -> bool:
-    """Whether the only special token that the tokenizer adds to a text is `prefix`, before it."""
-    text = "text"
-    added: list[int] = tokenizer.encode(text, add_special_tokens=True)
-    return added == [prefix, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

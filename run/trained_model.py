@@ -1,4 +1,8 @@
-"""A trained model with its tokenizer, sizes and run settings, for the commands that use one."""
+"""A trained model with its tokenizer, sizes and run settings, for the commands that use one.
+
+It comes from a checkpoint, which records all of these; from a Hugging Face folder, which has no run; or from a `.pth`
+file, which has the weights alone.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from colonnade.checkpoint.hugging_face import CONFIG_NAME, load_hugging_face
+from colonnade.checkpoint.discover import is_hugging_face_folder
+from colonnade.checkpoint.hugging_face import load_hugging_face
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.run_record import run_record
 from colonnade.checkpoint.single_file import load_single_file
 from colonnade.checkpoint.verify import verified
 from colonnade.command_settings import TrainedModelSettings
 from colonnade.config import check_contradictions, complete_settings
+from colonnade.data.tokenization import puts_before
 from colonnade.errors import UsageError
 from colonnade.parallel.mesh import ParallelLayout
 from colonnade.parallel.sharding import default_slices
@@ -32,19 +38,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint that was found and verified; its weights are not read yet.
+    """A model that was found, and verified if it is a checkpoint; its weights are not read yet.
 
     Attributes:
         path: the checkpoint's folder, the Hugging Face folder, or the `.pth` file.
         step: optimizer steps taken; None for a Hugging Face folder, or if a `.pth` file does not say.
         record: what its manifest says about the run (`run_record`); empty for anything but a checkpoint.
-        settings: the run's settings; for anything but a checkpoint, the given settings and defaults, with the Hugging
-            Face folder as `init_from`.
+        is_hugging_face: whether `path` is a Hugging Face folder.
+        settings: the run's settings; for anything but a checkpoint, the given settings and defaults.
     """
 
     path: Path
     step: int | None
     record: Mapping[str, Any]
+    is_hugging_face: bool
     settings: RunSettings
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
@@ -74,7 +81,7 @@ class TrainedModel:
                 compute_dtype=compute_dtype,
             )
             if not self.record:
-                read = load_single_file if self.settings.init_from is None else load_hugging_face
+                read = load_hugging_face if self.is_hugging_face else load_single_file
                 read(self.path, model=model, vocabulary_size=self.config.vocab_size)
         if self.record:
             load_model_and_optimizer(self.path, model=model, optimizer=None)
@@ -103,7 +110,7 @@ def open_trained(named: TrainedModelSettings) -> TrainedModel:
     """
     path, step = Path(named.checkpoint_path), None
     record: dict[str, Any] = {}
-    is_hugging_face = on_first_rank(lambda: (path / CONFIG_NAME).is_file())
+    is_hugging_face = on_first_rank(lambda: is_hugging_face_folder(path))
     if not is_hugging_face:
         found, _ = verified(path)
         path, step = found.path, found.step
@@ -111,11 +118,22 @@ def open_trained(named: TrainedModelSettings) -> TrainedModel:
         if not is_hugging_face:
             record = run_record(found)
         settings = _settings(named, path, record, is_hugging_face=is_hugging_face)
-    config = on_first_rank(lambda: model_of_record(path, record) if record else resolve_model(settings))
+    config = on_first_rank(lambda: _config(settings, path, record, is_hugging_face=is_hugging_face))
     with vote():
         tokenizer = run_tokenizer(settings)
         require_vocabulary(settings, vocabulary_size(tokenizer), config)
-    return TrainedModel(path, step, record, settings, config, tokenizer)
+    if is_hugging_face:  # begin texts as the tokenizer itself does
+        begin = tokenizer.bos_token_id
+        settings = settings.replace(add_document_boundary_tokens=begin is not None and puts_before(tokenizer, begin))
+    return TrainedModel(path, step, record, is_hugging_face, settings, config, tokenizer)
+
+
+def _config(settings: RunSettings, path: Path, record: Mapping[str, Any], *, is_hugging_face: bool) -> ModelConfig:
+    if record:
+        return model_of_record(path, record)
+    if is_hugging_face:
+        return ModelConfig.from_json(path, flag="--checkpoint-path")
+    return resolve_model(settings)
 
 
 def _settings(

@@ -22,7 +22,7 @@ from colonnade.checkpoint.discover import find_checkpoints
 from colonnade.checkpoint.load import load_model_and_optimizer
 from colonnade.checkpoint.manifest import read_manifest
 from colonnade.checkpoint.save import CommittingWriter
-from colonnade.checkpoint.saver import CheckpointSaver, HostMemory
+from colonnade.checkpoint.saver import CheckpointSaver
 from colonnade.errors import RunError
 from forked_commands import PATIENCE
 
@@ -49,27 +49,6 @@ def assert_holds(folder: Path, last: int) -> None:
 
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.distcp")}
-
-
-def test_tensors_share_blocks_of_host_memory() -> None:
-    memory = HostMemory(4096, pinned=False)
-    shapes = [
-        ((5, 7), torch.float32),
-        ((3,), torch.bfloat16),
-        ((900,), torch.float32),
-        ((2000,), torch.float64),
-        ((), torch.float32),
-    ]
-    taken = [memory.like(torch.empty(shape, dtype=dtype)) for shape, dtype in shapes]
-    for number, (tensor, (shape, dtype)) in enumerate(zip(taken, shapes, strict=True)):
-        assert (tensor.shape, tensor.dtype) == (shape, dtype)
-        assert tensor.is_contiguous()
-        assert tensor.data_ptr() % 64 == 0
-        tensor.fill_(number)
-    assert [tensor.unique().tolist() for tensor in taken] == [[number] for number in range(5)]
-    blocks = [tensor.untyped_storage().data_ptr() for tensor in taken]
-    assert blocks[0] == blocks[1] == blocks[2]  # 140, 6 and 3,600 bytes
-    assert len(set(blocks)) == 3  # 16,000 bytes, more than a block, and what comes after
 
 
 class Gate:

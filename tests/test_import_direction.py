@@ -17,6 +17,7 @@ PARTS = (
     "errors",
     "files",
     "screen",
+    "cores",
     "setting_values",
     "other_names",
     "run_settings",

@@ -291,12 +291,14 @@ def test_other_ranks_say_nothing() -> None:
     assert lines.getvalue() == bar.getvalue() == ""
 
 
-def profiled(folder: Path, told: list[str], *, first: int, count: int, steps: range) -> None:
+def profiled(folder: Path, told: list[str], *, first: int, count: int, steps: range, rank: int = 0) -> None:
     """A start that takes these steps, one matrix product each, with a profiler."""
-    begun = StepProfiler(first, count, step=steps[0] - 1, folder=folder, rank=0, on_cuda=False, tell=told.append)
+    begun = StepProfiler(first, count, step=steps[0] - 1, folder=folder, rank=rank, on_cuda=False, tell=told.append)
     for step in steps:
         with begun.recorded(step):
             torch.ones(2, 2) @ torch.ones(2, 2)
+        if begun.is_complete(step):
+            begun.close(step)
     begun.close(steps[-1])
 
 
@@ -326,13 +328,24 @@ def test_a_profile_holds_the_steps_asked_for(
     assert [event["name"] for event in events if event["name"].startswith("step ")] == [f"step {n}" for n in recorded]
     assert sum(event["name"] == "aten::mm" for event in events) == len(recorded)
     assert "aten::mm" in path.with_name(path.name.replace(".json.gz", ".txt")).read_text()
-    assert told == [f"profile of steps {recorded[0]} to {recorded[-1]}: {tmp_path / 'profile'}"]
+    assert told == [f"profile: {path.with_suffix('').with_suffix('.txt')} and .json.gz"]
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "profile").write_text("in the way")
     told: list[str] = []
-    profiled(tmp_path / "profile", told, first=1, count=1, steps=range(1, 3))
-    assert len(told) == 1
-    assert told[0].startswith("warning: the profile of rank 0 cannot be written")
+    profiled(tmp_path / "profile", told, first=1, count=1, steps=range(1, 3), rank=3)
+    assert not told
+    assert f"rank 3: its profile cannot be written to {tmp_path / 'profile'}" in caplog.text
     assert (tmp_path / "profile").read_text() == "in the way"
+
+
+def test_a_step_that_fails_ends_its_profile(tmp_path: Path) -> None:
+    begun = StepProfiler(1, 5, step=0, folder=tmp_path / "profile", rank=0, on_cuda=False, tell=lambda line: None)
+    with pytest.raises(KeyError), begun.recorded(1):
+        raise KeyError
+    with torch.profiler.profile() as another:  # refused while one is recording
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert "aten::mm" in {event.key for event in another.key_averages()}
+    begun.close(1)
+    assert not (tmp_path / "profile").exists()

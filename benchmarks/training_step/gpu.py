@@ -32,6 +32,7 @@ PRODUCTS = {"cuda": ((8192, 8192, 8192), (16_384, 3072, 8192), (16_384, 8192, 30
 # Total FLOPs per shape: about half a second, long enough for a GPU's clock to drop as it does under load.
 PRODUCT_FLOPS = {"cuda": 4e14, "cpu": 1e9}
 DTYPE = torch.bfloat16
+DOES_NOT_FIT = "does not fit"
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -47,7 +48,7 @@ class Plan:
     Attributes:
         config: sizes of the decoder.
         block: tokens per sequence.
-        micro_batches: sizes tried in this order until one does not fit.
+        micro_batches: sizes tried in this order until one does not fit, or fails.
         windows: number of timed windows, of which the median counts.
         window_steps: steps per window.
         device_type: cuda or cpu.
@@ -115,18 +116,21 @@ def _measure(plan: Plan, name: str, shards: int, model: nn.Module, make: Callabl
                 raise
             failed = {
                 "micro_batch": micro_batch,
-                "reason": "does not fit" if is_out_of_memory(error) else message_line(error)[:300],
+                "reason": DOES_NOT_FIT if is_out_of_memory(error) else message_line(error)[:300],
             }
-        model.zero_grad(set_to_none=True)
-        _release()
-        if failed is not None:
             break
         print(f"  {_described(tried[-1])}", file=sys.stderr, flush=True)
-    rates.append(matmul_rate(plan.device))
+        _release()
+    # After another error than this one, the device may be unusable.
+    is_usable = failed is None or failed["reason"] == DOES_NOT_FIT
+    if is_usable:
+        model.zero_grad(set_to_none=True)
+        _release()
+        rates.append(matmul_rate(plan.device))
     for one in tried:
         one["fraction_of_matmul_rate"] = one["flops_per_second"] / (sum(rates) / len(rates))
     best = max(tried, key=lambda one: one["tokens_per_second"])
-    if plan.profile_folder is not None:
+    if plan.profile_folder is not None and is_usable:
         work = Work(plan.config, best["micro_batch"], plan.block, DTYPE)
         path = Path(plan.profile_folder, f"{name.replace('/', '_')}.txt")
         try:

@@ -23,6 +23,7 @@ from colonnade.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "config.json"
 GIVE_ANOTHER = "give another checkpoint, or the run's folder for its newest that is usable"
 """The advice to the user if a checkpoint requested by name is not usable."""
 
@@ -135,8 +136,13 @@ def the_one_meant(path: Path) -> CheckpointInfo | None:
     return None
 
 
+def is_hugging_face_folder(path: Path) -> bool:
+    """Whether `path` is a folder with a model's `config.json`, and neither a checkpoint nor a folder with some."""
+    return (path / CONFIG_NAME).is_file() and not is_checkpoint(path) and not any(survey(path))
+
+
 def _if_hugging_face(path: Path) -> str:
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG_NAME).is_file():
         return ""
     return f"; it is a Hugging Face folder, whose weights training.py --init-from {path} begins a run with"
 

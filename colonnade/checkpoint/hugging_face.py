@@ -17,7 +17,7 @@ from colonnade.errors import UsageError
 from colonnade.parallel.sharding import is_vocabulary
 from colonnade.runtime.vote import one_line
 
-CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 """Buffers that older Hugging Face versions write; they are derived from the configuration."""
 

@@ -23,37 +23,12 @@ from colonnade.checkpoint.manifest import JSON
 from colonnade.checkpoint.save import Content, checkpoint_content, write_checkpoint
 from colonnade.checkpoint.state import model_tensors, optimizer_tensors
 from colonnade.errors import RunError
-from colonnade.parallel.collectives import ALIGNMENT
 from colonnade.parallel.mesh import STARTUP_SECONDS, time_limit
 from colonnade.runtime.vote import one_line, vote
 
 # Tensors of at least this size are copied into pinned memory. For smaller ones, such as step counts, pinning costs more
 # than it saves.
 _PINNED_BYTES = 1 << 16
-# torch rounds pinned memory up to a power of two, so tensors share blocks of this size; larger ones have their own.
-_PINNED_BLOCK = 1 << 30
-
-
-class HostMemory:
-    """Pinned host memory for tensors that are never freed one by one.
-
-    Args:
-        block: bytes of the blocks that tensors share.
-        pinned: False for ordinary memory, where there is no GPU.
-    """
-
-    def __init__(self, block: int = _PINNED_BLOCK, *, pinned: bool = True) -> None:
-        self._size, self._pinned = block, pinned
-        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """An uninitialised contiguous tensor of the same shape and dtype."""
-        if self._used + tensor.nbytes > len(self._block):
-            size = max(self._size, tensor.nbytes)
-            self._block, self._used = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned), 0
-        part = self._block[self._used : self._used + tensor.nbytes]
-        self._used += -(-tensor.nbytes // ALIGNMENT["cpu"]) * ALIGNMENT["cpu"]
-        return part.view(tensor.dtype).view(tensor.shape)
 
 
 class CheckpointSaver:
@@ -79,7 +54,6 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, "checkpoint-save", *on_device)
         self._started: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._host_memory = HostMemory()
         # DCP synchronizes the thread's stream again and again while it writes. On the default stream it would wait for
         # the steps in progress; nothing runs on this one, since what it writes is in host memory.
         self._stream = torch.cuda.Stream() if asynchronous and torch.cuda.is_initialized() else None
@@ -174,7 +148,7 @@ class CheckpointSaver:
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
                 is_pinned = local.is_cuda and local.nbytes >= _PINNED_BYTES
-                buffer = self._host_memory.like(local) if is_pinned else torch.empty(local.shape, dtype=local.dtype)
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=is_pinned)
                 self._buffers[name] = buffer
             buffer.copy_(local, non_blocking=True)
             on_device |= local.is_cuda

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from colonnade.cores import usable_cores
 from colonnade.data.control_tokens import ControlTokens, Encode
 from colonnade.data.fast_tokenization import BackendUnavailableError, FastEncoder, shared_encoder
 from colonnade.data.flat_ids import FlatIds, flatten, to_flat, to_lists
 from colonnade.errors import UsageError
-from colonnade.parallel.cores import usable_cores
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,6 +154,15 @@ def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> BoundaryTokens:
             "leave out --add-document-boundary-tokens or add an EOS token to the tokenizer"
         )
     return BoundaryTokens(bos, eos)
+
+
+def puts_before(tokenizer: PreTrainedTokenizerBase, prefix: int) -> bool:
+    """Whether the only special token that the tokenizer adds to a text is `prefix`, before it."""
+    text = "text"
+    return tokenizer.encode(text, add_special_tokens=True) == [
+        prefix,
+        *tokenizer.encode(text, add_special_tokens=False),
+    ]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -9,16 +9,19 @@ rounds them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from colonnade.parallel.cores import usable_cores
+from colonnade.cores import usable_cores
 from colonnade.parallel.mesh import local_world_size_from_environment
 
 BLOCK = 128
 """Rows (columns for a row-parallel weight) that share a generator. Part of the definition of a run's weights."""
+# With more, the memory's bandwidth is the limit; a node's ranks draw at the same time.
 MAX_THREADS = 8
 
 
@@ -45,10 +48,21 @@ def fill_normal_(local: Tensor, *, name: str, shape: torch.Size, dim: int, offse
         first, last = max(start, offset), min(start + BLOCK, end)
         local.narrow(dim, first - offset, last - first).copy_(values.narrow(dim, first - start, last - first))
 
-    # One generator draws on one thread: 7 ns a number, a minute for 8 billion.
+    # A generator draws on one thread: 7 ns a number, a minute for 8 billion.
     cores = usable_cores() // local_world_size_from_environment()
-    with ThreadPoolExecutor(max(1, min(cores, MAX_THREADS))) as threads:
+    with _one_torch_thread_each(), ThreadPoolExecutor(max(1, min(cores, MAX_THREADS))) as threads:
         list(threads.map(torch.no_grad()(draw), range(offset // BLOCK, -(-end // BLOCK))))
+
+
+@contextmanager
+def _one_torch_thread_each() -> Iterator[None]:
+    """Otherwise each thread would start as many threads of its own as torch may use."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:

@@ -98,7 +98,8 @@ def accumulate_over_shards(
 def sum_over_data_parallel(tensors: Iterable[Tensor], group: dist.ProcessGroup, *, fixed_order: bool = False) -> None:
     """Sum gradients, and other tensors such as the loss, over the data-parallel ranks in place.
 
-    Each rank has already normalised by the global batch. Small tensors share one collective.
+    Each rank has already normalised by the global batch. Small tensors share one collective (in the fixed
+    order, two for each dtype).
     """
     size = dist.get_world_size(group)
     if size == 1:

@@ -29,6 +29,8 @@ _FOREVER = timedelta(days=365)
 # Collectives on the CPU time out this much later than the watchdog, whose report is more informative.
 _BEHIND_WATCHDOG = timedelta(minutes=1)
 JOIN_POLL_SECONDS = 0.1
+# Elements of the sums with which devices connect: NCCL takes different algorithms for small and for large tensors.
+CONNECTING_SIZES = (1, 2**23)
 TRACE_PREFIX = "nccl_trace_rank_"
 
 
@@ -243,10 +245,11 @@ def _groups_of(layout: ParallelLayout) -> list[dist.ProcessGroup | None]:
 
 
 def connect_devices(layout: ParallelLayout) -> None:
-    """Have every group of more than one rank make its connections between devices. Collective; a no-op on the CPU.
+    """Have every group of more than one rank sum once between devices. Collective; a no-op on the CPU.
 
-    NCCL makes them in a group's first collective, and they take memory of the device: without this, after the tuner
-    has measured how much there is.
+    NCCL creates a group's communicator in its first collective, and the buffers of an algorithm when that is first
+    used. They take memory of the device, without this after the tuner has measured how much there is. What other
+    collectives than sums need still comes later, out of the margin that the tuner leaves free.
 
     Raises:
         LocalRunError: NCCL cannot connect the ranks.
@@ -254,11 +257,12 @@ def connect_devices(layout: ParallelLayout) -> None:
     if layout.device.type != "cuda":
         return
     try:
-        for group in _groups_of(layout):
+        for group in dict.fromkeys(_groups_of(layout)):
             if dist.get_world_size(group) > 1:
-                dist.all_reduce(torch.zeros(1, device=layout.device), group=group)
+                for size in CONNECTING_SIZES:
+                    dist.all_reduce(torch.zeros(size, device=layout.device), group=group)
         torch.cuda.synchronize(layout.device)
-    except RuntimeError as error:
+    except dist.DistBackendError as error:
         raise LocalRunError(
             f"NCCL cannot connect the ranks ({message_line(error)}); NCCL_DEBUG=INFO prints more"
         ) from error

@@ -43,9 +43,9 @@ NCCL_DUMP_SECONDS = 60.0
 _FAILED, _HUNG, _PLACE = "colonnade/peer_failed", "colonnade/peer_hung", "colonnade/place"
 
 
-# What NCCL's errors say when a peer is gone. Its other errors (of the system, the device, the arguments) look no
-# different to torch.
-_NCCL_LOST = ("remote", "aborted", "connection", "timeout", "timed out")
+# What NCCL's errors say when a peer is gone. Its other errors (of the system, the network, the device, the arguments)
+# are of the same class.
+_NCCL_LOST = ("remote process", "remote peer", "reset by peer", "was aborted")
 
 
 def is_connection_lost(error: BaseException) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+logger = logging.getLogger(__name__)
 
 TABLE_ROWS = 60
 
@@ -23,7 +26,7 @@ class StepProfiler:
         first: global step to begin with, from 1; 0 records nothing.
         count: number of steps to record.
         step: steps that have been taken so far.
-        tell: shows a line to the user. A profile that cannot be written does not end the run.
+        tell: shows a line to the user.
     """
 
     def __init__(
@@ -36,17 +39,20 @@ class StepProfiler:
 
     @contextmanager
     def recorded(self, step: int) -> Iterator[None]:
-        """Take each step inside; after the last one to record, the files are written."""
+        """Take each step inside. A step that fails leaves no profile."""
         if self._is_wanted and step in (self._first - 1, self._first):
             self._start(warmup=self._first - step)
         if self._profile is None:
             yield
             return
-        with record_function(f"step {step}"):
-            yield
-        if step == self._last:
-            self.close(step)
-        else:
+        try:
+            with record_function(f"step {step}"):
+                yield
+        except BaseException:
+            self._profile.stop()
+            self._profile = None
+            raise
+        if step < self._last:
             self._profile.step()
 
     def _start(self, warmup: int) -> None:
@@ -59,8 +65,16 @@ class StepProfiler:
         self._profile.start()
         self._is_wanted = False
 
+    def is_complete(self, step: int) -> bool:
+        """Whether `step` was the last one to record, so that the profile can be written."""
+        return self._profile is not None and step >= self._last
+
     def close(self, step: int) -> None:
-        """Write what has been recorded up to `step`, if anything: a run may end before all steps were taken."""
+        """Stop, and write what has been recorded up to `step`, if anything: a run may end before all steps were taken.
+
+        Takes seconds for a large model, since every operation is written. Files that cannot be written are reported by
+        a warning.
+        """
         recorded, self._profile = self._profile, None
         if recorded is None:
             return
@@ -68,13 +82,13 @@ class StepProfiler:
         if step < self._first:
             return
         order = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
-        stem = f"steps_{self._first}-{step}_rank_{self._rank}"
+        stem = f"steps_{self._first}-{min(step, self._last)}_rank_{self._rank}"
         try:
             self._folder.mkdir(exist_ok=True)
             recorded.export_chrome_trace(str(self._folder / f"{stem}.json.gz"))
             table = recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=90)
             (self._folder / f"{stem}.txt").write_text(f"{table}\n", encoding="utf-8")
         except OSError as error:
-            self._tell(f"warning: the profile of rank {self._rank} cannot be written to {self._folder} ({error})")
+            logger.warning("rank %d: its profile cannot be written to %s (%s)", self._rank, self._folder, error)
         else:
-            self._tell(f"profile of steps {self._first} to {step}: {self._folder}")
+            self._tell(f"profile: {self._folder / stem}.txt and .json.gz")

@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate
 from colonnade.command_settings import TrainedModelSettings
 from colonnade.data.held_out import Piece, Tally, batches_of, cut_windows, encoded, limited, texts_of
 from colonnade.data.shards import open_shards
-from colonnade.data.tokenization import Encoder, boundary_tokens, load_tokenizer
+from colonnade.data.tokenization import Encoder, boundary_tokens, load_tokenizer, puts_before
 from colonnade.errors import RunError, UsageError
 from colonnade.flags import parse_evaluation
 from colonnade.parallel.mesh import init_parallel
@@ -22,7 +23,6 @@ from data_helpers import stdlib_texts, tiny_tokenizer
 from distributed.launching import make_inputs
 from forked_commands import start
 from run.evaluation import corpora_of
-from run.tasks import puts_before
 from run.trained_model import open_trained
 
 ROWS = ["def f(x):\n    return x\n", "", "12345 67890", None, "naïve café ☕ " * 30, "x", *stdlib_texts(6)]
@@ -182,6 +182,14 @@ def test_a_hugging_face_folder_scores_as_transformers_does(folder, twin, tmp_pat
     assert (score["tokens"], score["loss"]) == (count, pytest.approx(nats / count, rel=1e-6))
     with pytest.raises(UsageError, match="has sizes of its own: leave out --preset tiny"):
         evaluate.main([*given, *text, "--preset", "tiny"])
+    assert not open_trained(TrainedModelSettings(given[1])).settings.add_document_boundary_tokens
+    adding = load_tokenizer(str(folder / "tokenizer"))
+    adding.bos_token = adding.convert_ids_to_tokens(0)
+    rule = TemplateProcessing(single=f"{adding.bos_token} $A", special_tokens=[(adding.bos_token, 0)])
+    adding.backend_tokenizer.post_processor = rule
+    adding.save_pretrained(tmp_path / "adding")
+    trained = open_trained(TrainedModelSettings(given[1], tokenizer_path=str(tmp_path / "adding")))
+    assert trained.settings.add_document_boundary_tokens
     (tmp_path / "theirs" / "model.safetensors.index.json").unlink()
     with pytest.raises(UsageError, match=r"holds neither model\.safetensors nor"):
         evaluate.main([*given, *text])
@@ -359,8 +367,6 @@ def test_a_task_scores_what_the_logits_say(folder, twin, tmp_path):
 
 
 def test_a_prefix_is_added_by_tokenizers_that_add_it_alone():
-    from tokenizers.processors import TemplateProcessing
-
     begin, end = 0, 1
 
     def made(template):

@@ -111,7 +111,7 @@ def test_the_run_leaves_what_it_says(finished):
 def test_profiled_steps_are_recorded_by_every_rank(finished):
     """Two of the five steps asked for: the run ends with step 12."""
     directory, output = finished
-    assert f"profile of steps 11 to 12: {directory / 'profile'}" in output
+    assert f"profile: {directory / 'profile' / 'steps_11-12_rank_0.txt'} and .json.gz" in output
     for rank in range(2):
         with gzip.open(directory / "profile" / f"steps_11-12_rank_{rank}.json.gz") as file:
             events = json.load(file)["traceEvents"]

@@ -49,12 +49,13 @@ def groups_connected(tp: int, replicas: int) -> list[int]:
         mock.patch("torch.distributed.all_reduce", reduce),
     ):
         connect_devices(layout)
-    return sorted(sizes)
+    assert sizes[::2] == sizes[1::2]  # a small sum and a large one
+    return sorted(sizes[::2])
 
 
 def test_every_group_connects_its_gpus(rank_pool: RankPool) -> None:
-    assert rank_pool.run(8, groups_connected, 2, 2) == [[2, 2, 2, 2, 4, 8]] * 8  # tp, replicas, shards, dp, all
-    assert rank_pool.run(2, groups_connected, 2, 1) == [[2, 2]] * 2
+    assert rank_pool.run(8, groups_connected, 2, 2) == [[2, 2, 2, 4, 8]] * 8  # tp, replicas, shards, dp, all
+    assert rank_pool.run(2, groups_connected, 2, 1) == [[2]] * 2  # tp is all
     assert rank_pool.run(1, groups_connected, 1, 1) == [[]]
 
 

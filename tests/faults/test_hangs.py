@@ -60,6 +60,11 @@ def test_a_rank_that_hangs_is_named_and_every_rank_writes_its_stacks(flags: list
         ("NCCL communicator was aborted on rank 3.", True),
         ("ncclSystemError: System call failed.\nLast error:\nsocketProgress: Connection closed by remote peer", True),
         ("ncclSystemError: System call failed.\nLast error:\nError while creating shared memory segment", False),
+        ("ncclSystemError: System call failed.\nLast error:\nconnect to 10.0.0.2 returned Connection refused", False),
+        (
+            "ncclSystemError: System call failed.\nLast error:\nibv_modify_qp failed with 110 Connection timed out",
+            False,
+        ),
         ("ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'", False),
         ("ncclInvalidUsage: This usually reflects invalid usage of NCCL library.", False),
     ],
