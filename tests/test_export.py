@@ -63,6 +63,20 @@ def test_an_exported_folder_holds_the_weights_it_came_from(layout: Any, tmp_path
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == end
 
 
+def test_a_hugging_face_folder_is_exported_again(layout: Any, tmp_path: Path) -> None:
+    weights = save_foreign_model(tmp_path / "theirs", "qwen3", vocab_size=450).state_dict()
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    trained = open_trained(TrainedModelSettings(str(tmp_path / "theirs")))
+    export_checkpoint(trained, layout, tmp_path / "out", text=TEXT)
+    assert "exported with Colonnade" in (tmp_path / "out" / "README.md").read_text()
+    export_single_file(trained, layout, tmp_path / "out.pth", "float32")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    single = torch.load(tmp_path / "out.pth", weights_only=True)["model_state_dict"]
+    for name, value in weights.items():
+        assert torch.equal(found[name], value), name
+        assert torch.equal(single[name], value), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_special_tokens_that_a_tokenizer_does_not_have_are_none(layout: Any, tmp_path: Path, family: str) -> None:
     """Ids 1 and 2, Llama's defaults, are letters of this tokenizer."""
@@ -168,15 +182,16 @@ def exported(run_folder: Path) -> Path:
 def test_greedy_generation_is_that_of_transformers_on_the_exported_model(run_folder: Path, exported: Path) -> None:
     prompts = ["def ", "import os\nclass", "x"]
     (run_folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
-    flags = ["--checkpoint-path", str(run_folder / "run"), "--prompts-file", str(run_folder / "prompts.jsonl")]
+    flags = ["--prompts-file", str(run_folder / "prompts.jsonl")]
     flags += ["--max-new-tokens", "12", "--temperature", "0", "--batch-size", "2"]
     written = []
-    for ranks in (1, 2):
-        output = run_folder / f"greedy_{ranks}.jsonl"
-        outcomes = start("generate", [*flags, "--output", str(output)], ranks=ranks)
+    for source, ranks in ((run_folder / "run", 1), (run_folder / "run", 2), (exported, 2)):
+        output = run_folder / f"greedy_{source.name}_{ranks}.jsonl"
+        these = [*flags, "--checkpoint-path", str(source), "--output", str(output)]
+        outcomes = start("generate", these, ranks=ranks)
         assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes
         written.append([json.loads(line) for line in output.read_text().splitlines()])
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
     model: Any = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for row, text in zip(written[0], prompts, strict=True):
