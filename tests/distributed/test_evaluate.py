@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -191,7 +192,7 @@ def test_a_hugging_face_folder_scores_as_transformers_does(folder, twin, tmp_pat
     adding.save_pretrained(tmp_path / "adding")
     trained = open_trained(TrainedModelSettings(given[1], tokenizer_path=str(tmp_path / "adding")))
     assert trained.settings.add_document_boundary_tokens
-    stray = shutil.copy(tmp_path / "theirs" / "config.json", folder / "plain")
+    stray = Path(shutil.copy(tmp_path / "theirs" / "config.json", folder / "plain"))
     assert open_trained(TrainedModelSettings(str(folder / "plain"))).step == 2  # a run's folder all the same
     stray.unlink()
     (tmp_path / "theirs" / "model.safetensors.index.json").unlink()
