@@ -49,8 +49,9 @@ class StepProfiler:
             with record_function(f"step {step}"):
                 yield
         except BaseException:
-            self._profile.stop()
-            self._profile = None
+            abandoned, self._profile = self._profile, None
+            if not self._on_cuda:  # where it would wait for kernels that may never end, as of a peer that is gone
+                abandoned.stop()
             raise
         if step < self._last:
             self._profile.step()
