@@ -93,7 +93,7 @@ def _why_not_loadable(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0].removesuffix(" from one of:") if lines else type(error).__name__
     missing = "a file of it lacks " if isinstance(error, KeyError) else ""
-    return f"{missing}{reason}; give a folder with a whole tokenizer.json, or a hub name"
+    return f"{missing}{reason}; give --tokenizer-path a folder with a whole tokenizer.json, or a hub name"
 
 
 def _tokenizer_class(folder: Path) -> Any:
