@@ -203,7 +203,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     # Tokenizer
     ({"tokenizer_path": None}, ("--tokenizer-path is missing", "folder or hub name")),
     ({"tokenizer_path": ""}, ("--tokenizer-path is ''",)),
-    ({"tokenizer_path": "{}/nothing"}, ("nothing' is not a tokenizer", "give a folder")),
+    ({"tokenizer_path": "{}/nothing"}, ("nothing' is not a tokenizer", "give --tokenizer-path a folder")),
     ({"tokenizer_path": "{}/nowhere"}, ("does not exist", "give a folder")),
     ({"tokenizer_path": "{}/file"}, ("is not a folder",)),
     (
@@ -215,7 +215,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"tokenizer_path": "{}/torn"}, ("torn' is not a tokenizer", "line 1 column 13")),
     ({"tokenizer_path": "{}/foreign"}, ("foreign' is not a tokenizer", "lacks 'added_tokens'")),
-    ({"tokenizer_path": "{}/modelless"}, ("modelless' is not a tokenizer", "give a folder")),
+    ({"tokenizer_path": "{}/modelless"}, ("modelless' is not a tokenizer", "give --tokenizer-path a folder")),
     ({"tokenizer_path": "{}/misconfigured"}, ("misconfigured' is not a tokenizer",)),
     ({"tokenizer_path": "nobody/nothing"}, ("'nobody/nothing' is not a tokenizer",)),
     # Model
