@@ -18,20 +18,21 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from benchmarks.training_step.ours import ours
 from benchmarks.training_step.peers import Contender, llama, predecessor, torch_plan
 from benchmarks.training_step.work import Work, most_above
 from colonnade.parallel.mesh import first_rank_alone, init_parallel, shutdown_parallel
 from colonnade.runtime.launch import quiet_libraries
+from colonnade.telemetry.profiling import activities, kernel_table
 
 MATMUL = "matmul"
 # Rows, inner size, columns: a rank's gate and up product, its head, and a square product that any library does well.
 PRODUCTS = ((2048, 512, 1376), (2048, 512, 16_000), (2048, 2048, 2048))
 # FLOPs of one turn of a bare product: half a second on a CPU core, a twentieth of a second on a GPU.
 PRODUCT_FLOPS = {"cpu": 4e10, "cuda": 4e13}
-PROFILED_STEPS, PROFILED_ROWS = 2, 60
+PROFILED_STEPS = 2
 
 
 def on_ranks(ranks: int, measure: Callable[..., Any], *args: Any) -> Any:
@@ -198,16 +199,14 @@ def step_memory(contender: Contender, device: torch.device) -> int:
 
 def kernels(step: Callable[[], object], device: torch.device) -> str:
     """A table of the kernels that take the most time on this rank in `PROFILED_STEPS` steps."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    on_cuda = device.type == "cuda"
     step()
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities(on_cuda=on_cuda)) as recorded:
         for _ in range(PROFILED_STEPS):
             step()
-        if device.type == "cuda":
+        if on_cuda:
             torch.cuda.synchronize(device)
-    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    table: str = recorded.key_averages().table(sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=90)
-    return table
+    return kernel_table(recorded, on_cuda=on_cuda)
 
 
 # ---------------------------------------------------------------------------------------------------- bare products

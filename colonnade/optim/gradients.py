@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from colonnade.optim.overlapped_sum import is_summed_with_others, local_gradient, sum_together
 from colonnade.parallel.batch_tree import halves, leaf_order, nodes_completed
-from colonnade.parallel.collectives import TensorGroup, laid_out, start_tree_all_reduce, tree_all_reduce
+from colonnade.parallel.collectives import TensorGroup, laid_out, start_tree_all_reduce
 from colonnade.parallel.data_parallel import DataParallelShards
 from colonnade.parallel.pending import Pending
 
@@ -134,10 +134,7 @@ def _sum_in_tree(large: Sequence[Tensor], small: Sequence[Tensor], group: dist.P
         finish_first()
     # By dtype: in a wider one, sums of two would not be rounded as they are on fewer ranks.
     for dtype in dict.fromkeys(tensor.dtype for tensor in small):
-        together = [tensor for tensor in small if tensor.dtype == dtype]
-        sums = tree_all_reduce(torch.cat([tensor.reshape(-1) for tensor in together]), group, ranks)
-        for tensor, part in zip(together, sums.split([tensor.numel() for tensor in together]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        sum_together([tensor for tensor in small if tensor.dtype == dtype], group, ranks)
 
 
 # ------------------------------------------------------------------------------------------------ norm and clipping

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from colonnade.parallel.collectives import tree_all_reduce
+
 SMALLEST_ALONE = 2**20
 """Size in bytes from which a gradient gets its own collective; smaller ones (norms, biases) share one at the end."""
 
@@ -57,11 +59,18 @@ def is_summed_with_others(gradient: Tensor) -> bool:
     return gradient.numel() * gradient.element_size() < SMALLEST_ALONE or not gradient.is_contiguous()
 
 
-def sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum tensors over the ranks of `group` in place, in one collective, in the widest of their dtypes."""
+def sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup, ranks: Sequence[int] | None = None) -> None:
+    """Sum tensors over the ranks of `group` in place, in one collective, in the widest of their dtypes.
+
+    Args:
+        ranks: sum in the tree over this order of the ranks; None for the library's order.
+    """
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     together = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
-    dist.all_reduce(together, group=group)
+    if ranks is None:
+        dist.all_reduce(together, group=group)
+    else:
+        together = tree_all_reduce(together, group, ranks)
     for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(total.view(tensor.shape))
 

@@ -15,6 +15,19 @@ logger = logging.getLogger(__name__)
 TABLE_ROWS = 60
 
 
+def activities(*, on_cuda: bool) -> list[ProfilerActivity]:
+    """What torch.profiler records on a device of this kind."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's log lines
+    return [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
+
+
+def kernel_table(recorded: profile, *, on_cuda: bool) -> str:
+    """A table of the kernels that took the most time in a profile that has ended."""
+    order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    table: str = recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=90)
+    return table
+
+
 class StepProfiler:
     """Records the steps `first` to `first + count - 1` of a run on this rank, and writes them into `folder`.
 
@@ -57,12 +70,10 @@ class StepProfiler:
             self._profile.step()
 
     def _start(self, warmup: int) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's log lines
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._on_cuda else [])
         active = self._last - self._first + 1
         # Without a schedule it records from its start on; one without a warm-up prints a warning.
         plan = schedule(wait=0, warmup=warmup, active=active, repeat=1) if warmup else None
-        self._profile = profile(activities=activities, schedule=plan)
+        self._profile = profile(activities=activities(on_cuda=self._on_cuda), schedule=plan)
         self._profile.start()
         self._is_wanted = False
 
@@ -82,12 +93,11 @@ class StepProfiler:
         recorded.stop()
         if step < self._first:
             return
-        order = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
         stem = f"steps_{self._first}-{min(step, self._last)}_rank_{self._rank}"
         try:
             self._folder.mkdir(exist_ok=True)
             recorded.export_chrome_trace(str(self._folder / f"{stem}.json.gz"))
-            table = recorded.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=90)
+            table = kernel_table(recorded, on_cuda=self._on_cuda)
             (self._folder / f"{stem}.txt").write_text(f"{table}\n", encoding="utf-8")
         except OSError as error:
             logger.warning("rank %d: its profile cannot be written to %s (%s)", self._rank, self._folder, error)
